@@ -1,0 +1,107 @@
+"""The command line: its verbs, and how every error becomes one line and an exit status.
+
+0   done; for `serve`: drained after SIGTERM or SIGINT
+1   something failed that the user did not cause
+2   the command line is wrong
+3   an image cannot be opened: missing, locked, refused
+4   an address cannot be listened on
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from nbdimg import __version__
+from nbdimg.cli.serve import serve
+from nbdimg.errors import ConfigError, ImageError, ListenError, NbdimgError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_IMAGE = 3
+EXIT_LISTEN = 4
+
+_STATUSES: tuple[tuple[type[Exception], int], ...] = (
+    (ConfigError, EXIT_USAGE),
+    (ListenError, EXIT_LISTEN),
+    (ImageError, EXIT_IMAGE),
+    (NbdimgError, EXIT_FAILED),
+    (OSError, EXIT_FAILED),
+)
+
+app = typer.Typer(
+    name="nbdimg",
+    help="An NBD server for virtual disk images.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(serve)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"nbdimg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """An NBD server for virtual disk images."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit status; errors go to standard error as one line."""
+    try:
+        status = app(list(arguments), standalone_mode=False)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return _report(error)
+    return status if isinstance(status, int) else 0
+
+
+def _report(error: Exception) -> int:
+    """Say what went wrong in one line."""
+    usage_message = getattr(error, "format_message", None)
+    if usage_message is not None:
+        _complain(f"{usage_message()}; see nbdimg --help")
+        return EXIT_USAGE
+    for kind, status in _STATUSES:
+        if isinstance(error, kind):
+            _complain(_sentence(error))
+            return status
+    logging.getLogger("nbdimg").debug("the failure's traceback", exc_info=error)
+    _complain(f"internal error: {type(error).__name__}: {error}")
+    return EXIT_FAILED
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+    return str(error)
+
+
+def _complain(message: str) -> None:
+    line = " ".join(message.split())
+    print(f"nbdimg: {line}", file=sys.stderr)
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        status = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = EXIT_FAILED
+    sys.exit(status)

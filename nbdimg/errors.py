@@ -1,0 +1,84 @@
+"""Every exception that nbdimg raises on purpose.
+
+    NbdimgError
+    ├─ ConfigError              a setting, an option or an argument is wrong
+    ├─ ListenError              an address cannot be listened on
+    ├─ ProtocolError            the peer broke the protocol: its connection ends
+    ├─ RequestError             one request fails with an errno; its connection goes on
+    └─ ImageError               an image cannot be opened, read or written
+        ├─ UnrecognizedFormat   no driver claims the file, or the claimed one has none
+        ├─ UnsupportedFeature   well-formed, and nbdimg cannot serve it
+        ├─ CorruptImage         violates its format; never written to afterwards
+        ├─ ImageLocked          another process holds the image
+        └─ ImageFailed          an earlier I/O error made the state unknown: open it anew
+
+Messages say what was found, what is allowed and where. `OSError` is not wrapped: it passes from the file to
+`wire/errors.py`, the only place that turns an errno into an NBD error.
+"""
+
+from __future__ import annotations
+
+import os
+
+ECHO_MAX = 80
+
+
+def escaped(text: str | bytes) -> str:
+    """Peer input made safe to print: control characters escaped, at most ECHO_MAX characters."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "backslashreplace")
+    return repr(text[:ECHO_MAX]) + ("…" if len(text) > ECHO_MAX else "")
+
+
+class NbdimgError(Exception):
+    """The root of the tree."""
+
+
+class ConfigError(NbdimgError):
+    """A setting is wrong; the message names it, its value and what is allowed."""
+
+
+class ListenError(NbdimgError):
+    """An address cannot be listened on."""
+
+
+class ProtocolError(NbdimgError):
+    """The peer sent what the protocol forbids and the stream cannot go on."""
+
+
+class RequestError(NbdimgError):
+    """One request is refused. `errno` is the host's error number, `offset` the failing byte where one is known."""
+
+    def __init__(self, errno: int, message: str, offset: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno
+        self.offset = offset
+
+
+class ImageError(NbdimgError):
+    """An image cannot be opened, read or written. `path` names it, `offset` the place in the file."""
+
+    def __init__(self, path: str | os.PathLike[str], message: str, offset: int | None = None) -> None:
+        super().__init__(f"{os.fspath(path)}: {message}")
+        self.path = os.fspath(path)
+        self.offset = offset
+
+
+class UnrecognizedFormat(ImageError):
+    """No driver claims the file."""
+
+
+class UnsupportedFeature(ImageError):
+    """The image is well-formed and uses what nbdimg does not have."""
+
+
+class CorruptImage(ImageError):
+    """The image violates its format."""
+
+
+class ImageLocked(ImageError):
+    """Another process holds the image."""
+
+
+class ImageFailed(ImageError):
+    """An earlier I/O error made the image's state unknown; it must be opened anew."""

@@ -1,0 +1,199 @@
+"""An export: one image under a name, with the queue that orders the requests of all its connections.
+
+    submit(request) ──▶ completes now: None                                  no entry, no task, no wait
+                   └──▶ a coroutine, its entry already in the queue          waits for older overlapping requests only
+
+The coroutine must be run, and must not be cancelled: a client that goes away does not interrupt a change.
+Every 512-byte sector is an atomic register for all clients: ranges that change are rounded out to sectors, a read
+that overlaps an unfinished change waits for it, and what completes inside `submit` cannot be seen half done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from nbdimg import limits
+from nbdimg.errors import ConfigError
+from nbdimg.export.inflight import Entry, InFlight
+from nbdimg.export.status import STATUS_FLAGS, Pairs, status_pairs
+from nbdimg.image.image import Image, Segment
+from nbdimg.units import align_down, align_up, is_power_of_two
+from nbdimg.wire.constants import (
+    ALLOCATION_DEPTH,
+    BASE_ALLOCATION,
+    STRING_MAX,
+    Command,
+    CommandFlag,
+    TransmissionFlag,
+)
+from nbdimg.wire.handshake import ExportInfo
+from nbdimg.wire.messages import Request
+
+T = TypeVar("T")
+Work = Coroutine[Any, Any, T]
+Status = list[tuple[int, Pairs]]
+"""For each context id, its extents."""
+
+SECTOR_SIZE = 512
+BLOCK_SIZE_MIN_MAX = 64 * 1024
+PREFERRED_SIZE = 4096
+
+_WRITE = int(Command.WRITE)
+_FUA = int(CommandFlag.FUA)
+
+_READ_FLAGS = (
+    TransmissionFlag.HAS_FLAGS
+    | TransmissionFlag.SEND_FLUSH
+    | TransmissionFlag.SEND_FUA
+    | TransmissionFlag.CAN_MULTI_CONN
+    | TransmissionFlag.SEND_CACHE
+)
+_WRITE_FLAGS = TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
+
+
+class Export:
+    """Args: name: non-empty. block_size_min: a power of two to 64 KiB; clients that negotiate it must obey it.
+
+    Raises: ConfigError: a name, description or block size that the protocol does not allow.
+    """
+
+    def __init__(
+        self, name: str, image: Image, *, description: str = "", block_size_min: int = 1, payload_max: int
+    ) -> None:
+        if not name or len(name.encode()) > STRING_MAX or "\0" in name:
+            raise ConfigError(f"an export's name must be 1 to {STRING_MAX} bytes without NUL")
+        if len(description.encode()) > STRING_MAX or "\0" in description:
+            raise ConfigError(f"an export's description must be at most {STRING_MAX} bytes without NUL")
+        if not (is_power_of_two(block_size_min) and block_size_min <= BLOCK_SIZE_MIN_MAX):
+            raise ConfigError(
+                f"the minimum block size is {block_size_min}, expected a power of two from 1 to {BLOCK_SIZE_MIN_MAX}"
+            )
+        self.name = name
+        self.image = image
+        self.inflight = InFlight()
+        flags = _READ_FLAGS | (_WRITE_FLAGS if image.is_writable else TransmissionFlag.READ_ONLY)
+        self.info = ExportInfo(
+            name=name,
+            size=align_down(image.size, block_size_min),
+            flags=flags,
+            description=description,
+            block_size_min=block_size_min,
+            block_size_preferred=max(block_size_min, PREFERRED_SIZE, SECTOR_SIZE),
+            payload_max=payload_max,
+            contexts=(BASE_ALLOCATION, ALLOCATION_DEPTH),
+        )
+
+    def try_read(self, offset: int, stop: int, view: memoryview) -> int:
+        """As `Image.try_read`; 0 also when an unfinished change overlaps the range."""
+        if self.inflight.count and self.inflight.conflicts(offset, stop, is_exclusive=False):
+            return 0
+        return self.image.try_read(offset, stop, view)
+
+    def read(self, offset: int, view: memoryview) -> Work[list[Segment]]:
+        """As `Image.read`, waiting for storage and for older overlapping changes."""
+        entry = self.inflight.enter(offset, offset + len(view), is_exclusive=False)
+        return self._ordered(entry, lambda: self.image.read(offset, view))
+
+    def submit(self, request: Request, contexts: dict[int, str] | None = None) -> Work[Status | None] | None:
+        """Carry out any checked request but READ and DISC. None: it is done.
+
+        `contexts`: the session's, for BLOCK_STATUS. Afterwards the request owns its payload if it still needs it.
+
+        Raises: OSError, NbdimgError: the request failed, now.
+        """
+        if request.command == _WRITE:
+            return self._submit_write(request)
+        if request.command == Command.FLUSH:
+            return None if self.image.gate.is_clean else self.image.flush()
+        if request.length == 0:
+            return self.image.flush() if request.flags & _FUA else None
+        if request.command == Command.BLOCK_STATUS:
+            return self._submit_block_status(request, contexts or {})
+        if request.command == Command.CACHE:
+            return self.image.prefetch(request.offset, request.length)
+        return self._submit_unmap(request)
+
+    def _submit_write(self, request: Request) -> Work[None] | None:
+        offset, payload = request.offset, request.payload
+        assert payload is not None
+        if payload and not self._write_now(offset, payload):
+            request.keep_payload()
+            data = request.payload
+            assert data is not None
+            return self._change(request, lambda: self.image.write(offset, data))
+        return self.image.flush() if request.flags & _FUA else None
+
+    def _write_now(self, offset: int, payload: memoryview) -> bool:
+        if self.inflight.count:
+            start, stop = self._sectors(offset, len(payload))
+            if self.inflight.conflicts(start, stop, is_exclusive=True):
+                return False
+        return self.image.try_write(offset, payload)
+
+    def _submit_unmap(self, request: Request) -> Work[None]:
+        offset, length, flags = request.offset, request.length, request.flags
+        if request.command == Command.TRIM:
+            return self._change(request, lambda: self.image.trim(offset, length))
+        may_unmap = not flags & CommandFlag.NO_HOLE
+        is_fast_only = bool(flags & CommandFlag.FAST_ZERO)
+        return self._change(
+            request, lambda: self.image.zero(offset, length, may_unmap=may_unmap, is_fast_only=is_fast_only)
+        )
+
+    def _change(self, request: Request, change: Callable[[], Awaitable[None]]) -> Work[None]:
+        """Enter exclusively; with FUA the reply waits for the flush gate, the queue does not."""
+        start, stop = self._sectors(request.offset, request.length)
+        work = self._ordered(self.inflight.enter(start, stop, is_exclusive=True), change)
+        return self._then_flush(work) if request.flags & _FUA else work
+
+    async def _then_flush(self, work: Work[None]) -> None:
+        await work
+        await self.image.flush()
+
+    def _submit_block_status(self, request: Request, contexts: dict[int, str]) -> Work[Status]:
+        selected = contexts
+        if request.contexts is not None:
+            selected = {context_id: contexts[context_id] for context_id in request.contexts}
+        offset, length = request.offset, request.length
+        extents_max = limits.EXTENTS_MAX
+        entry = self.inflight.enter(offset, offset + length, is_exclusive=False)
+
+        async def status() -> Status:
+            extents = await self.image.map(offset, length, extents_max)
+            answers: Status = []
+            for context_id, context in selected.items():
+                pairs = status_pairs(extents, STATUS_FLAGS[context], self.info.block_size_min)
+                answers.append((context_id, pairs[:1] if request.flags & CommandFlag.REQ_ONE else pairs))
+            return answers
+
+        return self._ordered(entry, status)
+
+    def _sectors(self, offset: int, length: int) -> tuple[int, int]:
+        return align_down(offset, SECTOR_SIZE), align_up(offset + length, SECTOR_SIZE)
+
+    async def _ordered(self, entry: Entry, work: Callable[[], Awaitable[T]]) -> T:
+        """Run when every older overlapping request has left."""
+        try:
+            if not entry.is_ready:
+                ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                entry.on_ready = lambda: ready.set_result(None)
+                await ready
+            return await work()
+        finally:
+            self.inflight.leave(entry)
+
+    async def close(self) -> None:
+        """Flush and close the image. No request may be in flight. Raises: ImageFailed."""
+        await self.image.close()
+
+
+def default_name(path: str, taken: Sequence[str]) -> str:
+    """An export's name from its image's path: the stem, made unique."""
+    stem = path.rstrip("/").rpartition("/")[2]
+    stem = stem.partition(".")[0] or stem
+    name, number = stem, 2
+    while name in taken:
+        name, number = f"{stem}-{number}", number + 1
+    return name

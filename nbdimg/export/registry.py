@@ -1,0 +1,45 @@
+"""The exports of a server by name: what a handshake looks up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from nbdimg.errors import ConfigError
+from nbdimg.export.export import Export
+from nbdimg.wire.handshake import ExportInfo
+
+
+class Registry:
+    """Names are unique. A single export also answers to the empty name, and `/name` stands for `name`."""
+
+    def __init__(self) -> None:
+        self.is_shutting_down = False
+        self._exports: dict[str, Export] = {}
+
+    def __iter__(self) -> Iterator[Export]:
+        return iter(list(self._exports.values()))
+
+    def add(self, export: Export) -> None:
+        """Raises: ConfigError: the name is taken."""
+        if export.name in self._exports:
+            raise ConfigError(f"two exports are named {export.name!r}; name one of them NAME=IMAGE")
+        self._exports[export.name] = export
+
+    def remove(self, name: str) -> Export:
+        """Take an export out of sight; its connections go on. Raises: KeyError."""
+        return self._exports.pop(name)
+
+    def lookup(self, name: str) -> Export | None:
+        """The export that `name` or an alias means."""
+        if name in self._exports:
+            return self._exports[name]
+        if name == "" and len(self._exports) == 1:
+            return next(iter(self._exports.values()))
+        return self._exports.get(name.removeprefix("/"))
+
+    def find(self, name: str) -> ExportInfo | None:
+        export = self.lookup(name)
+        return export.info if export else None
+
+    def listed(self) -> Sequence[ExportInfo]:
+        return [export.info for export in self._exports.values()]

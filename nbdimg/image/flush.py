@@ -1,0 +1,71 @@
+"""The flush gate: group commit, and a failure that stays.
+
+At most one barrier runs and at most one waits behind it; a flush joins the waiting one. So a flush is always covered
+by a barrier that began after it was asked for, and a hundred clients that flush at once cost two.
+
+    (F1) A flush returns only after a barrier that started later than every change completed before the call.
+    (F2) A barrier that failed poisons the gate: the kernel may have marked the lost pages clean, and a second fsync
+         would succeed over lost data. Every later `flush` and `check` raises until the image is opened anew.
+    (F3) A clean image flushes for nothing. At open it counts as dirty: an earlier server's writes may still be in
+         the page cache, and a client that came back relies on its flush to cover them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from nbdimg.errors import ImageFailed
+
+
+class FlushGate:
+    """Args: path: for messages. barrier: makes all completed changes durable, or raises OSError."""
+
+    def __init__(self, path: str, barrier: Callable[[], Awaitable[None]]) -> None:
+        self._path = path
+        self._barrier = barrier
+        self._change_count = 1
+        self._durable_count = 0
+        self._running: asyncio.Task[None] | None = None
+        self._waiting: asyncio.Task[None] | None = None
+        self.failure: str | None = None
+
+    def check(self) -> None:
+        """Raises: ImageFailed: a barrier has failed (F2)."""
+        if self.failure is not None:
+            raise ImageFailed(self._path, self.failure)
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether a flush would have nothing to do; True says that none has failed."""
+        return self._durable_count == self._change_count and self.failure is None
+
+    def changed(self) -> None:
+        """A change is complete and not yet durable."""
+        self._change_count += 1
+
+    async def flush(self) -> None:
+        """Everything that `changed` told of before this call is durable on return.
+
+        Raises: ImageFailed: this barrier, or an earlier one, failed.
+        """
+        self.check()
+        if self.is_clean:
+            return
+        if self._waiting is None:
+            self._waiting = asyncio.get_running_loop().create_task(self._commit(self._running))
+        await asyncio.shield(self._waiting)
+
+    async def _commit(self, previous: asyncio.Task[None] | None) -> None:
+        if previous is not None:
+            await asyncio.wait((previous,))
+        self._running, self._waiting = self._waiting, None
+        self.check()
+        covered = self._change_count
+        try:
+            await self._barrier()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            self.failure = f"a flush failed ({reason}): what was written since the last one may be lost; open it anew"
+            raise ImageFailed(self._path, self.failure) from None
+        self._durable_count = covered

@@ -1,0 +1,84 @@
+"""A configuration brought to life: images opened, exports registered, listeners open; and undone again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+from nbdimg.config import ExportConfig, ServerConfig
+from nbdimg.errors import ConfigError, NbdimgError
+from nbdimg.export.export import Export, default_name
+from nbdimg.export.registry import Registry
+from nbdimg.formats import open_image
+from nbdimg.limits import Limits
+from nbdimg.server.listen import check_exposure
+from nbdimg.server.server import Server
+from nbdimg.uri import NbdUri
+
+logger = logging.getLogger("nbdimg")
+
+
+@dataclass(slots=True)
+class Service:
+    """A running server. `uris` name each export at each listener; `failures` what went wrong with images at the end."""
+
+    server: Server
+    uris: list[NbdUri]
+    failures: list[NbdimgError | OSError]
+
+    async def drain(self) -> None:
+        """Stop accepting, and wait for clients to finish or the drain's deadline."""
+        await self.server.drain()
+
+
+@asynccontextmanager
+async def serving(config: ServerConfig) -> AsyncIterator[Service]:
+    """Serve until the block ends; then connections are cut, and images flushed and closed.
+
+    Raises:
+        ConfigError: the configuration contradicts itself.
+        ImageError, OSError: an image cannot be opened.
+        ListenError: an address cannot be listened on.
+    """
+    for uri in config.listeners:
+        if uri.is_tls:
+            raise ConfigError(f"{uri}: TLS is not available, listen with {str(uri).replace('nbds', 'nbd', 1)}")
+        check_exposure(uri, is_allowed=config.allows_plaintext)
+    registry = Registry()
+    server = Server(registry, config.limits)
+    service = Service(server, [], [])
+    try:
+        for export in config.exports:
+            await _add(registry, export, config.limits)
+        for listener in config.listeners:
+            actual = server.listen(listener)
+            service.uris.extend(replace(actual, name=export.name) for export in registry)
+        yield service
+    finally:
+        service.failures.extend(await server.close())
+
+
+async def _add(registry: Registry, config: ExportConfig, limits: Limits) -> None:
+    name = config.name or default_name(config.path, [export.name for export in registry])
+    image = await open_image(config.path, format=config.format, writable=not config.is_read_only)
+    try:
+        export = Export(
+            name,
+            image,
+            description=config.description,
+            block_size_min=config.block_size_min,
+            payload_max=limits.payload_size,
+        )
+        registry.add(export)
+    except BaseException:
+        await image.close()
+        raise
+    if export.info.size < image.size:
+        logger.warning(
+            "%s: the last %d bytes are not served, they do not fill a block of %d",
+            name,
+            image.size - export.info.size,
+            config.block_size_min,
+        )

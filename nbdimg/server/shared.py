@@ -1,0 +1,46 @@
+"""What the connections of one loop share: buffers, limits, tasks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from nbdimg.export.registry import Registry
+from nbdimg.limits import ARENA_SIZE, RECEIVE_SIZE, Limits
+from nbdimg.server.buffers import BufferPool
+from nbdimg.server.log import LimitedLog
+from nbdimg.server.spin import Spinner
+
+
+class Shared:
+    """One per loop. `scratch` and `arena` belong to whoever has the turn, and to nobody between turns."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, registry: Registry, limits: Limits) -> None:
+        self.loop = loop
+        self.registry = registry
+        self.limits = limits
+        self.log = LimitedLog()
+        self.spinner = Spinner(loop)
+        self.scratch = memoryview(bytearray(RECEIVE_SIZE))
+        self.arena = bytearray(ARENA_SIZE)
+        self.arena_view = memoryview(self.arena)
+        self.pool = BufferPool(limits.total_bytes)
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._hungry: deque[Callable[[], None]] = deque()
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run to the end, whatever becomes of the connection."""
+        task = self.loop.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def when_room(self, callback: Callable[[], None]) -> None:
+        """Call once when buffers have been given back."""
+        self._hungry.append(callback)
+
+    def give(self, view: memoryview) -> None:
+        self.pool.give(view)
+        while self._hungry:
+            self.loop.call_soon(self._hungry.popleft())

@@ -1,0 +1,456 @@
+"""One connection's transmission phase: requests in, replies out.
+
+A turn: receive once, handle every complete request, send once. What cannot be done at once leaves the turn in one of
+three shapes, and comes back as queued parts:
+
+    task      a request that waits: for storage, for an older overlapping one, for a flush
+    stream    a large structured READ, sent piece by piece as the socket takes it; it holds no buffer in between
+    held      a request for which there is no buffer now: nothing behind it is looked at
+
+    (T1) Not more than `requests_in_flight` tasks and streams; beyond that, and with `output_bytes` waiting for the
+         socket, the connection is *paused*: it neither parses nor receives.
+    (T2) A READ's error precedes its data, or follows it in a chunk of its own.
+    (T3) After DISC or the end of input everything in flight is answered, then the connection closes.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from nbdimg.errors import NbdimgError, ProtocolError, RequestError
+from nbdimg.export.export import Export, Status, Work
+from nbdimg.export.validate import Rules
+from nbdimg.image.image import Segment
+from nbdimg.limits import PIECE_SIZE, SPILL_SIZE
+from nbdimg.server.outbox import Outbox, Part
+from nbdimg.server.shared import Shared
+from nbdimg.wire.constants import Command, CommandFlag
+from nbdimg.wire.errors import describe
+from nbdimg.wire.handshake import Session
+from nbdimg.wire.messages import ExtendedReplies, Replies, Request, SimpleReplies, StructuredReplies
+from nbdimg.wire.transmission import Receiver
+
+logger = logging.getLogger("nbdimg")
+
+_READ = int(Command.READ)
+_DISC = int(Command.DISC)
+_DF = int(CommandFlag.DF)
+
+_SHUTTING_DOWN = RequestError(errno.ESHUTDOWN, "the server is shutting down")
+
+
+def replies_for(session: Session) -> Replies:
+    """The dialect that a session has negotiated."""
+    if session.is_extended:
+        return ExtendedReplies()
+    return StructuredReplies() if session.is_structured else SimpleReplies()
+
+
+class Stream:
+    """A large READ under way: `position` is the next byte to send."""
+
+    __slots__ = ("position", "request", "stop")
+
+    def __init__(self, request: Request, position: int) -> None:
+        self.request = request
+        self.position = position
+        self.stop = request.offset + request.length
+
+
+class Shell(Protocol):
+    """What the transmission phase needs of its connection."""
+
+    outbox: Outbox
+
+    def pause(self) -> None: ...
+
+    def unpause(self) -> None: ...
+
+    def finish_input(self) -> None: ...
+
+    def close_if_done(self) -> None: ...
+
+    def protocol_error(self, error: ProtocolError) -> None: ...
+
+
+class Transmission:
+    """Args: shell: the connection. session, export: what was negotiated. leftover: bytes behind the handshake."""
+
+    def __init__(self, shell: Shell, shared: Shared, session: Session, export: Export, leftover: bytes) -> None:
+        self._shell = shell
+        self._shared = shared
+        self._limits = shared.limits
+        self._outbox = shell.outbox
+        self._export = export
+        self._contexts = session.contexts
+        self._rules = Rules(session)
+        self._replies = replies_for(session)
+        self._header_size = self._replies.data_header_size
+        self._receiver = Receiver(
+            shared.scratch,
+            SPILL_SIZE,
+            session.export.payload_max,
+            self._take,
+            is_extended=session.is_extended,
+        )
+        if leftover:
+            self._receiver.feed(leftover)
+        self._streams: deque[Stream] = deque()
+        self._held: Request | None = None
+        self._taken_bytes = 0
+        self._is_paused = False
+        self._is_wake_scheduled = False
+        self._is_pump_scheduled = False
+        self._has_finished_input = False
+        self.in_flight = 0
+        self.is_draining = False
+
+    def is_mid_request(self) -> bool:
+        """Whether the client owes the rest of a request."""
+        return not self._is_paused and self._receiver.is_mid_request()
+
+    def buffers(self) -> list[memoryview]:
+        """Where the next bytes belong."""
+        return self._receiver.buffers()
+
+    def received(self, count: int) -> int:
+        """Bytes arrived in what `buffers` returned: handle them. Returns how many requests were complete.
+
+        Raises: ProtocolError: the connection must end.
+        """
+        self._receiver.received(count)
+        return self._process()
+
+    def park(self) -> None:
+        """Nothing came: what `buffers` had laid out is kept for later."""
+        self._receiver.park()
+
+    def resume(self) -> None:
+        """Handle the bytes that came behind the handshake. Raises: ProtocolError."""
+        self._receiver.resume()
+        self._process()
+
+    def _is_full(self) -> bool:
+        return (
+            self.in_flight >= self._limits.requests_in_flight
+            or self._outbox.pending_bytes >= self._limits.output_bytes
+            or self._held is not None
+        )
+
+    def _process(self) -> int:
+        receiver = self._receiver
+        handled = 0
+        is_stopped = False
+        try:
+            while not (is_stopped := self._is_full() or handled == self._limits.turn_requests):
+                request = receiver.next_request()
+                if request is None:
+                    break
+                handled += 1
+                if request.command == _DISC:
+                    self._finish_input()
+                    break
+                self._handle(request)
+        finally:
+            receiver.park()
+            self._outbox.send_turn()
+        if self._streams:
+            self._schedule_pump()
+        if is_stopped or receiver.starved:
+            self._pause()
+        if handled == self._limits.turn_requests:
+            self._wake()
+        if self._has_finished_input:
+            self._shell.close_if_done()
+        return handled
+
+    def _finish_input(self) -> None:
+        self._has_finished_input = True
+        self._shell.finish_input()
+
+    def _pause(self) -> None:
+        if not self._is_paused:
+            self._is_paused = True
+            self._shell.pause()
+        if self._receiver.starved or self._held is not None:
+            self._shared.when_room(self._wake)
+
+    def _wake(self) -> None:
+        """Something that a paused connection may have waited for has happened."""
+        if self._is_paused and not self._is_wake_scheduled:
+            self._is_wake_scheduled = True
+            self._shared.loop.call_soon(self._continue)
+
+    def _continue(self) -> None:
+        self._is_wake_scheduled = False
+        if self._outbox.is_broken or self._has_finished_input:
+            return
+        held, self._held = self._held, None
+        if held is not None:
+            self._read_whole(held)
+            self._outbox.send_turn()
+        if self._is_full():
+            self._pause()
+            return
+        self._is_paused = False
+        self._shell.unpause()
+        try:
+            self.resume()
+        except ProtocolError as error:
+            self._shell.protocol_error(error)
+
+    def _handle(self, request: Request) -> None:
+        refusal = _SHUTTING_DOWN if self.is_draining else self._rules.check(request)
+        if refusal is not None:
+            self._refuse(request, refusal)
+        elif request.command == _READ:
+            self._read(request)
+        else:
+            self._submit(request)
+
+    def _submit(self, request: Request) -> None:
+        try:
+            work = self._export.submit(request, self._contexts)
+        except (OSError, NbdimgError) as error:
+            self._refuse(request, error)
+            return
+        if work is None:
+            self._outbox.put(self._replies.done(request))
+            self._release(request)
+            return
+        self.in_flight += 1
+        self._shared.start(self._finish(request, work))
+
+    def _refuse(self, request: Request, error: OSError | NbdimgError) -> None:
+        self._outbox.put(self._replies.error(request, *describe(error)))
+        self._release(request)
+
+    async def _finish(self, request: Request, work: Work[Status | None]) -> None:
+        """Answer a request that had to wait."""
+        parts: list[Part]
+        try:
+            status = await work
+            parts = [self._replies.done(request)] if status is None else self._status_parts(request, status)
+        except (OSError, NbdimgError) as error:
+            parts = [self._replies.error(request, *describe(error))]
+        except Exception as error:
+            parts = [self._replies.error(request, *describe(self._bug(request, error)))]
+        self._release(request)
+        self._outbox.queue(parts)
+        self._completed()
+
+    def _bug(self, request: Request, error: Exception) -> RequestError:
+        """An exception that is none of ours must not end the server; it is told to the operator."""
+        self._shared.log.say(logging.ERROR, f"{request!r} failed: {type(error).__name__}: {error}")
+        logger.debug("the failure's traceback", exc_info=error)
+        return RequestError(errno.EIO, "internal error")
+
+    def _status_parts(self, request: Request, status: Status) -> list[Part]:
+        last = status[-1][0]
+        return [
+            self._replies.block_status(request, context_id, pairs, context_id == last) for context_id, pairs in status
+        ]
+
+    def _completed(self) -> None:
+        """One request in flight has been answered."""
+        self.in_flight -= 1
+        self._wake()
+        self._shell.close_if_done()
+
+    # Buffers
+
+    def _take(self, length: int) -> memoryview | None:
+        """A buffer within this connection's share and everybody's, or None for now."""
+        if self._taken_bytes and self._taken_bytes + length > self._limits.connection_bytes:
+            return None
+        if not self._shared.pool.has_room(length):
+            return None
+        self._taken_bytes += length
+        return self._shared.pool.take(length)
+
+    def _give(self, view: memoryview) -> None:
+        self._taken_bytes -= len(view)
+        self._shared.give(view)
+
+    def _giver(self, view: memoryview) -> Callable[[], None]:
+        return lambda: self._give(view)
+
+    def _release(self, request: Request) -> None:
+        """The request's payload is not needed any more."""
+        payload, request.payload = request.payload, None
+        if payload is not None and request.owns_payload and not isinstance(payload.obj, bytes):
+            self._give(payload)
+
+    # READ
+
+    def _read(self, request: Request) -> None:
+        length = request.length
+        outbox = self._outbox
+        if length > PIECE_SIZE:
+            if self._replies.is_chunked and not request.flags & _DF:
+                self.in_flight += 1
+                self._streams.append(Stream(request, request.offset))
+            else:
+                self._read_whole(request)
+            return
+        if not length:
+            outbox.put(self._replies.done(request))
+            return
+        at = outbox.room(self._header_size + length)
+        start = at + self._header_size
+        end = start + length
+        offset = request.offset
+        try:
+            count = self._export.try_read(offset, offset + length, self._shared.arena_view[start:end])
+        except (OSError, NbdimgError) as error:
+            self._refuse(request, error)
+            return
+        if count == length:
+            self._replies.put_data(self._shared.arena, at, request, offset, length, True)
+            outbox.fill = end
+        elif self._replies.is_chunked and not request.flags & _DF:
+            self.in_flight += 1
+            self._streams.append(Stream(request, offset))
+        else:
+            self._read_whole(request)
+
+    def _read_whole(self, request: Request) -> None:
+        """A READ whose data must be complete before the first byte is sent: simple replies, and DF."""
+        view = self._take(request.length)
+        if view is None:
+            self._held = request
+            return
+        self.in_flight += 1
+        self._shared.start(self._finish_whole(request, view, self._export.read(request.offset, view)))
+
+    async def _finish_whole(self, request: Request, view: memoryview, work: Work[list[Segment]]) -> None:
+        segments = await self._segments(request, work, request.offset)
+        if segments is None:
+            self._give(view)
+        else:
+            for segment in segments:
+                if segment.is_hole:
+                    start = segment.offset - request.offset
+                    view[start : start + segment.length] = bytes(segment.length)
+            header = bytearray(self._header_size)
+            self._replies.put_data(header, 0, request, request.offset, request.length, True)
+            self._outbox.queue([bytes(header), view], self._giver(view))
+        self._completed()
+
+    async def _segments(self, request: Request, work: Work[list[Segment]], offset: int) -> list[Segment] | None:
+        """What a slow read found; None: its error has been queued."""
+        try:
+            return await work
+        except (OSError, NbdimgError) as error:
+            number, text, where = describe(error)
+        except Exception as error:
+            number, text, where = describe(self._bug(request, error))
+        self._outbox.queue([self._replies.error(request, number, text, offset if where is None else where)])
+        return None
+
+    def _schedule_pump(self) -> None:
+        if not self._is_pump_scheduled:
+            self._is_pump_scheduled = True
+            self._shared.loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Send pieces of streams, oldest first, until the socket is full or a turn's bytes have left."""
+        self._is_pump_scheduled = False
+        if self._outbox.is_broken:
+            self._streams.clear()
+            return
+        left = self._limits.turn_bytes
+        streams = self._streams
+        while streams and left > 0 and not self._outbox.pending_bytes:
+            left -= self._advance(streams.popleft())
+        self._outbox.send_turn()
+        if streams and not self._outbox.pending_bytes and not self._outbox.is_broken:
+            self._schedule_pump()
+
+    def _advance(self, stream: Stream) -> int:
+        """Send a stream's next piece; it goes back to the front unless it is done or waits. Returns bytes sent."""
+        request, position = stream.request, stream.position
+        remaining = stream.stop - position
+        want = min(remaining, PIECE_SIZE)
+        outbox = self._outbox
+        at = outbox.room(self._header_size + want)
+        start = at + self._header_size
+        try:
+            count = self._export.try_read(position, stream.stop, self._shared.arena_view[start : start + want])
+        except (OSError, NbdimgError) as error:
+            number, text, where = describe(error)
+            outbox.put(self._replies.error(request, number, text, position if where is None else where))
+            self._completed()
+            return 0
+        if count == 0:
+            self._advance_slowly(stream, want)
+            return 0
+        is_last = abs(count) == remaining
+        if count > 0:
+            self._replies.put_data(self._shared.arena, at, request, position, count, is_last)
+            outbox.fill = start + count
+        else:
+            outbox.put(self._replies.hole(request, position, -count, is_last))
+        if count >= PIECE_SIZE:
+            outbox.send_turn()
+        if is_last:
+            self._completed()
+        else:
+            stream.position += abs(count)
+            self._streams.appendleft(stream)
+        return max(count, 0)
+
+    def _advance_slowly(self, stream: Stream, want: int) -> None:
+        view = self._take(want)
+        if view is None:
+            self._shared.when_room(self._room_for_stream(stream))
+            return
+        self._shared.start(self._finish_piece(stream, view, self._export.read(stream.position, view)))
+
+    def _room_for_stream(self, stream: Stream) -> Callable[[], None]:
+        def retry() -> None:
+            self._streams.appendleft(stream)
+            self._schedule_pump()
+
+        return retry
+
+    async def _finish_piece(self, stream: Stream, view: memoryview, work: Work[list[Segment]]) -> None:
+        request, start = stream.request, stream.position
+        segments = await self._segments(request, work, start)
+        if segments is None:
+            self._give(view)
+            self._completed()
+            return
+        parts: list[Part] = []
+        for segment in segments:
+            is_last = segment.offset + segment.length == stream.stop
+            if segment.is_hole:
+                parts.append(self._replies.hole(request, segment.offset, segment.length, is_last))
+                continue
+            header = bytearray(self._header_size)
+            self._replies.put_data(header, 0, request, segment.offset, segment.length, is_last)
+            parts.append(bytes(header))
+            parts.append(view[segment.offset - start : segment.offset - start + segment.length])
+        self._outbox.queue(parts, self._giver(view))
+        stream.position += len(view)
+        if stream.position == stream.stop:
+            self._completed()
+        else:
+            self._streams.appendleft(stream)
+            self._schedule_pump()
+
+    def on_room(self) -> None:
+        """Everything that waited for the socket has left."""
+        self._wake()
+        if self._streams:
+            self._schedule_pump()
+
+    def on_broken(self) -> None:
+        """The socket is gone: streams end; tasks run to their end and are not answered."""
+        self.in_flight -= len(self._streams)
+        self._streams.clear()
+        self._held = None

@@ -1,0 +1,63 @@
+"""What a file is to the layers above: bytes at offsets, with a barrier.
+
+`try_` methods never wait: they do the work now or say no. The others may wait, on a worker thread or on a remote
+engine; a file need not have a descriptor. `OSError` passes through untouched.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+Buffer = bytes | bytearray | memoryview
+
+
+class BlockFile(Protocol):
+    path: str
+    is_writable: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file; a block device's capacity."""
+        ...
+
+    def try_pread(self, offset: int, view: memoryview) -> bool:
+        """Fill `view` from memory. False: some of it would have to be waited for; `view` is then undefined."""
+        ...
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        """Write all of `data` without waiting. False: nothing is known to be written, use `pwrite`."""
+        ...
+
+    async def pread(self, offset: int, view: memoryview) -> None:
+        """Fill `view`; what lies beyond the end of the file reads as zeroes."""
+        ...
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        """Write all of `data`. On OSError any part of the range may have changed."""
+        ...
+
+    async def fdatasync(self) -> None:
+        """The barrier: what was written before the call is durable when it returns."""
+        ...
+
+    async def punch(self, offset: int, length: int) -> bool:
+        """Give the range's space back; it reads as zeroes then. False: not supported here, nothing was changed."""
+        ...
+
+    async def zero(self, offset: int, length: int) -> bool:
+        """Make the range read as zeroes and keep its space. False: not supported here, nothing was changed."""
+        ...
+
+    async def truncate(self, size: int) -> None:
+        """Set the size in bytes."""
+        ...
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        """Ask for the range to be in memory soon."""
+        ...
+
+    def data_extent(self, offset: int) -> tuple[bool, int]:
+        """Whether the byte at `offset` is backed by data, and where that run ends (at most the file's size)."""
+        ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,157 @@
+"""Files and block devices of this machine.
+
+What may run on the loop's own thread is decided here and nowhere else:
+
+    read    always tried inline with RWF_NOWAIT, which gives what the page cache holds and never waits for a device.
+            A file system without it (EOPNOTSUPP) is remembered: files in memory are read inline, others by workers.
+    write   up to INLINE_WRITE_MAX bytes into the page cache, unless a page that is written in part would have to be
+            read first, or the last inline write was slow (the kernel throttles writers): then workers, for a while.
+    rest    fdatasync, fallocate, truncate, readahead: workers.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from time import perf_counter
+
+from nbdimg.storage import system
+from nbdimg.storage.file import Buffer
+from nbdimg.storage.workers import workers
+from nbdimg.units import MiB, align_down
+
+INLINE_WRITE_MAX = 1 * MiB
+"""Bytes; a copy of this size into the page cache takes about 0.2 ms, which is what a neighbour waits."""
+
+SLOW_WRITE_S = 0.005
+"""An inline write that takes longer was throttled by the kernel."""
+
+SLOW_WRITE_PAUSE_S = 1.0
+"""How long writes then go to workers."""
+
+_PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
+
+
+class PosixFile:
+    """One open descriptor. Not locked: see `locks.lock_image`.
+
+    Raises: OSError: from the constructor, when the path cannot be opened or is neither a file nor a block device.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, writable: bool) -> None:
+        self.path = os.fspath(path)
+        self.is_writable = writable
+        self.descriptor = os.open(self.path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            status = os.fstat(self.descriptor)
+            self.is_block_device = stat.S_ISBLK(status.st_mode)
+            if not (self.is_block_device or stat.S_ISREG(status.st_mode)):
+                raise OSError(errno.EINVAL, "neither a regular file nor a block device", self.path)
+        except OSError:
+            os.close(self.descriptor)
+            raise
+        self._in_memory = system.is_memory_file_system(status.st_dev)
+        self._has_nowait = True
+        self._inline_writes_from = 0.0
+
+    @property
+    def size(self) -> int:
+        return os.lseek(self.descriptor, 0, os.SEEK_END)
+
+    def try_pread(self, offset: int, view: memoryview) -> bool:
+        try:
+            if self._has_nowait:
+                return os.preadv(self.descriptor, (view,), offset, os.RWF_NOWAIT) == len(view)
+            return self._in_memory and os.preadv(self.descriptor, (view,), offset) == len(view)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP or not self._has_nowait:
+                raise
+            self._has_nowait = False
+            return self.try_pread(offset, view)
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        view = memoryview(data)
+        length = len(view)
+        if length > INLINE_WRITE_MAX or not self._may_write_inline(offset, offset + length):
+            return False
+        started = perf_counter()
+        if started < self._inline_writes_from:
+            return False
+        written = os.pwrite(self.descriptor, view, offset)
+        if perf_counter() - started > SLOW_WRITE_S:
+            self._inline_writes_from = started + SLOW_WRITE_PAUSE_S
+        return written == length
+
+    def _may_write_inline(self, start: int, stop: int) -> bool:
+        """Whether every page that the range covers in part is in memory."""
+        if not self._has_nowait:
+            return self._in_memory
+        if start % _PAGE_SIZE and not self._is_resident(align_down(start, _PAGE_SIZE)):
+            return False
+        return not stop % _PAGE_SIZE or self._is_resident(align_down(stop, _PAGE_SIZE))
+
+    def _is_resident(self, page_offset: int) -> bool:
+        probe = memoryview(bytearray(1))
+        return self.try_pread(page_offset, probe) or page_offset >= self.size
+
+    async def pread(self, offset: int, view: memoryview) -> None:
+        await workers().run(self._pread, offset, view)
+
+    def _pread(self, offset: int, view: memoryview) -> None:
+        position = 0
+        while position < len(view):
+            count = os.preadv(self.descriptor, (view[position:],), offset + position)
+            if count == 0:
+                view[position:] = bytes(len(view) - position)
+                return
+            position += count
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        await workers().run(self._pwrite, offset, memoryview(data))
+
+    def _pwrite(self, offset: int, view: memoryview) -> None:
+        position = 0
+        while position < len(view):
+            count = os.pwrite(self.descriptor, view[position:], offset + position)
+            if count == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            position += count
+
+    async def fdatasync(self) -> None:
+        await workers().run(os.fdatasync, self.descriptor)
+
+    async def punch(self, offset: int, length: int) -> bool:
+        return await workers().run(system.fallocate, self.descriptor, system.PUNCH, offset, length)
+
+    async def zero(self, offset: int, length: int) -> bool:
+        return await workers().run(system.fallocate, self.descriptor, system.ZERO, offset, length)
+
+    async def truncate(self, size: int) -> None:
+        await workers().run(os.ftruncate, self.descriptor, size)
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        await workers().run(os.posix_fadvise, self.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def data_extent(self, offset: int) -> tuple[bool, int]:
+        size = self.size
+        if self.is_block_device:
+            return True, size
+        try:
+            data_start = os.lseek(self.descriptor, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return False, size
+            if error.errno == errno.EINVAL:
+                return True, size
+            raise
+        if data_start > offset:
+            return False, data_start
+        return True, os.lseek(self.descriptor, offset, os.SEEK_HOLE)
+
+    async def close(self) -> None:
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)

@@ -1,0 +1,90 @@
+"""Worker threads for calls that may block, with one wake-up of the loop for all that finished meanwhile.
+
+`asyncio`'s executor wakes the loop once per call; under a queue of cold reads that is the larger part of the cost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+THREADS_MAX = 16
+"""Calls in the kernel at once: what a disk queue and the small hand-over cost make worthwhile on few cores."""
+
+_Job = tuple["asyncio.Future[Any]", Callable[..., Any], tuple[Any, ...]]
+
+
+class Workers:
+    """Threads of one event loop; started as they are needed, they end with the process or at `close`."""
+
+    def __init__(self, threads_max: int = THREADS_MAX) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._threads_max = threads_max
+        self._threads: list[threading.Thread] = []
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._active_count = 0
+        self._finished: deque[tuple[asyncio.Future[Any], Any, BaseException | None]] = deque()
+        self._is_notified = False
+
+    def run(self, function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        """Call `function(*args)` on a worker; its result or exception arrives in the future."""
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._active_count += 1
+        if self._active_count > len(self._threads) and len(self._threads) < self._threads_max:
+            thread = threading.Thread(target=self._work, name=f"nbdimg-io-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._jobs.put((future, function, args))
+        return future
+
+    def close(self) -> None:
+        """End the threads once the jobs that were given are done."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            future, function, args = job
+            try:
+                self._finished.append((future, function(*args), None))
+            except BaseException as error:
+                self._finished.append((future, None, error))
+            if not self._is_notified:
+                self._is_notified = True
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._is_notified = False
+        finished = self._finished
+        while finished:
+            future, result, error = finished.popleft()
+            self._active_count -= 1
+            if future.cancelled():
+                continue
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+
+_workers: dict[asyncio.AbstractEventLoop, Workers] = {}
+
+
+def workers() -> Workers:
+    """The running loop's workers."""
+    loop = asyncio.get_running_loop()
+    found = _workers.get(loop)
+    if found is None:
+        for old in [old for old in _workers if old.is_closed()]:
+            _workers.pop(old).close()
+        found = _workers[loop] = Workers()
+    return found

@@ -1,0 +1,56 @@
+"""Byte units, alignment arithmetic, and sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from nbdimg.errors import ConfigError
+
+KiB = 1 << 10
+MiB = 1 << 20
+GiB = 1 << 30
+TiB = 1 << 40
+
+_SUFFIXES = {"": 1, "K": KiB, "M": MiB, "G": GiB, "T": TiB, "P": 1 << 50, "E": 1 << 60}
+_SIZE = re.compile(r"(\d+)\s*([KMGTPE]?)(?:i?B)?", re.IGNORECASE)
+
+
+def align_down(value: int, unit: int) -> int:
+    """The largest multiple of `unit` that is at most `value`: align_down(1000, 512) == 512."""
+    return value - value % unit
+
+
+def align_up(value: int, unit: int) -> int:
+    """The smallest multiple of `unit` that is at least `value`: align_up(513, 512) == 1024."""
+    return -(-value // unit) * unit
+
+
+def div_ceil(value: int, unit: int) -> int:
+    """How many `unit`s hold `value`: div_ceil(513, 512) == 2."""
+    return -(-value // unit)
+
+
+def is_power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `4096`, `64K`, `64KiB`, `10G`: suffixes are powers of 1024, as in qemu-img.
+
+    Raises:
+        ConfigError: the text is no size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"{text!r} is not a size: expected a number with an optional K, M, G, T, P or E")
+    return int(match[1]) * _SUFFIXES[match[2].upper()]
+
+
+def format_size(size: int) -> str:
+    """A size for people: `1.5 GiB`, `512 B`."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"

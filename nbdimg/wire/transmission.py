@@ -1,0 +1,207 @@
+"""From bytes to requests, without I/O.
+
+The receiver does not own the memory that bytes arrive in. A loop has one receive buffer for all its connections, and
+a turn is: fill, parse, handle, *park*. What is left of a turn is one of three things:
+
+    ┌────────┐  header complete   ┌──────────────────────┐
+    │ HEADER │ ─────────────────▶ │ a request is returned │   payload, if any, lies in the shared buffer
+    └────────┘                    └──────────────────────┘
+       │  payload longer than what arrived
+       ▼
+    ┌─────────┐  a buffer of its own is filled, first in the list that `buffers` returns, with a short spill into
+    │ PAYLOAD │  the shared buffer behind it, so that the next header costs no system call of its own
+    └─────────┘
+
+    HEADER with `starved` set: the payload's buffer was refused (`allocate` returned None); nothing more is parsed
+    until the owner finds room and calls `next_request` again.
+
+Invariants
+    (R1) `buffers` → fill → `received(n)` → `next_request` until None → `park`: in this order, each turn.
+    (R2) between `park` and `buffers` the receiver holds no view of the shared buffer.
+    (R3) a payload is whole before its request is returned: half a WRITE changes nothing.
+    (R4) any bytes give requests or ProtocolError, nothing else.
+
+Spec: proto.md "Request message"; branch extension-ext-header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from struct import Struct, unpack_from
+
+from nbdimg.errors import ProtocolError
+from nbdimg.wire.constants import EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, Command, CommandFlag
+from nbdimg.wire.messages import COMPACT_REQUEST, EXTENDED_REQUEST, Request
+
+CONTEXT_IDS_MAX = 1024
+"""Context ids in one BLOCK_STATUS payload; an export has a handful."""
+
+_WRITE = int(Command.WRITE)
+_BLOCK_STATUS = int(Command.BLOCK_STATUS)
+_PAYLOAD_LEN = int(CommandFlag.PAYLOAD_LEN)
+
+
+class Receiver:
+    """Slices one connection's byte stream into requests.
+
+    Args:
+        scratch: the shared receive buffer.
+        spill_size: bytes of `scratch` offered behind a payload.
+        payload_max: the longest payload, in bytes; a longer one is a ProtocolError.
+        allocate: gives a writable buffer of the asked length, or None when there is no room now.
+        is_extended: requests are 32 bytes long.
+    """
+
+    __slots__ = (
+        "_allocate",
+        "_carry",
+        "_end",
+        "_filled",
+        "_header",
+        "_magic",
+        "_partial",
+        "_payload",
+        "_payload_max",
+        "_position",
+        "_scratch",
+        "_spill_size",
+        "starved",
+    )
+
+    def __init__(
+        self,
+        scratch: memoryview,
+        spill_size: int,
+        payload_max: int,
+        allocate: Callable[[int], memoryview | None],
+        *,
+        is_extended: bool,
+    ) -> None:
+        self._scratch = scratch
+        self._spill_size = spill_size
+        self._payload_max = payload_max
+        self._allocate = allocate
+        self._header: Struct = EXTENDED_REQUEST if is_extended else COMPACT_REQUEST
+        self._magic = EXTENDED_REQUEST_MAGIC if is_extended else REQUEST_MAGIC
+        self._carry = b""
+        self._position = 0
+        self._end = 0
+        self._partial: Request | None = None
+        self._payload: memoryview | None = None
+        self._filled = 0
+        self.starved = False
+
+    def is_mid_request(self) -> bool:
+        """Whether bytes of an unfinished request have arrived."""
+        return self._partial is not None or bool(self._carry)
+
+    def buffers(self) -> list[memoryview]:
+        """Where the next bytes belong, in this order; never empty."""
+        if self._payload is not None:
+            return [self._payload[self._filled :], self._scratch[: self._spill_size]]
+        carry = self._carry
+        self._position = 0
+        self._end = len(carry)
+        if carry:
+            self._scratch[: self._end] = carry
+            self._carry = b""
+        return [self._scratch[self._end :]]
+
+    def received(self, count: int) -> None:
+        """`count` bytes were put into the views that `buffers` returned."""
+        payload = self._payload
+        if payload is None:
+            self._end += count
+            return
+        taken = min(count, len(payload) - self._filled)
+        self._filled += taken
+        self._position = 0
+        self._end = count - taken
+
+    def feed(self, data: bytes) -> None:
+        """Bytes that arrived by another way, behind the handshake: kept for the next turn.
+
+        Raises: ProtocolError: more than the receive buffer holds.
+        """
+        if len(self._carry) + len(data) > len(self._scratch):
+            raise ProtocolError(f"{len(data)} bytes were sent behind the handshake before its answer")
+        self._carry += data
+
+    def next_request(self) -> Request | None:
+        """The next complete request, or None when more bytes or more room are needed.
+
+        Raises: ProtocolError: the magic is wrong or the payload too long: the stream cannot go on.
+        """
+        payload = self._payload
+        if payload is not None:
+            if self._filled < len(payload):
+                return None
+            request = self._partial
+            assert request is not None
+            self._payload = self._partial = None
+            self._filled = 0
+            return self._completed(request, payload, owned=True)
+        position = self._position
+        header = self._header
+        if self._end - position < header.size:
+            return None
+        magic, flags, command, cookie, offset, length = header.unpack_from(self._scratch, position)
+        if magic != self._magic:
+            raise ProtocolError(f"request magic is {magic:#010x}, expected {self._magic:#010x}")
+        if command != _WRITE and not (flags & _PAYLOAD_LEN and header is EXTENDED_REQUEST):
+            self._position = position + header.size
+            return Request(command, flags, cookie, offset, length)
+        return self._with_payload(Request(command, flags, cookie, offset, length))
+
+    def _with_payload(self, request: Request) -> Request | None:
+        length = request.length
+        if length > self._payload_max:
+            raise ProtocolError(f"payload of command {request.command} is {length} bytes, allowed {self._payload_max}")
+        start = self._position + self._header.size
+        stop = start + length
+        if stop <= self._end:
+            self._position = stop
+            self.starved = False
+            return self._completed(request, self._scratch[start:stop], owned=False)
+        payload = self._allocate(length)
+        if payload is None:
+            self.starved = True
+            return None
+        self.starved = False
+        self._filled = self._end - start
+        payload[: self._filled] = self._scratch[start : self._end]
+        self._position = self._end
+        self._payload, self._partial = payload, request
+        return None
+
+    def _completed(self, request: Request, payload: memoryview, *, owned: bool) -> Request:
+        request.owns_payload = owned
+        request.payload = payload
+        if request.command == _WRITE:
+            if self._header is EXTENDED_REQUEST:
+                request.flags &= ~_PAYLOAD_LEN
+        elif request.command != _BLOCK_STATUS:
+            request.fault = f"command {request.command} takes no payload"
+        elif 8 <= len(payload) <= 8 + 4 * CONTEXT_IDS_MAX and len(payload) % 4 == 0:
+            (request.length,) = unpack_from(">Q", payload)
+            request.contexts = unpack_from(f">{(len(payload) - 8) // 4}I", payload, 8)
+        else:
+            request.fault = (
+                f"block status payload is {len(payload)} bytes, expected 8 + 4n, n at most {CONTEXT_IDS_MAX}"
+            )
+        return request
+
+    def park(self) -> None:
+        """Give up the shared buffer at the end of a turn: what was not parsed is copied."""
+        if self._position < self._end:
+            self._carry = bytes(self._scratch[self._position : self._end])
+        self._position = self._end = 0
+
+    def resume(self) -> None:
+        """Parse again what `park` kept, without new bytes: room was found, or a turn's budget had run out."""
+        if self._payload is None:
+            self.buffers()
+        elif self._carry:
+            self._scratch[: len(self._carry)] = self._carry
+            self._position, self._end = 0, len(self._carry)
+            self._carry = b""

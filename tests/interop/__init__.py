@@ -1,0 +1,1 @@
+"""Tests against real NBD clients and servers of other projects."""
