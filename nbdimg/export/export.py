@@ -104,7 +104,9 @@ class Export:
         Raises: OSError, NbdimgError: the request failed, now.
         """
         if request.command == _WRITE:
-            return self._submit_write(request)
+            if request.length and not self._write_now(request):
+                return self._submit_write(request)
+            return self.image.flush() if request.flags & _FUA else None
         if request.command == Command.FLUSH:
             return None if self.image.gate.is_clean else self.image.flush()
         if request.length == 0:
@@ -115,22 +117,20 @@ class Export:
             return self.image.prefetch(request.offset, request.length)
         return self._submit_unmap(request)
 
-    def _submit_write(self, request: Request) -> Work[None] | None:
-        offset, payload = request.offset, request.payload
+    def _write_now(self, request: Request) -> bool:
+        payload = request.payload
         assert payload is not None
-        if payload and not self._write_now(offset, payload):
-            request.keep_payload()
-            data = request.payload
-            assert data is not None
-            return self._change(request, lambda: self.image.write(offset, data))
-        return self.image.flush() if request.flags & _FUA else None
-
-    def _write_now(self, offset: int, payload: memoryview) -> bool:
         if self.inflight.count:
-            start, stop = self._sectors(offset, len(payload))
+            start, stop = self._sectors(request.offset, request.length)
             if self.inflight.conflicts(start, stop, is_exclusive=True):
                 return False
-        return self.image.try_write(offset, payload)
+        return self.image.try_write(request.offset, payload)
+
+    def _submit_write(self, request: Request) -> Work[None]:
+        request.keep_payload()
+        offset, payload = request.offset, request.payload
+        assert payload is not None
+        return self._change(request, lambda: self.image.write(offset, payload))
 
     def _submit_unmap(self, request: Request) -> Work[None]:
         offset, length, flags = request.offset, request.length, request.flags

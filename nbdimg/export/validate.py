@@ -65,9 +65,24 @@ class Rules:
         self._payload_max = export.payload_max
         self._alignment = export.block_size_min if session.obeys_block_size else 1
         self._contexts = session.contexts
+        self._plain = frozenset[int]()
+        """Commands that, without flags, need only their range checked."""
+        if self._alignment == 1:
+            self._plain = frozenset({_READ} if self._is_read_only else {_READ, _WRITE})
 
     def check(self, request: Request) -> RequestError | None:
         """Why a request is refused; None: it may be submitted."""
+        length = request.length
+        if (
+            not request.flags
+            and request.command in self._plain
+            and request.offset + length <= self._size
+            and length <= self._payload_max
+        ):
+            return None
+        return self._check_closely(request)
+
+    def _check_closely(self, request: Request) -> RequestError | None:
         if request.fault is not None:
             return RequestError(errno.EINVAL, request.fault)
         command = request.command

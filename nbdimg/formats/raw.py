@@ -26,6 +26,7 @@ class RawDriver:
         self.size = file.size
         self._starts: list[int] = []
         self._runs: list[Extent] = []
+        self._whole = self._extent(ExtentKind.DATA, 0, self.size)
         self._recent = self._extent(ExtentKind.ZERO, 0, 0)
 
     def _extent(self, kind: ExtentKind, start: int, stop: int) -> Extent:
@@ -67,6 +68,9 @@ class RawDriver:
         self._starts.clear()
         self._runs.clear()
         self._recent = self._extent(ExtentKind.ZERO, 0, 0)
+
+    def place(self, offset: int) -> Extent | Miss:
+        return self._whole
 
     async def load(self, miss: Miss) -> None:
         raise AssertionError("a raw image has no tables to miss")

@@ -63,6 +63,10 @@ class FormatDriver(Protocol):
         """The extent that holds the guest byte at `offset` (below `size`). It may begin before it."""
         ...
 
+    def place(self, offset: int) -> Extent | Miss:
+        """The extent in which a write to the guest byte at `offset` goes in place; its kind says nothing."""
+        ...
+
     async def load(self, miss: Miss) -> None:
         """Bring in what `map` lacked."""
         ...

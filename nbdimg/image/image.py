@@ -7,14 +7,14 @@ the whole thing now or change nothing and say no; both paths use the same look-u
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from nbdimg.errors import RequestError
 from nbdimg.image.driver import Extent, ExtentKind, FormatDriver, Miss
 from nbdimg.image.flush import FlushGate
 from nbdimg.storage import ordering
-from nbdimg.storage.file import BlockFile, Buffer
+from nbdimg.storage.file import Buffer
 from nbdimg.units import MiB
 
 ZERO_WRITE_SIZE = 1 * MiB
@@ -59,8 +59,8 @@ class Image:
     def size(self) -> int:
         return self.driver.size
 
-    async def _extent(self, offset: int) -> Extent:
-        while isinstance(extent := self.driver.map(offset), Miss):
+    async def _extent(self, look_up: Callable[[int], Extent | Miss], offset: int) -> Extent:
+        while isinstance(extent := look_up(offset), Miss):
             await self.driver.load(extent)
         return extent
 
@@ -88,16 +88,17 @@ class Image:
 
         Raises: ImageFailed: an earlier flush failed. OSError: the write did.
         """
-        extent = self.driver.map(offset)
+        extent = self.driver.place(offset)
         if isinstance(extent, Miss) or not extent.writable or offset < self._guarded_size:
             return False
         skip = offset - extent.offset
         if skip + len(data) > extent.length:
             return False
-        self.gate.check()
+        gate = self.gate
+        gate.check()
         if not extent.file.try_pwrite(extent.file_offset + skip, data):
             return False
-        self.gate.changed()
+        gate.changed()
         return True
 
     async def read(self, offset: int, view: memoryview) -> list[Segment]:
@@ -107,7 +108,7 @@ class Image:
         segments = []
         start, stop = offset, offset + len(view)
         while offset < stop:
-            extent = await self._extent(offset)
+            extent = await self._extent(self.driver.map, offset)
             count = min(extent.stop, stop) - offset
             is_hole = extent.kind is not _DATA
             if not is_hole:
@@ -122,10 +123,11 @@ class Image:
         view = memoryview(data)
         self.gate.check()
         if offset < self._guarded_size:
-            await self._check_head(offset, view)
+            await self._check_head(offset, view[: self._guarded_size - offset])
         try:
             while view:
-                extent = await self._writable_extent(offset)
+                extent = await self._extent(self.driver.place, offset)
+                assert extent.writable
                 piece = view[: extent.stop - offset]
                 await extent.file.pwrite(extent.file_offset + offset - extent.offset, piece)
                 offset += len(piece)
@@ -133,17 +135,11 @@ class Image:
         finally:
             self.gate.changed()
 
-    async def _writable_extent(self, offset: int) -> Extent:
-        extent = await self._extent(offset)
-        assert extent.writable, f"{self.driver.name}: extent at {offset} has no place to write to"
-        return extent
-
-    async def _check_head(self, offset: int, view: memoryview) -> None:
-        """Raises: RequestError: EPERM, the guard's reason."""
+    async def _check_head(self, offset: int, piece: Buffer) -> None:
+        """Raises: RequestError: EPERM, the guard's reason against `piece` at `offset`."""
         assert self._guard is not None
         head = bytearray(min(self._guard.size, self.size))
         await self.read(0, memoryview(head))
-        piece = view[: len(head) - offset]
         head[offset : offset + len(piece)] = piece
         reason = self._guard.reason(bytes(head))
         if reason is not None:
@@ -151,34 +147,46 @@ class Image:
 
     async def trim(self, offset: int, length: int) -> None:
         """Give the range's space back where that can be done; else the range stays as it is: trim is advice."""
-        async for file, start, count, kind in self._in_place(offset, length):
-            if kind is _DATA:
-                await file.punch(start, count)
+
+        async def punch(extent: Extent, start: int, count: int) -> None:
+            if extent.kind is _DATA:
+                await extent.file.punch(start, count)
+
+        await self._change_in_place(offset, length, punch)
 
     async def zero(self, offset: int, length: int, *, may_unmap: bool, is_fast_only: bool) -> None:
         """Make the range read as zeroes, with its space kept unless `may_unmap`.
 
         Raises: RequestError: ENOTSUP with `is_fast_only`, when it would take a write of zeroes.
         """
-        async for file, start, count, kind in self._in_place(offset, length):
-            if may_unmap and (kind is not _DATA or await file.punch(start, count)):
-                continue
+
+        async def zero(extent: Extent, start: int, count: int) -> None:
+            file = extent.file
+            if may_unmap and (extent.kind is not _DATA or await file.punch(start, count)):
+                return
             if await file.zero(start, count):
-                continue
+                return
             if is_fast_only:
                 raise RequestError(errno.EOPNOTSUPP, "zeroes would have to be written out here", offset)
             for position in range(start, start + count, ZERO_WRITE_SIZE):
                 await file.pwrite(position, _ZEROES[: start + count - position])
 
-    async def _in_place(self, offset: int, length: int) -> AsyncIterator[tuple[BlockFile, int, int, ExtentKind]]:
-        """The range's pieces as (file, file offset, length, kind), for a change that the caller makes to each."""
+        await self._change_in_place(offset, length, zero)
+
+    async def _change_in_place(
+        self, offset: int, length: int, change: Callable[[Extent, int, int], Awaitable[None]]
+    ) -> None:
+        """Call `change(extent, file offset, length)` for each piece of the range."""
         self.gate.check()
         stop = offset + length
+        if offset < self._guarded_size:
+            await self._check_head(offset, bytes(min(stop, self._guarded_size) - offset))
         while offset < stop:
-            extent = await self._writable_extent(offset)
+            extent = await self._extent(self.driver.map, offset)
+            assert extent.writable
             count = min(extent.stop, stop) - offset
             try:
-                yield extent.file, extent.file_offset + offset - extent.offset, count, extent.kind
+                await change(extent, extent.file_offset + offset - extent.offset, count)
             finally:
                 self.driver.unmapped(offset, count)
                 self.gate.changed()
@@ -189,7 +197,7 @@ class Image:
         extents: list[Extent] = []
         stop = offset + length
         while offset < stop and len(extents) < extents_max:
-            extent = await self._extent(offset)
+            extent = await self._extent(self.driver.map, offset)
             skip = offset - extent.offset
             count = min(extent.stop, stop) - offset
             clipped = Extent(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable
+from typing import NamedTuple
 
 from nbdimg.errors import ProtocolError, escaped
 from nbdimg.server.outbox import Outbox
@@ -20,11 +21,21 @@ from nbdimg.server.transmission import Transmission
 from nbdimg.units import KiB
 from nbdimg.wire.handshake import Handshake, State
 
+logger = logging.getLogger("nbdimg")
+
 HANDSHAKE_RECEIVE_SIZE = 16 * KiB
 """Bytes taken at once during the handshake."""
 
 DRAIN_QUIET_S = 0.25
 """While the server drains, a connection with nothing in flight is closed after this much silence."""
+
+
+class Watch(NamedTuple):
+    """What a sweep saw of a connection's input. `since_s` is when the client last owed nothing, or paid enough."""
+
+    since_s: float
+    handled_count: int
+    received_bytes: int
 
 
 class Connection:
@@ -44,11 +55,13 @@ class Connection:
         self._is_reading = False
         self._is_finishing = False
         self._is_draining = False
-        now = shared.loop.time()
-        self._started_s = now
-        self._last_input_s = now
-        self._request_since_s: float | None = None
-        self._request_bytes = 0
+        self._started_s = shared.loop.time()
+        self._received_bytes = 0
+        self._watch = Watch(self._started_s, 0, 0)
+
+    def start(self) -> None:
+        """Greet the client."""
+        assert self._handshake is not None
         self.unpause()
         self.outbox.put(self._handshake.greeting())
         self.outbox.send_turn()
@@ -58,7 +71,6 @@ class Connection:
         if self._is_reading:
             self._is_reading = False
             self._shared.loop.remove_reader(self._sock.fileno())
-        self._request_since_s = None
 
     def unpause(self) -> None:
         if not (self._is_reading or self._is_finishing or self._is_closed):
@@ -78,6 +90,10 @@ class Connection:
             self._on_broken(error)
         except ProtocolError as error:
             self.protocol_error(error)
+        except Exception as error:
+            self._say(logging.ERROR, f"closed after an internal error: {type(error).__name__}: {error}")
+            logger.debug("the failure's traceback", exc_info=error)
+            self.close()
 
     def _receive_requests(self, transmission: Transmission) -> None:
         buffers = transmission.buffers()
@@ -91,17 +107,8 @@ class Connection:
             transmission.park()
             self._end_of_input()
             return
-        now = self._shared.loop.time()
-        self._last_input_s = now
-        if transmission.received(count):
-            self._request_since_s = None
-        if not transmission.is_mid_request():
-            self._request_since_s = None
-        elif self._request_since_s is None:
-            self._request_since_s = now
-            self._request_bytes = 0
-        else:
-            self._request_bytes += count
+        self._received_bytes += count
+        transmission.received(count)
 
     def _receive_options(self) -> None:
         handshake = self._handshake
@@ -110,7 +117,6 @@ class Connection:
         if not options:
             self._end_of_input()
             return
-        self._last_input_s = self._shared.loop.time()
         self.outbox.put_or_queue(handshake.receive(options))
         if handshake.state is State.DONE:
             self._begin_transmission(handshake)
@@ -175,27 +181,33 @@ class Connection:
             self.close()
         else:
             self._transmission.is_draining = True
-            self._last_input_s = self._shared.loop.time()
 
     def check_deadlines(self, now: float) -> None:
         """Close the connection if its client has let a deadline pass. Called every so often."""
         limits = self._shared.limits
-        if self._transmission is None and now - self._started_s >= limits.handshake_timeout_s:
-            self._give_up(f"no handshake within {limits.handshake_timeout_s:g} s")
+        transmission = self._transmission
+        if transmission is None:
+            if now - self._started_s >= limits.handshake_timeout_s:
+                self._give_up(f"no handshake within {limits.handshake_timeout_s:g} s")
             return
-        since = self._request_since_s
-        if since is not None and now - since >= limits.request_timeout_s:
-            if self._request_bytes < limits.payload_rate * limits.request_timeout_s:
-                self._give_up(f"half a request, and {self._request_bytes} more bytes in {now - since:.1f} s")
-                return
-            self._request_since_s = now
-            self._request_bytes = 0
-        stalled = self.outbox.stalled_since_s
-        if stalled is not None and now - stalled >= limits.stall_timeout_s:
+        stalled_since = self.outbox.stalled_since_s
+        if stalled_since is not None and now - stalled_since >= limits.stall_timeout_s:
             self._give_up(f"took no reply for {limits.stall_timeout_s:g} s")
-        elif self._is_draining and now - self._last_input_s >= DRAIN_QUIET_S:
-            self._is_finishing = True
-            self.close_if_done()
+            return
+        watch = self._watch
+        received = self._received_bytes - watch.received_bytes
+        is_mid_request = transmission.is_mid_request()
+        if self._is_draining and not received and not is_mid_request:
+            if now - watch.since_s >= DRAIN_QUIET_S:
+                self._is_finishing = True
+                self.close_if_done()
+        elif not is_mid_request or transmission.handled_count != watch.handled_count:
+            self._watch = Watch(now, transmission.handled_count, self._received_bytes)
+        elif now - watch.since_s >= limits.request_timeout_s:
+            if received < limits.payload_rate * limits.request_timeout_s:
+                self._give_up(f"the rest of a request did not come: {received} bytes in {now - watch.since_s:.1f} s")
+            else:
+                self._watch = Watch(now, transmission.handled_count, self._received_bytes)
 
     def _give_up(self, reason: str) -> None:
         self._say(logging.WARNING, f"closed: {reason}")

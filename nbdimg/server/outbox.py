@@ -67,8 +67,11 @@ class Outbox:
 
     def put(self, data: bytes) -> None:
         """Lay out `data` in this turn."""
-        at = self.room(len(data))
+        at = self.fill
         end = at + len(data)
+        if end > ARENA_SIZE:
+            self.send_turn()
+            at, end = 0, len(data)
         self._arena[at:end] = data
         self.fill = end
 

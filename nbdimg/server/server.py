@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
+from typing import Any
 
 from nbdimg.errors import NbdimgError
 from nbdimg.export.registry import Registry
@@ -36,6 +37,13 @@ SWEEPS_PER_TIMEOUT = 20
 SWEEP_INTERVAL_MAX_S = 0.25
 
 
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """A callback failed in a way that nobody foresaw: one line, and the server goes on."""
+    error = context.get("exception")
+    logger.error("internal error: %s: %r", context.get("message"), error)
+    logger.debug("the failure's traceback", exc_info=error)
+
+
 class Server:
     """Serves a registry's exports. Must be made, used and closed on one running loop."""
 
@@ -52,6 +60,7 @@ class Server:
         shortest_s = min(self._limits.handshake_timeout_s, self._limits.request_timeout_s, self._limits.stall_timeout_s)
         self._sweep_interval_s = min(shortest_s / SWEEPS_PER_TIMEOUT, SWEEP_INTERVAL_MAX_S)
         self._sweeper = self._loop.call_later(self._sweep_interval_s, self._sweep)
+        self._loop.set_exception_handler(_report)
 
     def listen(self, uri: NbdUri) -> NbdUri:
         """Accept connections at `uri` from now on. Returns it with the real port. Raises: ListenError."""
@@ -95,8 +104,10 @@ class Server:
             )
             sock.close()
             return
-        self._connections.add(Connection(sock, peer, self._shared, self._forget))
+        connection = Connection(sock, peer, self._shared, self._forget)
+        self._connections.add(connection)
         self._is_empty.clear()
+        connection.start()
 
     def _forget(self, connection: Connection) -> None:
         self._connections.discard(connection)

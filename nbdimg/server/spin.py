@@ -14,7 +14,7 @@ import asyncio
 import os
 from time import perf_counter
 
-WINDOW_MAX_S = 100e-6
+WINDOW_MAX_S = 200e-6
 """The longest poll behind a request; a wake-up costs 20 to 100 µs."""
 
 WINDOW_MIN_S = 12e-6

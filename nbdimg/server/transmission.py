@@ -106,6 +106,8 @@ class Transmission:
         self._is_wake_scheduled = False
         self._is_pump_scheduled = False
         self._has_finished_input = False
+        self.handled_count = 0
+        """Requests that have arrived complete."""
         self.in_flight = 0
         self.is_draining = False
 
@@ -117,13 +119,13 @@ class Transmission:
         """Where the next bytes belong."""
         return self._receiver.buffers()
 
-    def received(self, count: int) -> int:
-        """Bytes arrived in what `buffers` returned: handle them. Returns how many requests were complete.
+    def received(self, count: int) -> None:
+        """Bytes arrived in what `buffers` returned: handle them.
 
         Raises: ProtocolError: the connection must end.
         """
         self._receiver.received(count)
-        return self._process()
+        self._process()
 
     def park(self) -> None:
         """Nothing came: what `buffers` had laid out is kept for later."""
@@ -141,32 +143,42 @@ class Transmission:
             or self._held is not None
         )
 
-    def _process(self) -> int:
+    def _process(self) -> None:
         receiver = self._receiver
+        next_request = receiver.next_request
+        check = self._refuse_all if self.is_draining else self._rules.check
+        outbox = self._outbox
+        turn_requests = self._limits.turn_requests
         handled = 0
         is_stopped = False
         try:
-            while not (is_stopped := self._is_full() or handled == self._limits.turn_requests):
-                request = receiver.next_request()
-                if request is None:
-                    break
+            while (request := next_request()) is not None:
                 handled += 1
                 if request.command == _DISC:
                     self._finish_input()
                     break
-                self._handle(request)
+                refusal = check(request)
+                if refusal is not None:
+                    self._refuse(request, refusal)
+                elif request.command == _READ:
+                    self._read(request)
+                else:
+                    self._submit(request)
+                if handled == turn_requests or ((self.in_flight or outbox.pending_bytes) and self._is_full()):
+                    is_stopped = True
+                    break
         finally:
             receiver.park()
-            self._outbox.send_turn()
+            outbox.send_turn()
         if self._streams:
             self._schedule_pump()
         if is_stopped or receiver.starved:
             self._pause()
-        if handled == self._limits.turn_requests:
+        if handled == turn_requests:
             self._wake()
+        self.handled_count += handled
         if self._has_finished_input:
             self._shell.close_if_done()
-        return handled
 
     def _finish_input(self) -> None:
         self._has_finished_input = True
@@ -203,14 +215,8 @@ class Transmission:
         except ProtocolError as error:
             self._shell.protocol_error(error)
 
-    def _handle(self, request: Request) -> None:
-        refusal = _SHUTTING_DOWN if self.is_draining else self._rules.check(request)
-        if refusal is not None:
-            self._refuse(request, refusal)
-        elif request.command == _READ:
-            self._read(request)
-        else:
-            self._submit(request)
+    def _refuse_all(self, request: Request) -> RequestError:
+        return _SHUTTING_DOWN
 
     def _submit(self, request: Request) -> None:
         try:
@@ -220,7 +226,8 @@ class Transmission:
             return
         if work is None:
             self._outbox.put(self._replies.done(request))
-            self._release(request)
+            if request.owns_payload:
+                self._release(request)
             return
         self.in_flight += 1
         self._shared.start(self._finish(request, work))
@@ -295,19 +302,21 @@ class Transmission:
                 self.in_flight += 1
                 self._streams.append(Stream(request, request.offset))
             else:
+                self.in_flight += 1
                 self._read_whole(request)
             return
         if not length:
             outbox.put(self._replies.done(request))
             return
-        at = outbox.room(self._header_size + length)
-        start = at + self._header_size
+        header_size = self._header_size
+        at = outbox.room(header_size + length)
+        start = at + header_size
         end = start + length
         offset = request.offset
         try:
             count = self._export.try_read(offset, offset + length, self._shared.arena_view[start:end])
         except (OSError, NbdimgError) as error:
-            self._refuse(request, error)
+            self._outbox.put(self._read_error(request, error, offset))
             return
         if count == length:
             self._replies.put_data(self._shared.arena, at, request, offset, length, True)
@@ -316,15 +325,15 @@ class Transmission:
             self.in_flight += 1
             self._streams.append(Stream(request, offset))
         else:
+            self.in_flight += 1
             self._read_whole(request)
 
     def _read_whole(self, request: Request) -> None:
-        """A READ whose data must be complete before the first byte is sent: simple replies, and DF."""
+        """A READ in flight whose data must be complete before the first byte is sent: simple replies, and DF."""
         view = self._take(request.length)
         if view is None:
             self._held = request
             return
-        self.in_flight += 1
         self._shared.start(self._finish_whole(request, view, self._export.read(request.offset, view)))
 
     async def _finish_whole(self, request: Request, view: memoryview, work: Work[list[Segment]]) -> None:
@@ -343,14 +352,20 @@ class Transmission:
 
     async def _segments(self, request: Request, work: Work[list[Segment]], offset: int) -> list[Segment] | None:
         """What a slow read found; None: its error has been queued."""
+        failure: OSError | NbdimgError
         try:
             return await work
         except (OSError, NbdimgError) as error:
-            number, text, where = describe(error)
+            failure = error
         except Exception as error:
-            number, text, where = describe(self._bug(request, error))
-        self._outbox.queue([self._replies.error(request, number, text, offset if where is None else where)])
+            failure = self._bug(request, error)
+        self._outbox.queue([self._read_error(request, failure, offset)])
         return None
+
+    def _read_error(self, request: Request, error: OSError | NbdimgError, offset: int) -> bytes:
+        """A READ that failed at guest `offset`, or where the error itself says."""
+        number, text, where = describe(error)
+        return self._replies.error(request, number, text, offset if where is None else where)
 
     def _schedule_pump(self) -> None:
         if not self._is_pump_scheduled:
@@ -382,8 +397,7 @@ class Transmission:
         try:
             count = self._export.try_read(position, stream.stop, self._shared.arena_view[start : start + want])
         except (OSError, NbdimgError) as error:
-            number, text, where = describe(error)
-            outbox.put(self._replies.error(request, number, text, position if where is None else where))
+            outbox.put(self._read_error(request, error, position))
             self._completed()
             return 0
         if count == 0:

@@ -33,8 +33,11 @@ class Plan:
 
 
 async def run(plan: Plan) -> None:
-    """Carry out a plan. Raises: OSError: from that stage on nothing is known to be durable."""
+    """Carry out a plan. Raises: OSError, when no write is under way any more: from that stage on nothing is durable."""
     for stage in plan.stages:
         if stage:
-            await asyncio.gather(*(plan.file.pwrite(write.offset, write.data) for write in stage))
+            writes = (plan.file.pwrite(write.offset, write.data) for write in stage)
+            for outcome in await asyncio.gather(*writes, return_exceptions=True):
+                if isinstance(outcome, BaseException):
+                    raise outcome
         await plan.file.fdatasync()

@@ -19,18 +19,18 @@ from time import perf_counter
 from nbdimg.storage import system
 from nbdimg.storage.file import Buffer
 from nbdimg.storage.workers import workers
-from nbdimg.units import MiB, align_down
+from nbdimg.units import MiB
 
 INLINE_WRITE_MAX = 1 * MiB
 """Bytes; a copy of this size into the page cache takes about 0.2 ms, which is what a neighbour waits."""
 
-SLOW_WRITE_S = 0.005
+SLOW_WRITE_S = 0.020
 """An inline write that takes longer was throttled by the kernel."""
 
 SLOW_WRITE_PAUSE_S = 1.0
 """How long writes then go to workers."""
 
-_PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
+_PAGE_MASK = os.sysconf("SC_PAGE_SIZE") - 1
 
 
 class PosixFile:
@@ -53,6 +53,7 @@ class PosixFile:
             raise
         self._in_memory = system.is_memory_file_system(status.st_dev)
         self._has_nowait = True
+        self._writes_inline = True
         self._inline_writes_from = 0.0
 
     @property
@@ -70,28 +71,28 @@ class PosixFile:
             if error.errno != errno.EOPNOTSUPP or not self._has_nowait:
                 raise
             self._has_nowait = False
+            self._writes_inline = self._in_memory
             return self.try_pread(offset, view)
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
-        view = memoryview(data)
-        length = len(view)
-        if length > INLINE_WRITE_MAX or not self._may_write_inline(offset, offset + length):
+        length = len(data)
+        if length > INLINE_WRITE_MAX or not self._writes_inline:
+            return False
+        if (offset | length) & _PAGE_MASK and not self._has_edges(offset, offset + length):
             return False
         started = perf_counter()
         if started < self._inline_writes_from:
             return False
-        written = os.pwrite(self.descriptor, view, offset)
+        written = os.pwrite(self.descriptor, data, offset)
         if perf_counter() - started > SLOW_WRITE_S:
             self._inline_writes_from = started + SLOW_WRITE_PAUSE_S
         return written == length
 
-    def _may_write_inline(self, start: int, stop: int) -> bool:
-        """Whether every page that the range covers in part is in memory."""
-        if not self._has_nowait:
-            return self._in_memory
-        if start % _PAGE_SIZE and not self._is_resident(align_down(start, _PAGE_SIZE)):
+    def _has_edges(self, start: int, stop: int) -> bool:
+        """Whether the pages that the range covers only in part are in memory: else they would have to be read."""
+        if start & _PAGE_MASK and not self._is_resident(start & ~_PAGE_MASK):
             return False
-        return not stop % _PAGE_SIZE or self._is_resident(align_down(stop, _PAGE_SIZE))
+        return not stop & _PAGE_MASK or self._is_resident(stop & ~_PAGE_MASK)
 
     def _is_resident(self, page_offset: int) -> bool:
         probe = memoryview(bytearray(1))

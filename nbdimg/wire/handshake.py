@@ -43,6 +43,7 @@ from nbdimg.wire.constants import (
     OptionReply,
     TransmissionFlag,
 )
+from nbdimg.wire.messages import to_wire
 
 GREETING = Struct(">QQH")
 CLIENT_FLAGS = Struct(">I")
@@ -277,7 +278,7 @@ class Handshake:
             return None
         (flags,) = CLIENT_FLAGS.unpack_from(self._buffer)
         self._buffer = self._buffer[CLIENT_FLAGS.size :]
-        if flags & ~SERVER_FLAGS:
+        if flags & ~int(SERVER_FLAGS):
             raise ProtocolError(f"client flags are {flags:#x}, allowed {int(SERVER_FLAGS):#x}")
         self._is_fixed = bool(flags & HandshakeFlag.FIXED_NEWSTYLE)
         self._pads_export_name = not flags & HandshakeFlag.NO_ZEROES
@@ -297,6 +298,10 @@ class Handshake:
         self._charge(length)
         self._buffer = self._buffer[OPTION_HEADER.size :]
         self._discard = length
+        if number == Option.ABORT:
+            return self._abort(number, _Data(b""))
+        if number == Option.SET_META_CONTEXT:
+            self._forget_contexts()
         if number == Option.EXPORT_NAME:
             raise ProtocolError(f"export name of {length} bytes, allowed {STRING_MAX}")
         refusal = self._tls_refusal(number)
@@ -331,7 +336,7 @@ class Handshake:
         return OPTION_REPLY.pack(OPTION_REPLY_MAGIC, number, reply, len(payload)) + payload
 
     def _refuse(self, number: int, error: OptionError) -> bytes:
-        return self._reply(number, error.reply, str(error).encode()[:STRING_MAX])
+        return self._reply(number, error.reply, to_wire(str(error)))
 
     def _find(self, name: str) -> ExportInfo:
         """Raises: OptionError: shutting down, unknown, or only over TLS."""
@@ -446,8 +451,7 @@ class Handshake:
     def _meta_context(self, number: int, data: _Data) -> bytes:
         is_list = number == Option.LIST_META_CONTEXT
         if not is_list:
-            self._negotiated.context_export = None
-            self._negotiated.contexts = {}
+            self._forget_contexts()
             if not (self._negotiated.is_structured or self._negotiated.is_extended):
                 raise _invalid("SET_META_CONTEXT needs STRUCTURED_REPLY or EXTENDED_HEADERS first")
         name = data.string()
@@ -468,6 +472,11 @@ class Handshake:
             for context_id, context in self._negotiated.contexts.items()
         ]
         return b"".join(replies) + self._reply(number, OptionReply.ACK)
+
+    def _forget_contexts(self) -> None:
+        """Spec: proto.md NBD_OPT_SET_META_CONTEXT: every call replaces what was selected, also one that fails."""
+        self._negotiated.context_export = None
+        self._negotiated.contexts = {}
 
     def _query_count(self, count: int) -> int:
         """A count that the data could hold: each query takes four bytes at least."""

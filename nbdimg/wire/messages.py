@@ -53,18 +53,32 @@ _HOLE = int(Chunk.OFFSET_HOLE)
 StatusExtents = Sequence[tuple[int, int]]
 
 
+def to_wire(text: str) -> bytes:
+    """A sentence for the client, cut to the specification's 4096 bytes between two characters."""
+    return text.encode("utf-8", "replace")[:STRING_MAX].decode("utf-8", "ignore").encode()
+
+
 class Request:
     """One request. `command` and `flags` are the wire's numbers, known or not; offset and length are bytes.
 
     `payload` is set for a WRITE, and valid only until the receiver's next call unless `owns_payload`: see
-    `transmission.Receiver`. `contexts` holds the ids of a BLOCK_STATUS with payload. `fault` is a sentence when the
-    message was malformed but the stream is in step: the request is to be answered EINVAL.
+    `transmission.Receiver`.
     """
 
-    __slots__ = ("command", "contexts", "cookie", "fault", "flags", "length", "offset", "owns_payload", "payload")
+    __slots__ = ("command", "cookie", "flags", "length", "offset", "owns_payload", "payload")
+
+    contexts: tuple[int, ...] | None = None
+    fault: str | None = None
 
     def __init__(
-        self, command: int, flags: int, cookie: int, offset: int, length: int, payload: memoryview | None = None
+        self,
+        command: int,
+        flags: int,
+        cookie: int,
+        offset: int,
+        length: int,
+        payload: memoryview | None = None,
+        owns_payload: bool = False,
     ) -> None:
         self.command = command
         self.flags = flags
@@ -72,9 +86,7 @@ class Request:
         self.offset = offset
         self.length = length
         self.payload = payload
-        self.owns_payload = False
-        self.contexts: tuple[int, ...] | None = None
-        self.fault: str | None = None
+        self.owns_payload = owns_payload
 
     def keep_payload(self) -> None:
         """Make the payload outlive the receive buffer, by copying it if it must be."""
@@ -84,6 +96,21 @@ class Request:
 
     def __repr__(self) -> str:
         return f"Request({self.command}, {self.flags:#x}, {self.cookie:#x}, {self.offset}, {self.length})"
+
+
+class PayloadRequest(Request):
+    """A request other than WRITE that came with a payload, under extended headers.
+
+    `contexts` holds the ids of a BLOCK_STATUS. `fault` is a sentence when the message was malformed but the stream is
+    in step: it is to be answered EINVAL.
+    """
+
+    __slots__ = ("contexts", "fault")
+
+    def __init__(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
+        super().__init__(command, flags, cookie, offset, length)
+        self.contexts = None
+        self.fault = None
 
 
 class Replies:
@@ -139,11 +166,8 @@ class _ChunkedReplies(Replies):
     def hole(self, request: Request, offset: int, length: int, is_last: bool) -> bytes:
         return self._chunk(request, _HOLE, HOLE_PAYLOAD.pack(offset, length), is_last)
 
-    def done(self, request: Request) -> bytes:
-        return self._chunk(request, _NONE, b"", True)
-
     def error(self, request: Request, error: NbdError, text: str, offset: int | None = None) -> bytes:
-        message = text.encode("utf-8", "replace")[:STRING_MAX]
+        message = to_wire(text)
         payload = ERROR_PAYLOAD.pack(error, len(message)) + message
         if offset is None:
             return self._chunk(request, Chunk.ERROR, payload, True)
@@ -154,6 +178,9 @@ class StructuredReplies(_ChunkedReplies):
     """20-byte chunks, negotiated by STRUCTURED_REPLY."""
 
     data_header_size = STRUCTURED_DATA.size
+
+    def done(self, request: Request) -> bytes:
+        return STRUCTURED_CHUNK.pack(STRUCTURED_REPLY_MAGIC, CHUNK_DONE, _NONE, request.cookie, 0)
 
     def put_data(self, buffer: bytearray, at: int, request: Request, offset: int, length: int, is_last: bool) -> None:
         STRUCTURED_DATA.pack_into(
@@ -173,6 +200,9 @@ class ExtendedReplies(_ChunkedReplies):
     """32-byte chunks with 64-bit lengths, negotiated by EXTENDED_HEADERS."""
 
     data_header_size = EXTENDED_DATA.size
+
+    def done(self, request: Request) -> bytes:
+        return EXTENDED_CHUNK.pack(EXTENDED_REPLY_MAGIC, CHUNK_DONE, _NONE, request.cookie, request.offset, 0)
 
     def put_data(self, buffer: bytearray, at: int, request: Request, offset: int, length: int, is_last: bool) -> None:
         EXTENDED_DATA.pack_into(

@@ -27,11 +27,11 @@ Spec: proto.md "Request message"; branch extension-ext-header.
 from __future__ import annotations
 
 from collections.abc import Callable
-from struct import Struct, unpack_from
+from struct import unpack_from
 
 from nbdimg.errors import ProtocolError
 from nbdimg.wire.constants import EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, Command, CommandFlag
-from nbdimg.wire.messages import COMPACT_REQUEST, EXTENDED_REQUEST, Request
+from nbdimg.wire.messages import COMPACT_REQUEST, EXTENDED_REQUEST, PayloadRequest, Request
 
 CONTEXT_IDS_MAX = 1024
 """Context ids in one BLOCK_STATUS payload; an export has a handful."""
@@ -57,7 +57,8 @@ class Receiver:
         "_carry",
         "_end",
         "_filled",
-        "_header",
+        "_header_size",
+        "_is_extended",
         "_magic",
         "_partial",
         "_payload",
@@ -65,6 +66,7 @@ class Receiver:
         "_position",
         "_scratch",
         "_spill_size",
+        "_unpack",
         "starved",
     )
 
@@ -81,7 +83,10 @@ class Receiver:
         self._spill_size = spill_size
         self._payload_max = payload_max
         self._allocate = allocate
-        self._header: Struct = EXTENDED_REQUEST if is_extended else COMPACT_REQUEST
+        header = EXTENDED_REQUEST if is_extended else COMPACT_REQUEST
+        self._unpack = header.unpack_from
+        self._header_size = header.size
+        self._is_extended = is_extended
         self._magic = EXTENDED_REQUEST_MAGIC if is_extended else REQUEST_MAGIC
         self._carry = b""
         self._position = 0
@@ -132,55 +137,62 @@ class Receiver:
 
         Raises: ProtocolError: the magic is wrong or the payload too long: the stream cannot go on.
         """
-        payload = self._payload
-        if payload is not None:
-            if self._filled < len(payload):
-                return None
-            request = self._partial
-            assert request is not None
-            self._payload = self._partial = None
-            self._filled = 0
-            return self._completed(request, payload, owned=True)
+        if self._payload is not None:
+            return self._with_own_payload()
         position = self._position
-        header = self._header
-        if self._end - position < header.size:
+        body = position + self._header_size
+        if body > self._end:
             return None
-        magic, flags, command, cookie, offset, length = header.unpack_from(self._scratch, position)
+        magic, flags, command, cookie, offset, length = self._unpack(self._scratch, position)
         if magic != self._magic:
             raise ProtocolError(f"request magic is {magic:#010x}, expected {self._magic:#010x}")
-        if command != _WRITE and not (flags & _PAYLOAD_LEN and header is EXTENDED_REQUEST):
-            self._position = position + header.size
-            return Request(command, flags, cookie, offset, length)
-        return self._with_payload(Request(command, flags, cookie, offset, length))
+        if command == _WRITE:
+            if self._is_extended:
+                flags &= ~_PAYLOAD_LEN
+            stop = body + length
+            if stop <= self._end and length <= self._payload_max:
+                self._position = stop
+                self.starved = False
+                return Request(command, flags, cookie, offset, length, self._scratch[body:stop])
+            return self._begin_payload(Request(command, flags, cookie, offset, length), body)
+        if flags & _PAYLOAD_LEN and self._is_extended:
+            return self._begin_payload(PayloadRequest(command, flags, cookie, offset, length), body)
+        self._position = body
+        return Request(command, flags, cookie, offset, length)
 
-    def _with_payload(self, request: Request) -> Request | None:
+    def _begin_payload(self, request: Request, start: int) -> Request | None:
+        """A payload of its own buffer: what has arrived of it is copied there."""
         length = request.length
         if length > self._payload_max:
             raise ProtocolError(f"payload of command {request.command} is {length} bytes, allowed {self._payload_max}")
-        start = self._position + self._header.size
-        stop = start + length
-        if stop <= self._end:
-            self._position = stop
-            self.starved = False
-            return self._completed(request, self._scratch[start:stop], owned=False)
         payload = self._allocate(length)
         if payload is None:
             self.starved = True
             return None
         self.starved = False
-        self._filled = self._end - start
-        payload[: self._filled] = self._scratch[start : self._end]
-        self._position = self._end
+        self._filled = min(self._end - start, length)
+        payload[: self._filled] = self._scratch[start : start + self._filled]
+        self._position = start + self._filled
         self._payload, self._partial = payload, request
-        return None
+        return self._with_own_payload()
 
-    def _completed(self, request: Request, payload: memoryview, *, owned: bool) -> Request:
-        request.owns_payload = owned
+    def _with_own_payload(self) -> Request | None:
+        payload, request = self._payload, self._partial
+        assert payload is not None
+        assert request is not None
+        if self._filled < len(payload):
+            return None
+        self._payload = self._partial = None
+        self._filled = 0
         request.payload = payload
-        if request.command == _WRITE:
-            if self._header is EXTENDED_REQUEST:
-                request.flags &= ~_PAYLOAD_LEN
-        elif request.command != _BLOCK_STATUS:
+        request.owns_payload = True
+        if isinstance(request, PayloadRequest):
+            self._interpret(request, payload)
+        return request
+
+    def _interpret(self, request: PayloadRequest, payload: memoryview) -> None:
+        """Spec: extension-ext-header "NBD_CMD_BLOCK_STATUS": effect length u64, then ids u32."""
+        if request.command != _BLOCK_STATUS:
             request.fault = f"command {request.command} takes no payload"
         elif 8 <= len(payload) <= 8 + 4 * CONTEXT_IDS_MAX and len(payload) % 4 == 0:
             (request.length,) = unpack_from(">Q", payload)
@@ -189,7 +201,6 @@ class Receiver:
             request.fault = (
                 f"block status payload is {len(payload)} bytes, expected 8 + 4n, n at most {CONTEXT_IDS_MAX}"
             )
-        return request
 
     def park(self) -> None:
         """Give up the shared buffer at the end of a turn: what was not parsed is copied."""
