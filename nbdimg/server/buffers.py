@@ -23,6 +23,7 @@ class BufferPool:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.lent_bytes = 0
+        self._was_used = False
         self._kept_bytes = 0
         self._kept: dict[int, list[memoryview]] = {}
 
@@ -32,6 +33,7 @@ class BufferPool:
     def take(self, length: int) -> memoryview:
         """A buffer of `length` bytes with any content; `give` must follow."""
         self.lent_bytes += length
+        self._was_used = True
         size = 1 << (length - 1).bit_length() if length else 1
         kept = self._kept.get(size)
         if kept:
@@ -49,3 +51,10 @@ class BufferPool:
         if self._kept_bytes + size <= KEPT_BYTES_MAX:
             self._kept_bytes += size
             self._kept.setdefault(size, []).append(whole)
+
+    def tidy(self) -> None:
+        """Give kept buffers back to the system if none was taken since the last call."""
+        if not self._was_used:
+            self._kept.clear()
+            self._kept_bytes = 0
+        self._was_used = False

@@ -43,6 +43,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket, peer: str, shared: Shared, on_closed: Callable[[Connection], None]) -> None:
         self._sock = sock
+        self.descriptor = sock.fileno()
         self._peer = peer
         self._shared = shared
         self._on_closed = on_closed
@@ -70,12 +71,19 @@ class Connection:
         """Take no more input for now."""
         if self._is_reading:
             self._is_reading = False
-            self._shared.loop.remove_reader(self._sock.fileno())
+            self._shared.loop.remove_reader(self.descriptor)
 
     def unpause(self) -> None:
         if not (self._is_reading or self._is_finishing or self._is_closed):
             self._is_reading = True
-            self._shared.loop.add_reader(self._sock.fileno(), self._on_readable)
+            self._shared.loop.add_reader(self.descriptor, self._on_readable)
+
+    def on_hangup(self) -> None:
+        """The client is gone, or its socket failed: receive what is left, or send, to meet the end or the error."""
+        if self._is_reading:
+            self._on_readable()
+        elif self.outbox.pending_bytes:
+            self.outbox.send_pending()
 
     def _on_readable(self) -> None:
         self._shared.spinner.touch()

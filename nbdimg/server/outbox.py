@@ -113,7 +113,7 @@ class Outbox:
         self._keep(parts[-1], on_sent)
         if not self._is_waiting and not self._is_scheduled:
             self._is_scheduled = True
-            self._shared.loop.call_soon(self._send_pending)
+            self._shared.loop.call_soon(self.send_pending)
 
     def _keep(self, part: Part, on_sent: Sent | None) -> None:
         self._pending.append((part, on_sent))
@@ -123,10 +123,10 @@ class Outbox:
         if not self._is_waiting:
             self._is_waiting = True
             self.stalled_since_s = self._shared.loop.time()
-            self._shared.loop.add_writer(self._sock.fileno(), self._send_pending)
+            self._shared.loop.add_writer(self._sock.fileno(), self.send_pending)
 
-    def _send_pending(self) -> None:
-        """Send until the socket is full or a turn's bytes have left."""
+    def send_pending(self) -> None:
+        """Send what waits, until the socket is full or a turn's bytes have left."""
         self._is_scheduled = False
         left = self._shared.limits.turn_bytes
         while self._pending and left > 0 and not self.is_broken:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
+import select
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +29,7 @@ ACCEPTS_PER_TURN = 64
 """Connections accepted before others get their turn."""
 
 ACCEPT_PAUSE_S = 0.2
-"""How long accepting rests when the process has run out of descriptors or memory."""
+"""How long accepting rests after an error: the process has run out of descriptors or memory."""
 
 SWEEPS_PER_TIMEOUT = 20
 """Deadlines are looked at this often within the shortest of them: 5 % late at most."""
@@ -52,7 +52,8 @@ class Server:
         self._limits = limits or Limits()
         self._loop = asyncio.get_running_loop()
         self._shared = Shared(self._loop, registry, self._limits)
-        self._connections: set[Connection] = set()
+        self._connections: dict[int, Connection] = {}
+        self._hangups = select.poll()
         self._is_empty = asyncio.Event()
         self._is_empty.set()
         self._listeners: list[socket.socket] = []
@@ -79,8 +80,6 @@ class Server:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    raise
                 self._shared.log.say(logging.ERROR, f"cannot accept a connection: {error.strerror}")
                 self._loop.remove_reader(listener.fileno())
                 self._loop.call_later(ACCEPT_PAUSE_S, self._accept_again, listener)
@@ -105,19 +104,30 @@ class Server:
             sock.close()
             return
         connection = Connection(sock, peer, self._shared, self._forget)
-        self._connections.add(connection)
+        self._connections[connection.descriptor] = connection
+        self._hangups.register(connection.descriptor, 0)
         self._is_empty.clear()
         connection.start()
 
     def _forget(self, connection: Connection) -> None:
-        self._connections.discard(connection)
+        del self._connections[connection.descriptor]
+        self._hangups.unregister(connection.descriptor)
         if not self._connections:
             self._is_empty.set()
 
     def _sweep(self) -> None:
+        """Look at every connection's deadlines, and for clients that are gone.
+
+        A reset that comes together with bytes is reported once by libuv, which then stops watching the socket: the
+        poll here, which asks for nothing but errors and hang-ups, sees it.
+        """
         now = self._loop.time()
-        for connection in list(self._connections):
+        for descriptor, _ in self._hangups.poll(0):
+            if descriptor in self._connections:
+                self._connections[descriptor].on_hangup()
+        for connection in list(self._connections.values()):
             connection.check_deadlines(now)
+        self._shared.pool.tidy()
         self._sweeper = self._loop.call_later(self._sweep_interval_s, self._sweep)
 
     @property
@@ -128,7 +138,7 @@ class Server:
         """Stop accepting and let clients go in peace, within `drain_timeout_s`."""
         self._registry.is_shutting_down = True
         self._close_listeners()
-        for connection in list(self._connections):
+        for connection in list(self._connections.values()):
             connection.begin_drain()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._is_empty.wait(), self._limits.drain_timeout_s)
@@ -152,7 +162,7 @@ class Server:
         Returns what went wrong with images; the server is closed all the same.
         """
         self._close_listeners()
-        for connection in list(self._connections):
+        for connection in list(self._connections.values()):
             connection.close()
         self._sweeper.cancel()
         while self._shared.tasks:

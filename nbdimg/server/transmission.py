@@ -40,6 +40,7 @@ _READ = int(Command.READ)
 _DISC = int(Command.DISC)
 _DF = int(CommandFlag.DF)
 
+_ZEROES = memoryview(bytes(PIECE_SIZE))
 _SHUTTING_DOWN = RequestError(errno.ESHUTDOWN, "the server is shutting down")
 
 
@@ -48,6 +49,11 @@ def replies_for(session: Session) -> Replies:
     if session.is_extended:
         return ExtendedReplies()
     return StructuredReplies() if session.is_structured else SimpleReplies()
+
+
+def _zeroes(length: int) -> list[Part]:
+    """Zero bytes to send, without making them."""
+    return [_ZEROES[: min(PIECE_SIZE, length - at)] for at in range(0, length, PIECE_SIZE)]
 
 
 class Stream:
@@ -341,13 +347,13 @@ class Transmission:
         if segments is None:
             self._give(view)
         else:
-            for segment in segments:
-                if segment.is_hole:
-                    start = segment.offset - request.offset
-                    view[start : start + segment.length] = bytes(segment.length)
             header = bytearray(self._header_size)
             self._replies.put_data(header, 0, request, request.offset, request.length, True)
-            self._outbox.queue([bytes(header), view], self._giver(view))
+            parts: list[Part] = [bytes(header)]
+            for segment in segments:
+                start = segment.offset - request.offset
+                parts.extend(_zeroes(segment.length) if segment.is_hole else [view[start : start + segment.length]])
+            self._outbox.queue(parts, self._giver(view))
         self._completed()
 
     async def _segments(self, request: Request, work: Work[list[Segment]], offset: int) -> list[Segment] | None:

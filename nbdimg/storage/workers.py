@@ -17,6 +17,7 @@ T = TypeVar("T")
 THREADS_MAX = 16
 """Calls in the kernel at once: what a disk queue and the small hand-over cost make worthwhile on few cores."""
 
+_Outcome = tuple["asyncio.Future[Any]", Any, BaseException | None]
 _Job = tuple["asyncio.Future[Any]", Callable[..., Any], tuple[Any, ...]]
 
 
@@ -29,7 +30,7 @@ class Workers:
         self._threads: list[threading.Thread] = []
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._active_count = 0
-        self._finished: deque[tuple[asyncio.Future[Any], Any, BaseException | None]] = deque()
+        self._finished: deque[_Outcome] = deque()
         self._is_notified = False
 
     def run(self, function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
@@ -53,11 +54,8 @@ class Workers:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            future, function, args = job
-            try:
-                self._finished.append((future, function(*args), None))
-            except BaseException as error:
-                self._finished.append((future, None, error))
+            self._finished.append(_outcome(*job))
+            del job
             if not self._is_notified:
                 self._is_notified = True
                 self._loop.call_soon_threadsafe(self._deliver)
@@ -74,6 +72,14 @@ class Workers:
                 future.set_exception(error)
             else:
                 future.set_result(result)
+
+
+def _outcome(future: asyncio.Future[Any], function: Callable[..., Any], args: tuple[Any, ...]) -> _Outcome:
+    """In a function of its own, so that an idle thread holds no buffer of its last job."""
+    try:
+        return future, function(*args), None
+    except BaseException as error:
+        return future, None, error
 
 
 _workers: dict[asyncio.AbstractEventLoop, Workers] = {}

@@ -14,6 +14,7 @@ reads replies also checks those rules.
 from __future__ import annotations
 
 import errno
+import math
 import select
 import socket
 import struct
@@ -65,12 +66,14 @@ class Client:
     def __init__(self, address: str | tuple[str, int], timeout_s: float = 30.0) -> None:
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         self.sock = socket.socket(family, socket.SOCK_STREAM)
-        self.sock.settimeout(timeout_s)
+        # Connecting to a Unix socket with a full backlog waits only in blocking mode; this limits the wait.
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(timeout_s), 0))
         try:
             self.sock.connect(address)
         except OSError:
             self.sock.close()
             raise
+        self.sock.settimeout(timeout_s)
         if family == socket.AF_INET:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.structured = False
