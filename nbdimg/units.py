@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from nbdimg.errors import ConfigError
+from nbdimg.errors import ConfigError, escaped
 
 KiB = 1 << 10
 MiB = 1 << 20
@@ -12,7 +12,7 @@ GiB = 1 << 30
 TiB = 1 << 40
 
 _SUFFIXES = {"": 1, "K": KiB, "M": MiB, "G": GiB, "T": TiB, "P": 1 << 50, "E": 1 << 60}
-_SIZE = re.compile(r"(\d+)\s*([KMGTPE]?)(?:i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,20})\s*(?:([KMGTPE])(?:iB|B)?|B)?", re.IGNORECASE)
 
 
 def align_down(value: int, unit: int) -> int:
@@ -42,15 +42,5 @@ def parse_size(text: str) -> int:
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise ConfigError(f"{text!r} is not a size: expected a number with an optional K, M, G, T, P or E")
-    return int(match[1]) * _SUFFIXES[match[2].upper()]
-
-
-def format_size(size: int) -> str:
-    """A size for people: `1.5 GiB`, `512 B`."""
-    value = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"
+        raise ConfigError(f"{escaped(text)} is not a size: expected a number with an optional K, M, G, T, P or E")
+    return int(match[1]) * _SUFFIXES[(match[2] or "").upper()]

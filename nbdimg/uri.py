@@ -10,7 +10,7 @@ Source: doc/uri.md of the NBD project. A path of `//disk` is the export name `/d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from nbdimg.errors import ConfigError
 
@@ -31,6 +31,8 @@ class NbdUri:
     @classmethod
     def parse(cls, text: str) -> NbdUri:
         """Raises: ConfigError, naming the part that is wrong and what is allowed."""
+        if not text.isprintable() or " " in text:
+            raise ConfigError(f"{text!r} is not an NBD URI: it has a space or a control character")
         try:
             parts = urlsplit(text)
             port = parts.port
@@ -41,11 +43,10 @@ class NbdUri:
             raise ConfigError(f"{text!r}: the scheme must be nbd, nbds, nbd+unix or nbds+unix")
         if parts.fragment:
             raise ConfigError(f"{text!r}: an NBD URI has no fragment")
-        parameters = dict(parse_qsl(parts.query, keep_blank_values=True))
-        for key in parameters:
-            if key not in _PARAMETERS:
-                raise ConfigError(f"{text!r}: unknown parameter {key!r}, known are {', '.join(_PARAMETERS)}")
-        name = unquote(parts.path.removeprefix("/"))
+        if parts.username is not None:
+            raise ConfigError(f"{text!r}: an NBD URI has no user name")
+        parameters = _parameters(text, parts.query)
+        name = _decoded(text, parts.path.removeprefix("/"))
         is_tls = scheme == "nbds"
         if transport == "unix":
             if parts.netloc:
@@ -61,10 +62,35 @@ class NbdUri:
 
     def __str__(self) -> str:
         scheme = "nbds" if self.is_tls else "nbd"
-        path = f"/{quote(self.name)}"
+        path = f"/{_encoded(self.name)}"
         if self.socket is not None:
-            return f"{scheme}+unix://{path}?socket={quote(self.socket)}"
+            return f"{scheme}+unix://{path}?socket={_encoded(self.socket)}"
         assert self.host is not None
         host = f"[{self.host}]" if ":" in self.host else self.host
         port = "" if self.port == DEFAULT_PORT else f":{self.port}"
         return f"{scheme}://{host}{port}{path}"
+
+
+def _parameters(text: str, query: str) -> dict[str, str]:
+    """The query's parameters; a plus sign is a plus sign, as in RFC 3986."""
+    parameters: dict[str, str] = {}
+    for item in query.split("&") if query else ():
+        key, _, value = item.partition("=")
+        if key not in _PARAMETERS:
+            raise ConfigError(f"{text!r}: unknown parameter {key!r}, known are {', '.join(_PARAMETERS)}")
+        if key in parameters:
+            raise ConfigError(f"{text!r}: {key} is given twice")
+        parameters[key] = _decoded(text, value)
+    return parameters
+
+
+def _decoded(text: str, part: str) -> str:
+    """Percent-decoding; bytes that are not UTF-8 survive as in file names."""
+    decoded = unquote(part, errors="surrogateescape")
+    if "\0" in decoded:
+        raise ConfigError(f"{text!r}: a NUL byte cannot be part of a name or path")
+    return decoded
+
+
+def _encoded(part: str) -> str:
+    return quote(part, errors="surrogateescape")

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from nbdimg import limits
-from nbdimg.errors import ConfigError
+from nbdimg.errors import ConfigError, escaped
 from nbdimg.export.inflight import Entry, InFlight
 from nbdimg.export.status import STATUS_FLAGS, Pairs, status_pairs
 from nbdimg.image.image import Image, Segment
@@ -62,10 +62,10 @@ class Export:
     def __init__(
         self, name: str, image: Image, *, description: str = "", block_size_min: int = 1, payload_max: int
     ) -> None:
-        if not name or len(name.encode()) > STRING_MAX or "\0" in name:
-            raise ConfigError(f"an export's name must be 1 to {STRING_MAX} bytes without NUL")
-        if len(description.encode()) > STRING_MAX or "\0" in description:
-            raise ConfigError(f"an export's description must be at most {STRING_MAX} bytes without NUL")
+        if not name or not _fits_the_wire(name):
+            raise ConfigError(f"export name {escaped(name)}: expected 1 to {STRING_MAX} bytes of UTF-8 without NUL")
+        if not _fits_the_wire(description):
+            raise ConfigError(f"a description must be at most {STRING_MAX} bytes of UTF-8 without NUL")
         if not (is_power_of_two(block_size_min) and block_size_min <= BLOCK_SIZE_MIN_MAX):
             raise ConfigError(
                 f"the minimum block size is {block_size_min}, expected a power of two from 1 to {BLOCK_SIZE_MIN_MAX}"
@@ -187,6 +187,14 @@ class Export:
     async def close(self) -> None:
         """Flush and close the image. No request may be in flight. Raises: ImageFailed."""
         await self.image.close()
+
+
+def _fits_the_wire(text: str) -> bool:
+    """Spec: proto.md "String values"."""
+    try:
+        return len(text.encode()) <= STRING_MAX and "\0" not in text
+    except UnicodeEncodeError:
+        return False
 
 
 def default_name(path: str, taken: Sequence[str]) -> str:

@@ -31,6 +31,7 @@ from typing import Protocol
 
 from nbdimg import limits
 from nbdimg.errors import NbdimgError, ProtocolError, escaped
+from nbdimg.units import MiB
 from nbdimg.wire.constants import (
     DIRTY_BITMAP,
     INIT_MAGIC,
@@ -61,6 +62,9 @@ assert OPTION_REPLY.size == 20
 
 SERVER_FLAGS = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
 EXPORT_NAME_PADDING = 124
+
+ANSWER_BYTES_MAX = 4 * MiB
+"""Once the answers of a handshake exceed this, no further option is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +220,7 @@ class Handshake:
         self._discard = 0
         self._options_left = options_max
         self._bytes_left = option_bytes_max
+        self._answer_bytes_left = ANSWER_BYTES_MAX
         self._pads_export_name = True
         self._is_fixed = True
 
@@ -271,7 +276,9 @@ class Handshake:
         option_data = self._buffer[OPTION_HEADER.size : end]
         self._buffer = self._buffer[end:]
         self._charge(length)
-        return self._answer(number, option_data)
+        answer = self._answer(number, option_data)
+        self._answer_bytes_left -= len(answer)
+        return answer
 
     def _client_flags(self) -> bytes | None:
         if len(self._buffer) < CLIENT_FLAGS.size:
@@ -286,9 +293,10 @@ class Handshake:
         return b""
 
     def _charge(self, length: int) -> None:
+        """Count an option. Answers count too, against the next one: LIST over many exports is no amplifier."""
         self._options_left -= 1
         self._bytes_left -= length
-        if self._options_left < 0 or self._bytes_left < 0:
+        if self._options_left < 0 or self._bytes_left < 0 or self._answer_bytes_left < 0:
             raise ProtocolError("the handshake has more options, or more option data, than is allowed")
 
     def _skip(self, number: int, length: int) -> bytes:

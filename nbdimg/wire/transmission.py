@@ -103,6 +103,7 @@ class Receiver:
     def buffers(self) -> list[memoryview]:
         """Where the next bytes belong, in this order; never empty."""
         if self._payload is not None:
+            assert not self._carry, "R1: what was parked is parsed before more is received"
             return [self._payload[self._filled :], self._scratch[: self._spill_size]]
         carry = self._carry
         self._position = 0

@@ -11,8 +11,8 @@ this same file and exchanges JSON with it. Started that way, it executes the scr
     chunks(h, length, offset, flags=0)    (data, [[offset, length, kind], ...]) of one READ, kind "data" or "hole"
     set_reply_style, reply_style, set_lenient, random_bytes, digest, parallel_load   the functions below
 
-and prints whatever the script stores in `result`. A script that needs a call which this libnbd lacks skips its test. The
-bytes of large payloads never travel in JSON: both sides derive them from a seed.
+and prints whatever the script stores in `result`. A script that needs a call which this libnbd lacks skips its test.
+The bytes of large payloads never travel in JSON: both sides derive them from a seed.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ class Load:
     """Random reads, writes and write-zeroes with many requests in flight, checked against a shadow copy in memory.
 
     A request is issued only where no other one in flight overlaps it, unless both read, so each byte has exactly one
-    right value whatever order the server works in. Connections share the export: what one has been told is written, every
-    other one must read.
+    right value whatever order the server works in. Connections share the export: what one has been told is written,
+    every other one must read.
     """
 
     def __init__(self, handles: list[Any], size: int, in_flight: int, length_max: int, seed: int) -> None:

@@ -1,0 +1,136 @@
+"""Imports go down only: the protocol is free of files, the formats are free of sockets.
+
+Each package lists what it may import of nbdimg; the leaves are open to all. Everything in a module counts, also what a
+function imports or a type checker alone sees.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import nbdimg
+
+ROOT = Path(nbdimg.__file__).parent
+SOURCES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(ROOT.rglob("*.py"))}
+
+LEAVES = {"errors": set[str](), "units": {"errors"}, "limits": {"errors", "units"}, "uri": {"errors", "units"}}
+MAY_IMPORT = {
+    **LEAVES,
+    "wire": {*LEAVES},
+    "storage": {*LEAVES},
+    "image": {"storage", *LEAVES},
+    "formats": {"image", "storage", *LEAVES},
+    "export": {"wire", "image", *LEAVES},
+    "config": {*LEAVES},
+    "server": {"export", "wire", "image", "formats", "config", *LEAVES},
+    "cli": {"", "server", "export", "wire", "image", "formats", "storage", "config", *LEAVES},
+    "__main__": {"cli"},
+    "": {"server", "formats", "config", *LEAVES},
+}
+"""`""` is nbdimg/__init__.py, the public API: nothing below the command line imports it."""
+
+ONLY_IN = {
+    "socket": {"server"},
+    "ssl": {"server"},
+    "uvloop": {"server"},
+    "asyncio": {"storage", "image", "export", "server", "cli"},
+    "typer": {"cli"},
+}
+DESCRIPTOR_CALLS = {"open", "read", "readv", "write", "writev", "lseek", "fsync", "fdatasync", "sendfile", "splice"}
+RANGE_CALLS = {"pread", "preadv", "pwrite", "pwritev", "truncate", "ftruncate", "posix_fallocate", "copy_file_range"}
+FILE_CALLS = DESCRIPTOR_CALLS | RANGE_CALLS
+"""Of `os`; storage/ alone calls them. cli/ opens /dev/null."""
+
+
+def layer_of(source: str) -> str:
+    """`wire/messages.py` is of layer wire, `units.py` of units, `__init__.py` of the root."""
+    return source.partition("/")[0].removesuffix(".py").replace("__init__", "")
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import; `from a import b` gives `a.b`, a relative one begins with a dot."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def import_violation(layer: str, module: str) -> str | None:
+    package, _, rest = module.partition(".")
+    if package == "nbdimg":
+        target = rest.partition(".")[0]
+        target = target if target in MAY_IMPORT else ""
+        allowed = target == layer or target in MAY_IMPORT[layer]
+        return None if allowed else f"{layer or 'nbdimg'} may not import {target or 'nbdimg itself'}"
+    if package in ONLY_IN:
+        return None if layer in ONLY_IN[package] else f"{layer or 'nbdimg'} may not import {package}"
+    return None if package in sys.stdlib_module_names else f"{module} is neither nbdimg's nor the standard library's"
+
+
+def violations(source: str, text: str) -> list[str]:
+    """What `text`, as the file `source` beneath nbdimg/, does that its layer may not do."""
+    layer, tree = layer_of(source), ast.parse(text)
+    found = [(line, import_violation(layer, module)) for line, module in imported(tree)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
+            if node.attr in FILE_CALLS and layer != "storage" and (layer, node.attr) != ("cli", "open"):
+                found.append((node.lineno, f"os.{node.attr} outside storage"))
+        elif isinstance(node, ast.ImportFrom) and node.module == "os" and layer != "storage":
+            calls = sorted(FILE_CALLS & {alias.name for alias in node.names})
+            found += [(node.lineno, f"os.{call} outside storage") for call in calls]
+    return [f"{source}:{line}: {what}" for line, what in sorted(found, key=lambda each: each[0]) if what]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_module_stays_within_its_layer(source: str) -> None:
+    assert violations(source, SOURCES[source]) == []
+
+
+def test_every_layer_of_the_table_exists_and_has_modules() -> None:
+    assert {layer_of(source) for source in SOURCES} == set(MAY_IMPORT)
+
+
+def test_table_has_no_cycle() -> None:
+    order: list[str] = []
+    while len(order) < len(MAY_IMPORT):
+        free = [layer for layer in MAY_IMPORT if layer not in order and MAY_IMPORT[layer] <= set(order)]
+        assert free
+        order += free
+
+
+@pytest.mark.parametrize(
+    ("source", "text", "what"),
+    [
+        ("wire/x.py", "import asyncio", "wire may not import asyncio"),
+        ("wire/x.py", "from nbdimg.storage.file import BlockFile", "wire may not import storage"),
+        ("wire/x.py", "from nbdimg import server", "wire may not import server"),
+        ("wire/x.py", "from nbdimg import Service", "wire may not import nbdimg itself"),
+        ("storage/x.py", "def f():\n    import socket", "storage may not import socket"),
+        ("formats/x.py", "if TYPE_CHECKING:\n    from asyncio import Task", "formats may not import asyncio"),
+        ("formats/raw.py", "import nbdimg.wire.errors as e", "formats may not import wire"),
+        ("image/x.py", "import os\nos.preadv(0, [], 0)", "os.preadv outside storage"),
+        ("server/x.py", "from os import fsync as flush, stat", "os.fsync outside storage"),
+        ("export/x.py", "from nbdimg.formats import open_image", "export may not import formats"),
+        ("cli/x.py", "import ssl", "cli may not import ssl"),
+        ("server/x.py", "from ..cli import main", "..cli.main is neither nbdimg's nor the standard library's"),
+        ("units.py", "import numpy", "numpy is neither nbdimg's nor the standard library's"),
+        ("units.py", "from nbdimg import limits", "units may not import limits"),
+    ],
+)
+def test_control_violation_is_reported(source: str, text: str, what: str) -> None:
+    (found,) = violations(source, text)
+    assert found.startswith(f"{source}:")
+    assert found.endswith(f": {what}")
+
+
+def test_control_what_is_allowed_is_not_reported() -> None:
+    text = "import os, errno\nfrom nbdimg import limits\nfrom nbdimg.units import MiB\nos.stat('x')"
+    assert violations("wire/x.py", text) == []
+    assert violations("storage/x.py", "import os\nos.pread(0, 1, 0)") == []
