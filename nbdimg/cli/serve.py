@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from nbdimg.config import DEFAULT_LISTENER, ExportConfig, ServerConfig
-from nbdimg.errors import ConfigError, ImageError
+from nbdimg.errors import ConfigError
 from nbdimg.formats import DRIVERS, check_format, create_image
 from nbdimg.limits import Limits
 from nbdimg.server.loop import run_loop
@@ -129,19 +129,16 @@ async def _serve(config: ServerConfig) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    try:
-        async with serving(config) as service:
-            for uri in service.uris:
-                print(uri)
-            sys.stdout.flush()
-            await stop.wait()
-            drain = loop.create_task(service.drain())
-            force = loop.create_task(is_forced.wait())
-            await asyncio.wait((drain, force), return_when=asyncio.FIRST_COMPLETED)
-            force.cancel()
-            drain.cancel()
-    except OSError as error:
-        raise ImageError(error.filename or "image", error.strerror or str(error)) from None
+    async with serving(config) as service:
+        for uri in service.uris:
+            print(uri)
+        sys.stdout.flush()
+        await stop.wait()
+        drain = loop.create_task(service.drain())
+        force = loop.create_task(is_forced.wait())
+        await asyncio.wait((drain, force), return_when=asyncio.FIRST_COMPLETED)
+        force.cancel()
+        drain.cancel()
     for failure in service.failures:
         logging.getLogger("nbdimg").error("%s", failure)
     return 1 if service.failures else 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from nbdimg.image.driver import Extent, ExtentKind
-from nbdimg.units import align_up
+from nbdimg.units import align_down, align_up
 from nbdimg.wire.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, Allocation
 
 _HOLE_AND_ZERO = int(Allocation.HOLE | Allocation.ZERO)
@@ -28,7 +28,7 @@ STATUS_FLAGS: dict[str, Callable[[Extent], int]] = {BASE_ALLOCATION: _allocation
 """How each context reads an extent; a context of the namespace qemu:dirty-bitmap: has extents of its own."""
 
 
-def status_pairs(extents: Sequence[Extent], flags_of: Callable[[Extent], int], alignment: int) -> Pairs:
+def status_pairs(extents: Sequence[Extent], value_of: Callable[[Extent], int], alignment: int) -> Pairs:
     """The pairs for extents that follow one another, equal neighbours merged.
 
     Lengths are multiples of `alignment` but for the last. A unit that several extents share gets the smallest of
@@ -36,34 +36,30 @@ def status_pairs(extents: Sequence[Extent], flags_of: Callable[[Extent], int], a
     """
     if not extents:
         return []
-    start = extents[0].offset
+    start = position = extents[0].offset
+    end = extents[-1].stop
     pairs: Pairs = []
-    position = start
     for extent in extents:
-        flags = flags_of(extent)
-        if position > extent.offset:
-            before = pairs[-1][1]
-            shared = min(before, flags)
-            if shared != before:
-                _take_back(pairs, alignment)
-                _append(pairs, alignment, shared)
-        stop = start + align_up(extent.stop - start, alignment)
-        if extent is extents[-1]:
-            stop = extent.stop
+        value = value_of(extent)
+        if position > extent.offset and value < pairs[-1][1]:
+            shared = position - start - align_down(position - start - 1, alignment)
+            _shorten(pairs, shared)
+            _append(pairs, shared, value)
+        stop = min(start + align_up(extent.stop - start, alignment), end)
         if stop > position:
-            _append(pairs, stop - position, flags)
+            _append(pairs, stop - position, value)
             position = stop
     return pairs
 
 
-def _append(pairs: Pairs, length: int, flags: int) -> None:
-    if pairs and pairs[-1][1] == flags:
+def _append(pairs: Pairs, length: int, value: int) -> None:
+    if pairs and pairs[-1][1] == value:
         length += pairs.pop()[0]
-    pairs.append((length, flags))
+    pairs.append((length, value))
 
 
-def _take_back(pairs: Pairs, length: int) -> None:
-    """Shorten the last pair."""
-    before, flags = pairs.pop()
+def _shorten(pairs: Pairs, length: int) -> None:
+    """Take `length` bytes back from the last pair."""
+    before, value = pairs.pop()
     if before > length:
-        pairs.append((before - length, flags))
+        pairs.append((before - length, value))

@@ -128,6 +128,6 @@ class Rules:
             if request.flags & CommandFlag.PAYLOAD_LEN:
                 return RequestError(errno.EINVAL, "PAYLOAD_LEN without a payload")
             return None
-        if len(set(ids)) != len(ids) or any(context_id not in self._contexts for context_id in ids):
-            return RequestError(errno.EINVAL, "the payload names a context that was not selected, or one twice")
+        if not ids or len(set(ids)) != len(ids) or any(context_id not in self._contexts for context_id in ids):
+            return RequestError(errno.EINVAL, "the payload names no context, one that was not selected, or one twice")
         return None

@@ -52,8 +52,8 @@ def listen(uri: NbdUri) -> tuple[list[socket.socket], NbdUri]:
         if uri.socket is not None:
             return [_listen_unix(uri.socket)], uri
         return _listen_tcp(uri)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise ListenError(f"cannot listen on {uri}: {reason}") from None
 
 

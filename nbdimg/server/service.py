@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from nbdimg.config import ExportConfig, ServerConfig
-from nbdimg.errors import ConfigError, NbdimgError
+from nbdimg.errors import ConfigError, ImageError, NbdimgError
 from nbdimg.export.export import Export, default_name
 from nbdimg.export.registry import Registry
 from nbdimg.formats import open_image
@@ -39,7 +39,7 @@ async def serving(config: ServerConfig) -> AsyncIterator[Service]:
 
     Raises:
         ConfigError: the configuration contradicts itself.
-        ImageError, OSError: an image cannot be opened.
+        ImageError: an image cannot be opened.
         ListenError: an address cannot be listened on.
     """
     for uri in config.listeners:
@@ -50,8 +50,11 @@ async def serving(config: ServerConfig) -> AsyncIterator[Service]:
     server = Server(registry, config.limits)
     service = Service(server, [], [])
     try:
+        taken = [export.name for export in config.exports if export.name]
         for export in config.exports:
-            await _add(registry, export, config.limits)
+            name = export.name or default_name(export.path, taken)
+            taken.append(name)
+            await _add(registry, name, export, config.limits)
         for listener in config.listeners:
             actual = server.listen(listener)
             service.uris.extend(replace(actual, name=export.name) for export in registry)
@@ -60,9 +63,11 @@ async def serving(config: ServerConfig) -> AsyncIterator[Service]:
         service.failures.extend(await server.close())
 
 
-async def _add(registry: Registry, config: ExportConfig, limits: Limits) -> None:
-    name = config.name or default_name(config.path, [export.name for export in registry])
-    image = await open_image(config.path, format=config.format, writable=not config.is_read_only)
+async def _add(registry: Registry, name: str, config: ExportConfig, limits: Limits) -> None:
+    try:
+        image = await open_image(config.path, format=config.format, writable=not config.is_read_only)
+    except OSError as error:
+        raise ImageError(config.path, error.strerror or str(error)) from None
     try:
         export = Export(
             name,

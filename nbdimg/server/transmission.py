@@ -10,7 +10,8 @@ three shapes, and comes back as queued parts:
     (T1) Not more than `requests_in_flight` tasks and streams; beyond that, and with `output_bytes` waiting for the
          socket, the connection is *paused*: it neither parses nor receives.
     (T2) A READ's error precedes its data, or follows it in a chunk of its own.
-    (T3) After DISC or the end of input everything in flight is answered, then the connection closes.
+    (T3) Pieces of a stream end where sectors do: no sector is read at two moments.
+    (T4) After DISC or the end of input everything in flight is answered, then the connection closes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from nbdimg.errors import NbdimgError, ProtocolError, RequestError
-from nbdimg.export.export import Export, Status, Work
+from nbdimg.export.export import SECTOR_SIZE, Export, Status, Work
 from nbdimg.export.validate import Rules
 from nbdimg.image.image import Segment
 from nbdimg.limits import PIECE_SIZE, SPILL_SIZE
@@ -396,7 +397,7 @@ class Transmission:
         """Send a stream's next piece; it goes back to the front unless it is done or waits. Returns bytes sent."""
         request, position = stream.request, stream.position
         remaining = stream.stop - position
-        want = min(remaining, PIECE_SIZE)
+        want = min(remaining, PIECE_SIZE - position % SECTOR_SIZE)
         outbox = self._outbox
         at = outbox.room(self._header_size + want)
         start = at + self._header_size

@@ -58,4 +58,4 @@ def lock_image(descriptor: int, path: str, *, writable: bool) -> None:
         else:
             raise
     if is_refused:
-        raise ImageLocked(path, f"cannot be locked for {purpose}: another process has it open for writing or reading")
+        raise ImageLocked(path, f"cannot be locked for {purpose}: another process or export has it open")

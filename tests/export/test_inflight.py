@@ -1,0 +1,245 @@
+"""The overlap queue (I1 to I4) against a list that knows every entry."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass, field
+
+import pytest
+
+from nbdimg.export.inflight import GRANULE_BITS, WIDE_GRANULES, Entry, InFlight
+
+GRANULE = 1 << GRANULE_BITS
+WIDE = WIDE_GRANULES * GRANULE
+
+
+@dataclass(eq=False)
+class Reference:
+    """One entry of the brute-force queue: it waits for every older entry in the way that has not left."""
+
+    number: int
+    start: int
+    stop: int
+    is_exclusive: bool
+    entry: Entry
+    waits_for: set[int] = field(default_factory=set)
+
+    def meets(self, start: int, stop: int, is_exclusive: bool) -> bool:
+        return self.start < stop and start < self.stop and (self.is_exclusive or is_exclusive)
+
+
+class Model:
+    """Drives an InFlight and the reference together, and compares them after every step."""
+
+    def __init__(self) -> None:
+        self.queue = InFlight()
+        self.entries: list[Reference] = []
+        self.number = 0
+        self.woken: list[int] = []
+
+    def conflicts(self, start: int, stop: int, is_exclusive: bool) -> bool:
+        return any(old.meets(start, stop, is_exclusive) for old in self.entries)
+
+    def enter(self, start: int, stop: int, is_exclusive: bool) -> Reference:
+        in_the_way = {old.number for old in self.entries if old.meets(start, stop, is_exclusive)}
+        assert self.queue.conflicts(start, stop, is_exclusive=is_exclusive) == bool(in_the_way)
+        entry = self.queue.enter(start, stop, is_exclusive=is_exclusive)
+        number = self.number
+        self.number += 1
+        entry.on_ready = lambda: self.woken.append(number)
+        added = Reference(number, start, stop, is_exclusive, entry, in_the_way)
+        self.entries.append(added)
+        self.check()
+        return added
+
+    def leave(self, leaving: Reference) -> list[int]:
+        """Returns the numbers of the entries that became ready, in the order in which they were told."""
+        self.woken = []
+        self.entries.remove(leaving)
+        ready = []
+        for other in self.entries:
+            if leaving.number in other.waits_for:
+                other.waits_for.discard(leaving.number)
+                if not other.waits_for:
+                    ready.append(other.number)
+        self.queue.leave(leaving.entry)
+        assert self.woken == ready
+        self.check()
+        return ready
+
+    def check(self) -> None:
+        assert self.queue.count == len(self.entries)
+        running = [entry for entry in self.entries if entry.entry.is_ready]
+        for reference in self.entries:
+            assert reference.entry.is_ready == (not reference.waits_for)
+            assert all(number < reference.number for number in reference.waits_for), "I1"
+            assert (reference.entry.start, reference.entry.stop) == (reference.start, reference.stop), "I3"
+        for index, one in enumerate(running):
+            for other in running[:index]:
+                assert not one.meets(other.start, other.stop, other.is_exclusive), "I2"
+
+
+def assert_empty(queue: InFlight) -> None:
+    assert queue.count == 0
+    assert queue._buckets == {}
+    assert queue._wide == {}
+
+
+def random_range(generator: random.Random) -> tuple[int, int]:
+    """Small ranges, ranges over granule edges, wide ones; crowded, so that many overlap."""
+    kind = generator.randrange(10)
+    if kind < 6:
+        start = generator.randrange(64) * 512
+        return start, start + generator.randint(1, 8) * 512
+    if kind < 8:
+        start = generator.randint(0, 3) * GRANULE + generator.randint(-2, 2) * 512
+        start = max(0, start)
+        return start, start + generator.randint(1, 4) * GRANULE // 2
+    if kind == 8:
+        start = generator.randrange(2 * WIDE)
+        return start, start + generator.randint(WIDE - GRANULE, WIDE + 2 * GRANULE)
+    return 0, 1 << generator.choice([30, 40, 63, 64])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_enter_and_leave_agree_with_the_reference(seed: int) -> None:
+    generator = random.Random(seed)
+    model = Model()
+    for _ in range(200):
+        ready = [entry for entry in model.entries if entry.entry.is_ready]
+        if ready and (generator.random() < 0.45 or len(model.entries) > 40):
+            model.leave(generator.choice(ready))
+        else:
+            start, stop = random_range(generator)
+            model.enter(start, stop, generator.random() < 0.5)
+        start, stop = random_range(generator)
+        for is_exclusive in (False, True):
+            found = model.queue.conflicts(start, stop, is_exclusive=is_exclusive)
+            assert found == model.conflicts(start, stop, is_exclusive), f"seed {seed}"
+    while model.entries:
+        model.leave(generator.choice([entry for entry in model.entries if entry.entry.is_ready]))
+    assert_empty(model.queue)
+
+
+def test_reference_catches_a_queue_that_forgets_wide_entries() -> None:
+    """The control of the test above."""
+
+    class Forgetful(InFlight):
+        def _conflicting(self, start: int, stop: int, is_exclusive: bool) -> object:  # type: ignore[override]
+            return (entry for entry in super()._conflicting(start, stop, is_exclusive) if entry not in self._wide)
+
+    model = Model()
+    model.queue = Forgetful()
+    model.enter(0, 2 * WIDE, True)
+    with pytest.raises(AssertionError):
+        model.enter(0, 512, True)
+
+
+def test_shared_entries_on_one_range_run_together() -> None:
+    model = Model()
+    entries = [model.enter(0, 4096, False) for _ in range(5)]
+    assert all(entry.entry.is_ready for entry in entries)
+
+
+def test_exclusive_entry_waits_for_all_shared_and_blocks_later_ones() -> None:
+    model = Model()
+    readers = [model.enter(0, 4096, False) for _ in range(2)]
+    writer = model.enter(1000, 1001, True)
+    late = model.enter(0, 4096, False)
+    assert not writer.entry.is_ready
+    assert not late.entry.is_ready
+    assert model.leave(readers[0]) == []
+    assert model.leave(readers[1]) == [writer.number]
+    assert model.leave(writer) == [late.number]
+
+
+def test_entries_that_only_touch_do_not_meet() -> None:
+    model = Model()
+    model.enter(0, 512, True)
+    assert model.enter(512, 1024, True).entry.is_ready
+    assert model.enter(GRANULE - 512, GRANULE, True).entry.is_ready
+    assert model.enter(GRANULE, GRANULE + 512, True).entry.is_ready
+
+
+def test_waiters_become_ready_in_order_of_arrival() -> None:
+    model = Model()
+    first = model.enter(0, 100 * 512, True)
+    waiters = [model.enter(n * 512, (n + 1) * 512, True) for n in (7, 3, 99, 0, 50)]
+    assert model.leave(first) == [waiter.number for waiter in waiters]
+
+
+def test_chain_of_exclusive_entries_runs_one_by_one_in_order_of_arrival() -> None:
+    model = Model()
+    chain = [model.enter(0, 512, True) for _ in range(10)]
+    for current, following in itertools.pairwise(chain):
+        assert model.leave(current) == [following.number]
+
+
+def test_entry_over_many_granules_waits_once_for_an_entry_that_it_meets_in_several() -> None:
+    model = Model()
+    first = model.enter(0, 5 * GRANULE, True)
+    second = model.enter(GRANULE, 4 * GRANULE, True)
+    assert model.leave(first) == [second.number]
+
+
+@pytest.mark.parametrize("granules", [WIDE_GRANULES - 1, WIDE_GRANULES, WIDE_GRANULES + 1])
+@pytest.mark.parametrize("start", [0, 1, GRANULE - 1])
+def test_wide_entry_meets_small_ones_at_both_ends_and_not_beyond(granules: int, start: int) -> None:
+    model = Model()
+    stop = start + granules * GRANULE
+    wide = model.enter(start, stop, True)
+    for at in (start, (start + stop) // 2, stop - 1):
+        assert model.queue.conflicts(at, at + 1, is_exclusive=False)
+    assert not model.queue.conflicts(stop, stop + 1, is_exclusive=True)
+    if start:
+        assert not model.queue.conflicts(start - 1, start, is_exclusive=True)
+    small = model.enter(stop - 1, stop, True)
+    assert model.leave(wide) == [small.number]
+    model.leave(small)
+    assert_empty(model.queue)
+
+
+def test_wide_entry_leaves_no_bucket_of_its_neighbours_behind() -> None:
+    model = Model()
+    small = model.enter(3 * GRANULE, 3 * GRANULE + 1, False)
+    wide = model.enter(0, 2 * WIDE, False)
+    model.leave(wide)
+    assert model.queue.conflicts(3 * GRANULE, 3 * GRANULE + 1, is_exclusive=True)
+    model.leave(small)
+    assert_empty(model.queue)
+
+
+def test_conflicts_of_an_empty_queue_is_false_for_any_range() -> None:
+    assert not InFlight().conflicts(0, 1 << 64, is_exclusive=True)
+
+
+def test_conflicts_leaves_no_trace() -> None:
+    """I4: who completes at once never enters."""
+    queue = InFlight()
+    entry = queue.enter(0, 512, is_exclusive=True)
+    buckets = dict(queue._buckets)
+    queue.conflicts(0, 10 * GRANULE, is_exclusive=True)
+    queue.conflicts(0, 2 * WIDE, is_exclusive=True)
+    assert queue._buckets == buckets
+    queue.leave(entry)
+    assert_empty(queue)
+
+
+def test_entry_without_callback_becomes_ready_silently() -> None:
+    queue = InFlight()
+    first = queue.enter(0, 512, is_exclusive=True)
+    second = queue.enter(0, 512, is_exclusive=True)
+    queue.leave(first)
+    assert second.is_ready
+    queue.leave(second)
+
+
+def test_thousands_of_entries_leave_nothing() -> None:
+    generator = random.Random(1)
+    queue = InFlight()
+    entries = [queue.enter(n * 4096, (n + 1) * 4096, is_exclusive=True) for n in range(4096)]
+    generator.shuffle(entries)
+    for entry in entries:
+        queue.leave(entry)
+    assert_empty(queue)

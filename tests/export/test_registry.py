@@ -1,0 +1,93 @@
+"""Names, aliases, adding and removing."""
+
+from __future__ import annotations
+
+import pytest
+
+from nbdimg.errors import ConfigError
+from nbdimg.export.export import Export
+from nbdimg.export.registry import Registry
+from nbdimg.formats.raw import RawDriver
+from nbdimg.image.image import Image
+from nbdimg.storage.memory import MemoryFile
+
+
+def export(name: str) -> Export:
+    return Export(name, Image(RawDriver(MemoryFile(bytes(512))), writable=True), payload_max=1 << 20)
+
+
+def registry(*names: str) -> Registry:
+    made = Registry()
+    for name in names:
+        made.add(export(name))
+    return made
+
+
+def test_lookup_by_name_and_with_a_slash() -> None:
+    exports = registry("a", "b")
+    for name in ("a", "/a"):
+        found = exports.lookup(name)
+        assert found is not None
+        assert found.name == "a"
+
+
+@pytest.mark.parametrize("name", ["", "c", "//a", "a/", "A", "a\0"])
+def test_lookup_of_another_name_finds_nothing(name: str) -> None:
+    exports = registry("a", "b")
+    assert exports.lookup(name) is None
+    assert exports.find(name) is None
+
+
+def test_single_export_answers_to_the_empty_name() -> None:
+    exports = registry("a")
+    found = exports.find("")
+    assert found is not None
+    assert found.name == "a"
+    exports.add(export("b"))
+    assert exports.find("") is None
+
+
+def test_empty_registry_answers_to_nothing() -> None:
+    assert Registry().lookup("") is None
+    assert Registry().lookup("/") is None
+    assert list(Registry().listed()) == []
+
+
+def test_name_with_a_slash_of_its_own_wins_over_the_alias() -> None:
+    exports = registry("a", "/a")
+    found = exports.lookup("/a")
+    assert found is not None
+    assert found.name == "/a"
+
+
+def test_slash_alone_is_no_alias_of_the_single_export_of_another_name() -> None:
+    found = registry("a").lookup("/a")
+    assert found is not None
+    assert found.name == "a"
+
+
+def test_add_of_a_taken_name_is_refused_and_keeps_the_first() -> None:
+    exports = registry("a")
+    first = exports.lookup("a")
+    with pytest.raises(ConfigError, match="two exports are named 'a'"):
+        exports.add(export("a"))
+    assert exports.lookup("a") is first
+
+
+def test_remove_takes_the_export_out_and_frees_its_name() -> None:
+    exports = registry("a", "b")
+    removed = exports.remove("a")
+    assert removed.name == "a"
+    assert exports.lookup("a") is None
+    assert [info.name for info in exports.listed()] == ["b"]
+    exports.add(export("a"))
+    with pytest.raises(KeyError):
+        exports.remove("c")
+
+
+def test_listed_keeps_the_order_of_adding_and_iteration_survives_a_removal() -> None:
+    exports = registry("b", "a", "c")
+    assert [info.name for info in exports.listed()] == ["b", "a", "c"]
+    for found in exports:
+        exports.remove(found.name)
+    assert list(exports) == []

@@ -1,0 +1,108 @@
+"""Plans: what reaches the file before which barrier."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+
+import pytest
+
+from nbdimg.storage.file import Buffer
+from nbdimg.storage.memory import MemoryFile
+from nbdimg.storage.ordering import Plan, Write, run
+
+
+class RecordingFile(MemoryFile):
+    """Notes the start and end of every write and barrier; each takes turns of the loop, later writes fewer."""
+
+    def __init__(self, fail_at: int | None = None, fail_sync: int | None = None) -> None:
+        super().__init__(bytes(4096))
+        self.events: list[str] = []
+        self._fail_at = fail_at
+        self._fail_sync = fail_sync
+        self._sync_count = 0
+        self._turns = 256
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        self.events.append(f"begin {offset}")
+        self._turns //= 4
+        for _ in range(self._turns):
+            await asyncio.sleep(0)
+        if offset == self._fail_at:
+            raise OSError(errno.EIO, "Input/output error")
+        await super().pwrite(offset, data)
+        self.events.append(f"end {offset}")
+
+    async def fdatasync(self) -> None:
+        self.events.append("sync")
+        await asyncio.sleep(0)
+        self._sync_count += 1
+        if self._sync_count == self._fail_sync:
+            raise OSError(errno.EIO, "Input/output error")
+        self.events.append("synced")
+
+
+def stages(*offsets: tuple[int, ...]) -> tuple[tuple[Write, ...], ...]:
+    return tuple(tuple(Write(offset, bytes([offset % 251])) for offset in stage) for stage in offsets)
+
+
+def test_run_puts_a_barrier_behind_each_stage() -> None:
+    file = RecordingFile()
+    asyncio.run(run(Plan(file, stages((1, 2, 3), (10,), (20, 21)))))
+    barriers = [index for index, event in enumerate(file.events) if event == "synced"]
+    assert len(barriers) == 3
+    for stage, offsets in enumerate([(1, 2, 3), (10,), (20, 21)]):
+        for offset in offsets:
+            assert file.events.index(f"end {offset}") < barriers[stage]
+            if stage:
+                assert file.events.index(f"begin {offset}") > barriers[stage - 1]
+    assert file.content[20] == 20
+
+
+def test_run_writes_of_one_stage_are_under_way_together() -> None:
+    file = RecordingFile()
+    asyncio.run(run(Plan(file, stages((1, 2, 3)))))
+    assert file.events[:3] == ["begin 1", "begin 2", "begin 3"]
+
+
+def test_run_empty_stage_is_a_barrier_alone() -> None:
+    file = RecordingFile()
+    asyncio.run(run(Plan(file, ((),))))
+    assert file.events == ["sync", "synced"]
+
+
+def test_run_plan_without_stages_does_nothing() -> None:
+    file = RecordingFile()
+    asyncio.run(run(Plan(file, ())))
+    assert file.events == []
+
+
+def test_run_failed_write_stops_the_barrier_and_later_stages() -> None:
+    file = RecordingFile(fail_at=2)
+    with pytest.raises(OSError, match="Input/output error"):
+        asyncio.run(run(Plan(file, stages((1,), (2, 3), (10,)))))
+    assert file.events.count("synced") == 1
+    assert "begin 10" not in file.events
+
+
+def test_run_failed_barrier_stops_later_stages() -> None:
+    file = RecordingFile(fail_sync=1)
+    with pytest.raises(OSError, match="Input/output error"):
+        asyncio.run(run(Plan(file, stages((1,), (2,)))))
+    assert "begin 2" not in file.events
+
+
+def test_run_after_a_failed_write_nothing_of_its_stage_is_still_under_way() -> None:
+    """Who learns of the failure may close the file: no write may come after."""
+    file = RecordingFile(fail_at=3)
+
+    async def main() -> list[str]:
+        with pytest.raises(OSError, match="Input/output error"):
+            await run(Plan(file, stages((1, 2, 3))))
+        at_failure = list(file.events)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert file.events == at_failure
+        return at_failure
+
+    assert "end 1" in asyncio.run(main())

@@ -1,0 +1,152 @@
+"""Worker threads: results, errors, cancellation, limits, and one wake-up of the loop for many results."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+from nbdimg.storage.workers import Workers, workers
+
+
+def test_run_delivers_results_and_arguments() -> None:
+    async def main() -> list[int]:
+        pool = Workers()
+        return await asyncio.gather(*(pool.run(pow, n, 2) for n in range(200)))
+
+    assert asyncio.run(main()) == [n * n for n in range(200)]
+
+
+def test_run_delivers_exceptions_and_the_worker_lives_on() -> None:
+    def fail() -> None:
+        raise OSError(5, "Input/output error")
+
+    async def main() -> int:
+        pool = Workers(threads_max=1)
+        with pytest.raises(OSError, match="Input/output error"):
+            await pool.run(fail)
+        return await pool.run(len, b"abc")
+
+    assert asyncio.run(main()) == 3
+
+
+def test_run_uses_at_most_so_many_threads_and_others_wait() -> None:
+    async def main() -> None:
+        pool = Workers(threads_max=3)
+        release = threading.Event()
+        running = threading.Semaphore(0)
+        peak = 0
+        now = 0
+        lock = threading.Lock()
+
+        def job() -> None:
+            nonlocal peak, now
+            with lock:
+                now += 1
+                peak = max(peak, now)
+            running.release()
+            release.wait(10)
+            with lock:
+                now -= 1
+
+        futures = [pool.run(job) for _ in range(10)]
+        for _ in range(3):
+            assert await asyncio.to_thread(running.acquire, timeout=10)
+        assert not running.acquire(blocking=False)
+        release.set()
+        await asyncio.gather(*futures)
+        assert peak == 3
+
+    asyncio.run(main())
+
+
+def test_run_on_an_idle_pool_starts_one_thread_only() -> None:
+    async def main() -> int:
+        pool = Workers()
+        before = threading.active_count()
+        for _ in range(20):
+            await pool.run(int)
+        return threading.active_count() - before
+
+    assert asyncio.run(main()) == 1
+
+
+def test_run_cancelled_future_is_ignored_when_its_result_comes() -> None:
+    async def main() -> int:
+        pool = Workers(threads_max=1)
+        gate = threading.Event()
+        first = pool.run(gate.wait, 10)
+        second = pool.run(int, 7)
+        first.cancel()
+        gate.set()
+        return await second
+
+    assert asyncio.run(main()) == 7
+
+
+def test_results_that_are_ready_together_wake_the_loop_once() -> None:
+    async def main() -> int:
+        loop = asyncio.get_running_loop()
+        pool = Workers(threads_max=1)
+        wakeups = 0
+        real = loop.call_soon_threadsafe
+
+        def counted(callback: object, *args: object) -> object:
+            nonlocal wakeups
+            wakeups += 1
+            return real(callback, *args)  # type: ignore[arg-type]
+
+        loop.call_soon_threadsafe = counted  # type: ignore[method-assign, assignment]
+        started, release, finished = threading.Event(), threading.Event(), threading.Event()
+
+        def first() -> None:
+            started.set()
+            release.wait(10)
+
+        futures: list[asyncio.Future[Any]] = [pool.run(first)]
+        futures += [pool.run(int) for _ in range(50)]
+        futures.append(pool.run(finished.set))
+        assert started.wait(10)
+        release.set()
+        assert finished.wait(10)
+        await asyncio.gather(*futures)
+        return wakeups
+
+    assert asyncio.run(main()) <= 2
+
+
+def test_close_ends_the_threads_after_the_jobs_given() -> None:
+    async def main() -> None:
+        pool = Workers(threads_max=2)
+        done: list[int] = []
+        for n in range(20):
+            pool.run(done.append, n)
+        pool.close()
+        assert sorted(done) == list(range(20))
+
+    before = threading.active_count()
+    asyncio.run(main())
+    assert threading.active_count() == before
+
+
+def test_workers_is_one_for_a_loop_and_another_for_the_next() -> None:
+    async def main() -> Workers:
+        assert workers() is workers()
+        await workers().run(int)
+        return workers()
+
+    assert asyncio.run(main()) is not asyncio.run(main())
+
+
+def test_workers_of_a_closed_loop_are_ended_when_the_next_loop_asks() -> None:
+    async def main() -> None:
+        await asyncio.gather(*(workers().run(int) for _ in range(8)))
+
+    asyncio.run(main())
+    asyncio.run(main())
+    count = threading.active_count()
+    for _ in range(5):
+        asyncio.run(main())
+    assert threading.active_count() <= count + 8
