@@ -104,7 +104,10 @@ class Export:
         Raises: OSError, NbdimgError: the request failed, now.
         """
         if request.command == _WRITE:
-            if request.length and not self._write_now(request):
+            payload = request.payload
+            assert payload is not None
+            is_blocked = self.inflight.count and self._is_blocked(request)
+            if payload and (is_blocked or not self.image.try_write(request.offset, payload)):
                 return self._submit_write(request)
             return self.image.flush() if request.flags & _FUA else None
         if request.command == Command.FLUSH:
@@ -117,14 +120,11 @@ class Export:
             return self.image.prefetch(request.offset, request.length)
         return self._submit_unmap(request)
 
-    def _write_now(self, request: Request) -> bool:
-        payload = request.payload
-        assert payload is not None
-        if self.inflight.count:
-            start, stop = self._sectors(request.offset, request.length)
-            if self.inflight.conflicts(start, stop, is_exclusive=True):
-                return False
-        return self.image.try_write(request.offset, payload)
+    def _is_blocked(self, request: Request) -> bool:
+        if not request.length:
+            return False
+        start, stop = self._sectors(request.offset, request.length)
+        return self.inflight.conflicts(start, stop, is_exclusive=True)
 
     def _submit_write(self, request: Request) -> Work[None]:
         request.keep_payload()

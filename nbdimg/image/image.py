@@ -52,7 +52,7 @@ class Image:
         self.path = driver.file.path
         self.is_writable = writable
         self._guard = guard
-        self._guarded_size = guard.size if guard else 0
+        self.guarded_size = guard.size if guard else 0
         self.gate = FlushGate(self.path, self._barrier)
 
     @property
@@ -63,6 +63,20 @@ class Image:
         while isinstance(extent := look_up(offset), Miss):
             await self.driver.load(extent)
         return extent
+
+    def resident(self, offset: int) -> Extent | None:
+        """The extent of stored data around guest `offset`, if it is known without waiting."""
+        extent = self.driver.map(offset)
+        return None if isinstance(extent, Miss) or extent.kind is not _DATA else extent
+
+    def writable(self, offset: int) -> Extent | None:
+        """The extent around guest `offset` in which a write goes in place, if it is known without waiting and the
+        image takes writes there. Whoever writes into it tells `gate.changed`.
+        """
+        if offset < self.guarded_size or self.gate.failure is not None:
+            return None
+        extent = self.driver.place(offset)
+        return None if isinstance(extent, Miss) or not extent.writable else extent
 
     def try_read(self, offset: int, stop: int, view: memoryview) -> int:
         """Read from guest `offset` towards `stop` without waiting, as far as one extent and `view` go.
@@ -88,17 +102,13 @@ class Image:
 
         Raises: ImageFailed: an earlier flush failed. OSError: the write did.
         """
-        extent = self.driver.place(offset)
-        if isinstance(extent, Miss) or not extent.writable or offset < self._guarded_size:
+        self.gate.check()
+        extent = self.writable(offset)
+        if extent is None or offset + len(data) > extent.stop:
             return False
-        skip = offset - extent.offset
-        if skip + len(data) > extent.length:
+        if not extent.file.try_pwrite(extent.file_offset + offset - extent.offset, data):
             return False
-        gate = self.gate
-        gate.check()
-        if not extent.file.try_pwrite(extent.file_offset + skip, data):
-            return False
-        gate.changed()
+        self.gate.changed()
         return True
 
     async def read(self, offset: int, view: memoryview) -> list[Segment]:
@@ -122,8 +132,8 @@ class Image:
         """Write `data` at guest `offset`. On OSError any part of the range may have changed."""
         view = memoryview(data)
         self.gate.check()
-        if offset < self._guarded_size:
-            await self._check_head(offset, view[: self._guarded_size - offset])
+        if offset < self.guarded_size:
+            await self._check_head(offset, view[: self.guarded_size - offset])
         try:
             while view:
                 extent = await self._extent(self.driver.place, offset)
@@ -179,8 +189,8 @@ class Image:
         """Call `change(extent, file offset, length)` for each piece of the range."""
         self.gate.check()
         stop = offset + length
-        if offset < self._guarded_size:
-            await self._check_head(offset, bytes(min(stop, self._guarded_size) - offset))
+        if offset < self.guarded_size:
+            await self._check_head(offset, bytes(min(stop, self.guarded_size) - offset))
         while offset < stop:
             extent = await self._extent(self.driver.map, offset)
             assert extent.writable

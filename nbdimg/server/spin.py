@@ -41,6 +41,7 @@ class Spinner:
 
     def _spin(self) -> None:
         if perf_counter() - self._last_s < self._window_s:
+            os.sched_yield()
             self._loop.call_soon(self._spin)
             return
         self._is_spinning = False

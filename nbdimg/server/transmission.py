@@ -24,6 +24,7 @@ from typing import Protocol
 
 from nbdimg.errors import NbdimgError, ProtocolError, RequestError
 from nbdimg.export.export import SECTOR_SIZE, Export, Status, Work
+from nbdimg.export.lane import Lane
 from nbdimg.export.validate import Rules
 from nbdimg.image.image import Segment
 from nbdimg.limits import PIECE_SIZE, SPILL_SIZE
@@ -106,6 +107,7 @@ class Transmission:
         )
         if leftover:
             self._receiver.feed(leftover)
+        self._lane = Lane(session, export, self._replies, shared.arena, shared.arena_view)
         self._streams: deque[Stream] = deque()
         self._held: Request | None = None
         self._taken_bytes = 0
@@ -151,41 +153,57 @@ class Transmission:
         )
 
     def _process(self) -> None:
-        receiver = self._receiver
-        next_request = receiver.next_request
-        check = self._refuse_all if self.is_draining else self._rules.check
-        outbox = self._outbox
-        turn_requests = self._limits.turn_requests
+        """Handle what has arrived, as far as the turn's budget goes, and send."""
         handled = 0
-        is_stopped = False
         try:
-            while (request := next_request()) is not None:
-                handled += 1
-                if request.command == _DISC:
-                    self._finish_input()
-                    break
-                refusal = check(request)
-                if refusal is not None:
-                    self._refuse(request, refusal)
-                elif request.command == _READ:
-                    self._read(request)
-                else:
-                    self._submit(request)
-                if handled == turn_requests or ((self.in_flight or outbox.pending_bytes) and self._is_full()):
-                    is_stopped = True
-                    break
+            handled = self._handle_all()
         finally:
-            receiver.park()
-            outbox.send_turn()
+            self._receiver.park()
+            self._outbox.send_turn()
+        self.handled_count += handled
         if self._streams:
             self._schedule_pump()
-        if is_stopped or receiver.starved:
+        has_more = handled >= self._limits.turn_requests
+        if has_more or self._receiver.starved or self._is_full():
             self._pause()
-        if handled == turn_requests:
+        if has_more:
             self._wake()
-        self.handled_count += handled
         if self._has_finished_input:
             self._shell.close_if_done()
+
+    def _handle_all(self) -> int:
+        """Handle complete requests; returns how many."""
+        receiver, outbox = self._receiver, self._outbox
+        turn_requests = self._limits.turn_requests
+        handled = 0
+        while handled < turn_requests:
+            if not self.is_draining:
+                outbox.fill, count, failure = self._lane.run(receiver, outbox.fill, turn_requests - handled)
+                handled += count
+                if failure is not None:
+                    self._refuse_failed(*failure)
+                    handled += 1
+                    continue
+            request = receiver.next_request()
+            if request is None:
+                break
+            handled += 1
+            self._handle(request)
+            if self._has_finished_input or self._is_full():
+                break
+        return handled
+
+    def _handle(self, request: Request) -> None:
+        if request.command == _DISC:
+            self._finish_input()
+            return
+        refusal = _SHUTTING_DOWN if self.is_draining else self._rules.check(request)
+        if refusal is not None:
+            self._refuse(request, refusal)
+        elif request.command == _READ:
+            self._read(request)
+        else:
+            self._submit(request)
 
     def _finish_input(self) -> None:
         self._has_finished_input = True
@@ -222,9 +240,6 @@ class Transmission:
         except ProtocolError as error:
             self._shell.protocol_error(error)
 
-    def _refuse_all(self, request: Request) -> RequestError:
-        return _SHUTTING_DOWN
-
     def _submit(self, request: Request) -> None:
         try:
             work = self._export.submit(request, self._contexts)
@@ -242,6 +257,13 @@ class Transmission:
     def _refuse(self, request: Request, error: OSError | NbdimgError) -> None:
         self._outbox.put(self._replies.error(request, *describe(error)))
         self._release(request)
+
+    def _refuse_failed(self, request: Request, error: OSError | NbdimgError) -> None:
+        """A file call failed."""
+        if request.command == _READ:
+            self._outbox.put(self._read_error(request, error, request.offset))
+        else:
+            self._refuse(request, error)
 
     async def _finish(self, request: Request, work: Work[Status | None]) -> None:
         """Answer a request that had to wait."""

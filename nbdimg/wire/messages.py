@@ -119,6 +119,16 @@ class Replies:
     is_chunked: ClassVar[bool]
     data_header_size: ClassVar[int]
     """Bytes in front of a READ's data."""
+    done_size: ClassVar[int]
+    """Bytes of a success without data."""
+
+    def put_read(self, buffer: bytearray, at: int, cookie: int, offset: int, length: int) -> None:
+        """As `put_data` for a READ that is answered whole."""
+        raise NotImplementedError
+
+    def put_done(self, buffer: bytearray, at: int, cookie: int, offset: int) -> None:
+        """As `done`, written into `buffer` at `at`."""
+        raise NotImplementedError
 
     def put_data(self, buffer: bytearray, at: int, request: Request, offset: int, length: int, is_last: bool) -> None:
         """Write the header for `length` data bytes of the image at `offset` into `buffer` at `at`."""
@@ -146,6 +156,13 @@ class SimpleReplies(Replies):
 
     is_chunked = False
     data_header_size = SIMPLE_REPLY.size
+    done_size = SIMPLE_REPLY.size
+
+    def put_read(self, buffer: bytearray, at: int, cookie: int, offset: int, length: int) -> None:
+        SIMPLE_REPLY.pack_into(buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
+
+    def put_done(self, buffer: bytearray, at: int, cookie: int, offset: int) -> None:
+        SIMPLE_REPLY.pack_into(buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
 
     def put_data(self, buffer: bytearray, at: int, request: Request, offset: int, length: int, is_last: bool) -> None:
         SIMPLE_REPLY.pack_into(buffer, at, SIMPLE_REPLY_MAGIC, 0, request.cookie)
@@ -178,6 +195,13 @@ class StructuredReplies(_ChunkedReplies):
     """20-byte chunks, negotiated by STRUCTURED_REPLY."""
 
     data_header_size = STRUCTURED_DATA.size
+    done_size = STRUCTURED_CHUNK.size
+
+    def put_read(self, buffer: bytearray, at: int, cookie: int, offset: int, length: int) -> None:
+        STRUCTURED_DATA.pack_into(buffer, at, STRUCTURED_REPLY_MAGIC, CHUNK_DONE, _DATA, cookie, length + 8, offset)
+
+    def put_done(self, buffer: bytearray, at: int, cookie: int, offset: int) -> None:
+        STRUCTURED_CHUNK.pack_into(buffer, at, STRUCTURED_REPLY_MAGIC, CHUNK_DONE, _NONE, cookie, 0)
 
     def done(self, request: Request) -> bytes:
         return STRUCTURED_CHUNK.pack(STRUCTURED_REPLY_MAGIC, CHUNK_DONE, _NONE, request.cookie, 0)
@@ -200,6 +224,13 @@ class ExtendedReplies(_ChunkedReplies):
     """32-byte chunks with 64-bit lengths, negotiated by EXTENDED_HEADERS."""
 
     data_header_size = EXTENDED_DATA.size
+    done_size = EXTENDED_CHUNK.size
+
+    def put_read(self, buffer: bytearray, at: int, cookie: int, offset: int, length: int) -> None:
+        EXTENDED_DATA.pack_into(buffer, at, EXTENDED_REPLY_MAGIC, CHUNK_DONE, _DATA, cookie, offset, length + 8, offset)
+
+    def put_done(self, buffer: bytearray, at: int, cookie: int, offset: int) -> None:
+        EXTENDED_CHUNK.pack_into(buffer, at, EXTENDED_REPLY_MAGIC, CHUNK_DONE, _NONE, cookie, offset, 0)
 
     def done(self, request: Request) -> bytes:
         return EXTENDED_CHUNK.pack(EXTENDED_REPLY_MAGIC, CHUNK_DONE, _NONE, request.cookie, request.offset, 0)

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from struct import unpack_from
+from typing import Any
 
 from nbdimg.errors import ProtocolError
 from nbdimg.wire.constants import EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, Command, CommandFlag
@@ -57,17 +58,17 @@ class Receiver:
         "_carry",
         "_end",
         "_filled",
-        "_header_size",
         "_is_extended",
-        "_magic",
         "_partial",
         "_payload",
         "_payload_max",
         "_position",
         "_scratch",
         "_spill_size",
-        "_unpack",
+        "header_size",
+        "magic",
         "starved",
+        "unpack",
     )
 
     def __init__(
@@ -84,10 +85,10 @@ class Receiver:
         self._payload_max = payload_max
         self._allocate = allocate
         header = EXTENDED_REQUEST if is_extended else COMPACT_REQUEST
-        self._unpack = header.unpack_from
-        self._header_size = header.size
+        self.unpack: Callable[[memoryview, int], tuple[Any, ...]] = header.unpack_from
+        self.header_size = header.size
         self._is_extended = is_extended
-        self._magic = EXTENDED_REQUEST_MAGIC if is_extended else REQUEST_MAGIC
+        self.magic = EXTENDED_REQUEST_MAGIC if is_extended else REQUEST_MAGIC
         self._carry = b""
         self._position = 0
         self._end = 0
@@ -133,6 +134,19 @@ class Receiver:
             raise ProtocolError(f"{len(data)} bytes were sent behind the handshake before its answer")
         self._carry += data
 
+    def window(self) -> tuple[memoryview, int, int]:
+        """The shared buffer, and from where to where it holds bytes that are not parsed yet: none while a payload of
+        its own is being filled.
+        """
+        if self._payload is not None:
+            return self._scratch, 0, 0
+        return self._scratch, self._position, self._end
+
+    def advance(self, position: int) -> None:
+        """Whole requests up to `position` of the window were dealt with by the caller."""
+        if self._payload is None:
+            self._position = position
+
     def next_request(self) -> Request | None:
         """The next complete request, or None when more bytes or more room are needed.
 
@@ -141,12 +155,12 @@ class Receiver:
         if self._payload is not None:
             return self._with_own_payload()
         position = self._position
-        body = position + self._header_size
+        body = position + self.header_size
         if body > self._end:
             return None
-        magic, flags, command, cookie, offset, length = self._unpack(self._scratch, position)
-        if magic != self._magic:
-            raise ProtocolError(f"request magic is {magic:#010x}, expected {self._magic:#010x}")
+        magic, flags, command, cookie, offset, length = self.unpack(self._scratch, position)
+        if magic != self.magic:
+            raise ProtocolError(f"request magic is {magic:#010x}, expected {self.magic:#010x}")
         if command == _WRITE:
             if self._is_extended:
                 flags &= ~_PAYLOAD_LEN

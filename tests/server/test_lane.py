@@ -1,0 +1,154 @@
+"""The fast lane answers as the general path does (L1), and leaves to it what is not plain (L2)."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+from struct import pack
+from typing import NamedTuple
+
+import pytest
+
+from nbdimg.errors import ProtocolError
+from nbdimg.export.export import Export
+from nbdimg.export.lane import Lane
+from nbdimg.export.registry import Registry
+from nbdimg.formats.raw import RawDriver
+from nbdimg.image.image import HeadGuard, Image
+from nbdimg.limits import Limits
+from nbdimg.server.outbox import Outbox
+from nbdimg.server.shared import Shared
+from nbdimg.server.transmission import Transmission
+from nbdimg.storage.memory import MemoryFile
+from nbdimg.wire.constants import TransmissionFlag
+from nbdimg.wire.handshake import Session
+
+SIZE = 1 << 20
+DIALECTS = {"simple": (False, False), "structured": (True, False), "extended": (True, True)}
+
+
+class Shell:
+    """A connection without its loop: what the transmission phase asks for is done or ignored."""
+
+    def __init__(self, sock: socket.socket, shared: Shared) -> None:
+        self.outbox = Outbox(sock, shared, self._on_room, lambda error: None)
+        self.transmission: Transmission | None = None
+
+    def _on_room(self) -> None:
+        if self.transmission is not None:
+            self.transmission.on_room()
+
+    def pause(self) -> None: ...
+
+    def unpause(self) -> None: ...
+
+    def finish_input(self) -> None: ...
+
+    def close_if_done(self) -> None: ...
+
+    def protocol_error(self, error: ProtocolError) -> None:
+        raise error
+
+
+class Outcome(NamedTuple):
+    replies: bytes
+    content: bytes
+
+
+def request(extended: bool, command: int, flags: int, cookie: int, offset: int, length: int, payload: bytes) -> bytes:
+    if extended:
+        flags |= (1 << 5) if command == 1 else 0
+        return pack(">IHHQQQ", 0x21E41C71, flags, command, cookie, offset, length) + payload
+    return pack(">IHHQQI", 0x25609513, flags, command, cookie, offset, length) + payload
+
+
+def random_stream(seed: int, extended: bool) -> list[bytes]:
+    """Plain requests for the most part, with flags, unknown commands, ends and edges between them."""
+    source = random.Random(seed)
+    stream = []
+    for cookie in range(60):
+        command = source.choice([0, 0, 0, 1, 1, 1, 2 + 1, 5, 6 + 3, 8])
+        length = source.choice([0, 1, 511, 512, 4096, 4096, 65536])
+        offset = source.choice([0, 512, source.randrange(SIZE), SIZE - length, SIZE - length + 1])
+        flags = source.choice([0, 0, 0, 0, 0, 1 << 2, 1 << 9])
+        payload = source.randbytes(length) if command == 1 else b""
+        stream.append(request(extended, command, flags, cookie, offset, length, payload))
+    return stream
+
+
+def run_stream(stream: list[bytes], dialect: str, *, writable: bool, guarded: bool) -> Outcome:
+    """Every reply to `stream`, received in turns of a few requests, and the image afterwards."""
+
+    async def main() -> Outcome:
+        loop = asyncio.get_running_loop()
+        file = MemoryFile(random.Random(1).randbytes(SIZE), writable=writable)
+        guard = HeadGuard(512, lambda head: "no" if head.startswith(b"\xff") else None) if guarded else None
+        export = Export("e", Image(RawDriver(file), writable=writable, guard=guard), payload_max=1 << 26)
+        registry = Registry()
+        registry.add(export)
+        shared = Shared(loop, registry, Limits())
+        structured, extended = DIALECTS[dialect]
+        flags = export.info.flags | (TransmissionFlag.SEND_DF if structured else TransmissionFlag(0))
+        session = Session(export.info, flags, structured, extended, False, {})
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.setblocking(False)
+            theirs.setblocking(False)
+            shell = Shell(ours, shared)
+            transmission = shell.transmission = Transmission(shell, shared, session, export, b"")
+            replies = bytearray()
+            for at in range(0, len(stream), 7):
+                chunk = b"".join(stream[at : at + 7])
+                while chunk:
+                    view = transmission.buffers()[0]
+                    count = min(len(view), len(chunk))
+                    view[:count] = chunk[:count]
+                    transmission.received(count)
+                    chunk = chunk[count:]
+                while shared.tasks or transmission.in_flight or shell.outbox.pending_bytes:
+                    await asyncio.sleep(0)
+                    replies += drain(theirs)
+                replies += drain(theirs)
+        return Outcome(bytes(replies), bytes(file.content))
+
+    return asyncio.run(main())
+
+
+def drain(sock: socket.socket) -> bytes:
+    taken = bytearray()
+    while True:
+        try:
+            taken += sock.recv(1 << 20)
+        except BlockingIOError:
+            return bytes(taken)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(("writable", "guarded"), [(True, False), (True, True), (False, False)])
+def test_lane_gives_the_replies_and_the_image_of_the_general_path(
+    monkeypatch: pytest.MonkeyPatch, dialect: str, writable: bool, guarded: bool
+) -> None:
+    answered = 0
+    run = Lane.run
+
+    def counting(self: Lane, *arguments: object) -> object:
+        nonlocal answered
+        result = run(self, *arguments)  # type: ignore[arg-type]
+        answered += result[1]
+        return result
+
+    for seed in range(12):
+        stream = random_stream(seed, DIALECTS[dialect][1])
+        monkeypatch.setattr(Lane, "run", counting)
+        fast = run_stream(stream, dialect, writable=writable, guarded=guarded)
+        monkeypatch.setattr(Lane, "run", lambda self, receiver, fill, count_max: (fill, 0, None))
+        assert fast == run_stream(stream, dialect, writable=writable, guarded=guarded), f"seed {seed}"
+    assert answered > 12 * 5
+
+
+def test_comparison_notices_a_lane_that_answers_differently(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = random_stream(0, False)
+    right = run_stream(stream, "structured", writable=True, guarded=False)
+    monkeypatch.setattr(MemoryFile, "try_pread", lambda self, offset, view: True)
+    assert run_stream(stream, "structured", writable=True, guarded=False) != right
