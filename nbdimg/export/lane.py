@@ -14,6 +14,8 @@ layers on purpose and in this one module.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from nbdimg.errors import NbdimgError
 from nbdimg.export.export import Export
 from nbdimg.limits import ARENA_SIZE, PIECE_SIZE
@@ -22,7 +24,22 @@ from nbdimg.wire.handshake import Session
 from nbdimg.wire.messages import Replies, Request
 from nbdimg.wire.transmission import Receiver
 
-Failure = tuple[Request, OSError | NbdimgError]
+
+class Run(NamedTuple):
+    """What one run did: `fill` is where the next reply goes, `answered` how many requests were.
+
+    `is_burst` asks that the replies be sent before the next run. `failure` is the request behind those answered if
+    its file call failed: it has been consumed, and its error is still to be sent.
+    """
+
+    fill: int
+    answered: int
+    is_burst: bool = False
+    failure: tuple[Request, OSError | NbdimgError] | None = None
+
+
+WRITE_BURST = 4
+"""Writes answered before their replies are sent: a client that has them can prepare the next while this one goes on."""
 
 _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
@@ -49,15 +66,14 @@ class Lane:
         self._is_read_only = bool(session.flags & TransmissionFlag.READ_ONLY)
         self._is_open = not (session.obeys_block_size and session.export.block_size_min > 1)
 
-    def run(self, receiver: Receiver, fill: int, count_max: int) -> tuple[int, int, Failure | None]:
+    def run(self, receiver: Receiver, fill: int, count_max: int) -> Run:
         """Answer plain requests at the front of the receive buffer, at most `count_max`.
 
-        `fill` is where in the arena the next reply goes. Returns the new fill, how many requests were answered,
-        and the one behind them if its file call failed: it has been consumed, and its error is still to be sent.
+        `fill` is where in the arena the next reply goes.
         """
         failure = None
         if not self._is_open or self._export.inflight.count:
-            return fill, 0, failure
+            return Run(fill, 0)
         scratch, position, end = receiver.window()
         header_size, magic_expected, unpack = receiver.header_size, receiver.magic, receiver.unpack
         arena, arena_view = self._arena, self._arena_view
@@ -65,10 +81,9 @@ class Lane:
         data_header_size, done_size = self._replies.data_header_size, self._replies.done_size
         image, size, plain_write = self._image, self._size, self._plain_write
         read_start = read_stop = read_shift = write_start = write_stop = write_shift = 0
-        count = 0
-        has_written = False
+        count = write_count = 0
         try:
-            while count < count_max:
+            while count < count_max and write_count < WRITE_BURST:
                 body = position + header_size
                 if body > end:
                     break
@@ -109,7 +124,7 @@ class Lane:
                         try_pwrite = extent.file.try_pwrite
                     if not try_pwrite(offset + write_shift, scratch[body:next_position]):
                         break
-                    has_written = True
+                    write_count += 1
                     put_done(arena, fill, cookie, offset)
                     fill += done_size
                     position = next_position
@@ -119,8 +134,8 @@ class Lane:
         except (OSError, NbdimgError) as error:
             failure = Request(command, flags, cookie, offset, length), error
             position = body + length if command == _WRITE else body
-            has_written |= command == _WRITE
-        if has_written:
+            write_count += command == _WRITE
+        if write_count:
             image.gate.changed()
         receiver.advance(position)
-        return fill, count, failure
+        return Run(fill, count, write_count == WRITE_BURST, failure)

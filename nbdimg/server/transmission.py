@@ -178,11 +178,15 @@ class Transmission:
         handled = 0
         while handled < turn_requests:
             if not self.is_draining:
-                outbox.fill, count, failure = self._lane.run(receiver, outbox.fill, turn_requests - handled)
-                handled += count
-                if failure is not None:
-                    self._refuse_failed(*failure)
+                run = self._lane.run(receiver, outbox.fill, turn_requests - handled)
+                outbox.fill = run.fill
+                handled += run.answered
+                if run.failure is not None:
+                    self._refuse_failed(*run.failure)
                     handled += 1
+                    continue
+                if run.is_burst:
+                    outbox.send_turn()
                     continue
             request = receiver.next_request()
             if request is None:

@@ -6,13 +6,13 @@ import asyncio
 import random
 import socket
 from struct import pack
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from nbdimg.errors import ProtocolError
 from nbdimg.export.export import Export
-from nbdimg.export.lane import Lane
+from nbdimg.export.lane import Lane, Run
 from nbdimg.export.registry import Registry
 from nbdimg.formats.raw import RawDriver
 from nbdimg.image.image import HeadGuard, Image
@@ -132,17 +132,17 @@ def test_lane_gives_the_replies_and_the_image_of_the_general_path(
     answered = 0
     run = Lane.run
 
-    def counting(self: Lane, *arguments: object) -> object:
+    def counting(self: Lane, *arguments: Any) -> Run:
         nonlocal answered
-        result = run(self, *arguments)  # type: ignore[arg-type]
-        answered += result[1]
+        result = run(self, *arguments)
+        answered += result.answered
         return result
 
     for seed in range(12):
         stream = random_stream(seed, DIALECTS[dialect][1])
         monkeypatch.setattr(Lane, "run", counting)
         fast = run_stream(stream, dialect, writable=writable, guarded=guarded)
-        monkeypatch.setattr(Lane, "run", lambda self, receiver, fill, count_max: (fill, 0, None))
+        monkeypatch.setattr(Lane, "run", lambda self, receiver, fill, count_max: Run(fill, 0))
         assert fast == run_stream(stream, dialect, writable=writable, guarded=guarded), f"seed {seed}"
     assert answered > 12 * 5
 
