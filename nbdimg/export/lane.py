@@ -28,13 +28,15 @@ from nbdimg.wire.transmission import Receiver
 class Run(NamedTuple):
     """What one run did: `fill` is where the next reply goes, `answered` how many requests were.
 
-    `is_burst` asks that the replies be sent before the next run. `failure` is the request behind those answered if
-    its file call failed: it has been consumed, and its error is still to be sent.
+    `is_burst` asks that the replies be sent before the next run. `is_cold` says that the request behind those answered
+    is a READ of bytes that are not in memory: trying it again is in vain. `failure` is that request with the error of
+    its file call: it has been consumed, and the error is still to be sent.
     """
 
     fill: int
     answered: int
     is_burst: bool = False
+    is_cold: bool = False
     failure: tuple[Request, OSError | NbdimgError] | None = None
 
 
@@ -62,6 +64,7 @@ class Lane:
         self._arena = arena
         self._arena_view = arena_view
         self._plain_write = int(CommandFlag.PAYLOAD_LEN) if session.is_extended else 0
+        self._length_max = min(PIECE_SIZE, session.export.payload_max)
         self._size = session.export.size
         self._is_read_only = bool(session.flags & TransmissionFlag.READ_ONLY)
         self._is_open = not (session.obeys_block_size and session.export.block_size_min > 1)
@@ -79,9 +82,10 @@ class Lane:
         arena, arena_view = self._arena, self._arena_view
         put_read, put_done = self._replies.put_read, self._replies.put_done
         data_header_size, done_size = self._replies.data_header_size, self._replies.done_size
-        image, size, plain_write = self._image, self._size, self._plain_write
+        image, size, plain_write, length_max = self._image, self._size, self._plain_write, self._length_max
         read_start = read_stop = read_shift = write_start = write_stop = write_shift = 0
         count = write_count = 0
+        is_cold = False
         try:
             while count < count_max and write_count < WRITE_BURST:
                 body = position + header_size
@@ -93,7 +97,7 @@ class Lane:
                     break
                 if command == _READ:
                     reply_end = fill + data_header_size + length
-                    if flags or length > PIECE_SIZE or reply_end > ARENA_SIZE:
+                    if flags or length > length_max or reply_end > ARENA_SIZE:
                         break
                     if offset < read_start or stop > read_stop:
                         extent = image.resident(offset)
@@ -103,6 +107,7 @@ class Lane:
                         read_shift = extent.file_offset - extent.offset
                         try_pread = extent.file.try_pread
                     if not try_pread(offset + read_shift, arena_view[fill + data_header_size : reply_end]):
+                        is_cold = True
                         break
                     put_read(arena, fill, cookie, offset, length)
                     fill = reply_end
@@ -111,7 +116,7 @@ class Lane:
                     next_position = body + length
                     if flags & ~plain_write or next_position > end or fill + done_size > ARENA_SIZE:
                         break
-                    if self._is_read_only:
+                    if self._is_read_only or length > length_max:
                         break
                     if offset < write_start or stop > write_stop:
                         extent = image.writable(offset)
@@ -138,4 +143,4 @@ class Lane:
         if write_count:
             image.gate.changed()
         receiver.advance(position)
-        return Run(fill, count, write_count == WRITE_BURST, failure)
+        return Run(fill, count, write_count == WRITE_BURST, is_cold, failure)

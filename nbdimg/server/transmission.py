@@ -177,6 +177,7 @@ class Transmission:
         turn_requests = self._limits.turn_requests
         handled = 0
         while handled < turn_requests:
+            is_cold = False
             if not self.is_draining:
                 run = self._lane.run(receiver, outbox.fill, turn_requests - handled)
                 outbox.fill = run.fill
@@ -188,16 +189,17 @@ class Transmission:
                 if run.is_burst:
                     outbox.send_turn()
                     continue
+                is_cold = run.is_cold
             request = receiver.next_request()
             if request is None:
                 break
             handled += 1
-            self._handle(request)
+            self._handle(request, is_cold)
             if self._has_finished_input or self._is_full():
                 break
         return handled
 
-    def _handle(self, request: Request) -> None:
+    def _handle(self, request: Request, is_cold: bool) -> None:
         if request.command == _DISC:
             self._finish_input()
             return
@@ -205,7 +207,7 @@ class Transmission:
         if refusal is not None:
             self._refuse(request, refusal)
         elif request.command == _READ:
-            self._read(request)
+            self._read(request, is_cold)
         else:
             self._submit(request)
 
@@ -327,7 +329,7 @@ class Transmission:
 
     # READ
 
-    def _read(self, request: Request) -> None:
+    def _read(self, request: Request, is_cold: bool) -> None:
         length = request.length
         outbox = self._outbox
         if length > PIECE_SIZE:
@@ -347,19 +349,21 @@ class Transmission:
         end = start + length
         offset = request.offset
         try:
-            count = self._export.try_read(offset, offset + length, self._shared.arena_view[start:end])
+            count = 0 if is_cold else self._export.try_read(offset, offset + length, self._shared.arena_view[start:end])
         except (OSError, NbdimgError) as error:
             self._outbox.put(self._read_error(request, error, offset))
             return
         if count == length:
             self._replies.put_data(self._shared.arena, at, request, offset, length, True)
             outbox.fill = end
-        elif self._replies.is_chunked and not request.flags & _DF:
-            self.in_flight += 1
+            return
+        self.in_flight += 1
+        if not self._replies.is_chunked or request.flags & _DF:
+            self._read_whole(request)
+        elif count:
             self._streams.append(Stream(request, offset))
         else:
-            self.in_flight += 1
-            self._read_whole(request)
+            self._advance_slowly(Stream(request, offset), length)
 
     def _read_whole(self, request: Request) -> None:
         """A READ in flight whose data must be complete before the first byte is sent: simple replies, and DF."""
