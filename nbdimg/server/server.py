@@ -130,10 +130,6 @@ class Server:
         self._shared.pool.tidy()
         self._sweeper = self._loop.call_later(self._sweep_interval_s, self._sweep)
 
-    @property
-    def connection_count(self) -> int:
-        return len(self._connections)
-
     async def drain(self) -> None:
         """Stop accepting and let clients go in peace, within `drain_timeout_s`."""
         self._registry.is_shutting_down = True

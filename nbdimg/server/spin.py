@@ -2,7 +2,8 @@
 
 A client with one request in flight answers within tens of microseconds; putting the loop to sleep and waking it costs
 more than the request. So for a short window after a request the loop polls instead of sleeping: a callback that
-schedules itself makes every poll return at once, and all connections stay served.
+schedules itself makes every poll return at once, and all connections stay served. Between two polls the processor is
+offered to others: the kernel may have woken the client on this very one, where it would wait for the next clock tick.
 
 The window adapts, as the kernel's halt polling does: requests that come within it keep it open, silence that outlasts
 it halves it down to none, a short sleep opens it again. With one processor it would take the time from the client: off.
