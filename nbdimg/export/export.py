@@ -106,8 +106,7 @@ class Export:
         if request.command == _WRITE:
             payload = request.payload
             assert payload is not None
-            is_blocked = self.inflight.count and self._is_blocked(request)
-            if payload and (is_blocked or not self.image.try_write(request.offset, payload)):
+            if payload and (self._is_blocked(request) or not self.image.try_write(request.offset, payload)):
                 return self._submit_write(request)
             return self.image.flush() if request.flags & _FUA else None
         if request.command == Command.FLUSH:
@@ -121,8 +120,6 @@ class Export:
         return self._submit_unmap(request)
 
     def _is_blocked(self, request: Request) -> bool:
-        if not request.length:
-            return False
         start, stop = self._sectors(request.offset, request.length)
         return self.inflight.conflicts(start, stop, is_exclusive=True)
 

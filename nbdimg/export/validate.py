@@ -24,7 +24,6 @@ from nbdimg.wire.handshake import Session
 from nbdimg.wire.messages import Request
 
 _READ = int(Command.READ)
-_WRITE = int(Command.WRITE)
 _FLUSH = int(Command.FLUSH)
 _BLOCK_STATUS = int(Command.BLOCK_STATUS)
 _CHANGES = frozenset({int(Command.WRITE), int(Command.TRIM), int(Command.WRITE_ZEROES)})
@@ -65,24 +64,9 @@ class Rules:
         self._payload_max = export.payload_max
         self._alignment = export.block_size_min if session.obeys_block_size else 1
         self._contexts = session.contexts
-        self._plain = frozenset[int]()
-        """Commands that, without flags, need only their range checked."""
-        if self._alignment == 1:
-            self._plain = frozenset({_READ} if self._is_read_only else {_READ, _WRITE})
 
     def check(self, request: Request) -> RequestError | None:
         """Why a request is refused; None: it may be submitted."""
-        length = request.length
-        if (
-            not request.flags
-            and request.command in self._plain
-            and request.offset + length <= self._size
-            and length <= self._payload_max
-        ):
-            return None
-        return self._check_closely(request)
-
-    def _check_closely(self, request: Request) -> RequestError | None:
         if request.fault is not None:
             return RequestError(errno.EINVAL, request.fault)
         command = request.command

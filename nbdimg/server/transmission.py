@@ -254,8 +254,7 @@ class Transmission:
             return
         if work is None:
             self._outbox.put(self._replies.done(request))
-            if request.owns_payload:
-                self._release(request)
+            self._release(request)
             return
         self.in_flight += 1
         self._shared.start(self._finish(request, work))
@@ -332,12 +331,12 @@ class Transmission:
     def _read(self, request: Request, is_cold: bool) -> None:
         length = request.length
         outbox = self._outbox
+        is_streamed = self._replies.is_chunked and not request.flags & _DF
         if length > PIECE_SIZE:
-            if self._replies.is_chunked and not request.flags & _DF:
-                self.in_flight += 1
+            self.in_flight += 1
+            if is_streamed:
                 self._streams.append(Stream(request, request.offset))
             else:
-                self.in_flight += 1
                 self._read_whole(request)
             return
         if not length:
@@ -358,7 +357,7 @@ class Transmission:
             outbox.fill = end
             return
         self.in_flight += 1
-        if not self._replies.is_chunked or request.flags & _DF:
+        if not is_streamed:
             self._read_whole(request)
         elif count:
             self._streams.append(Stream(request, offset))
