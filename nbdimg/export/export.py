@@ -17,12 +17,14 @@ from typing import Any, TypeVar
 from nbdimg import limits
 from nbdimg.errors import ConfigError, escaped
 from nbdimg.export.inflight import Entry, InFlight
-from nbdimg.export.status import STATUS_FLAGS, Pairs, status_pairs
+from nbdimg.export.status import STATUS_FLAGS, Pairs, dirty_pairs, status_pairs
+from nbdimg.image.driver import Extent
 from nbdimg.image.image import Image, Segment
 from nbdimg.units import align_down, align_up, is_power_of_two
 from nbdimg.wire.constants import (
     ALLOCATION_DEPTH,
     BASE_ALLOCATION,
+    DIRTY_BITMAP,
     STRING_MAX,
     Command,
     CommandFlag,
@@ -39,6 +41,8 @@ Status = list[tuple[int, Pairs]]
 SECTOR_SIZE = 512
 BLOCK_SIZE_MIN_MAX = 64 * 1024
 PREFERRED_SIZE = 4096
+BITMAP_CONTEXTS_MAX = 1024
+"""Dirty bitmaps of one image that clients may ask for: with the longest names, a list of them takes 1 MiB."""
 
 _WRITE = int(Command.WRITE)
 _FUA = int(CommandFlag.FUA)
@@ -60,7 +64,14 @@ class Export:
     """
 
     def __init__(
-        self, name: str, image: Image, *, description: str = "", block_size_min: int = 1, payload_max: int
+        self,
+        name: str,
+        image: Image,
+        *,
+        description: str = "",
+        block_size_min: int = 1,
+        payload_max: int,
+        is_snapshot: bool = False,
     ) -> None:
         if not name or not _fits_the_wire(name):
             raise ConfigError(f"export name {escaped(name)}: expected 1 to {STRING_MAX} bytes of UTF-8 without NUL")
@@ -71,6 +82,7 @@ class Export:
                 f"the minimum block size is {block_size_min}, expected a power of two from 1 to {BLOCK_SIZE_MIN_MAX}"
             )
         self.name = name
+        self.is_snapshot = is_snapshot
         self.image = image
         self.inflight = InFlight()
         flags = _READ_FLAGS | (_WRITE_FLAGS if image.is_writable else TransmissionFlag.READ_ONLY)
@@ -82,7 +94,7 @@ class Export:
             block_size_min=block_size_min,
             block_size_preferred=max(block_size_min, PREFERRED_SIZE, SECTOR_SIZE),
             payload_max=payload_max,
-            contexts=(BASE_ALLOCATION, ALLOCATION_DEPTH),
+            contexts=(BASE_ALLOCATION, ALLOCATION_DEPTH, *_bitmap_contexts(image)),
         )
 
     def try_read(self, offset: int, stop: int, view: memoryview) -> int:
@@ -120,29 +132,46 @@ class Export:
         return self._submit_unmap(request)
 
     def _is_blocked(self, request: Request) -> bool:
-        start, stop = self._sectors(request.offset, request.length)
+        if not self.inflight.count:
+            return False
+        start, stop = self._write_span(request)
         return self.inflight.conflicts(start, stop, is_exclusive=True)
+
+    def _write_span(self, request: Request) -> tuple[int, int]:
+        """What a write must have for itself. One that meets others takes whole clusters: by the time it runs, they may
+        have changed the mapping.
+        """
+        start, stop = self._sectors(request.offset, request.length)
+        start, stop = self.image.change_span(start, stop)
+        if self.inflight.conflicts(start, stop, is_exclusive=True):
+            return self._clusters(request)
+        return start, stop
+
+    def _clusters(self, request: Request) -> tuple[int, int]:
+        start, stop = self._sectors(request.offset, request.length)
+        return self.image.cluster_span(start, stop)
 
     def _submit_write(self, request: Request) -> Work[None]:
         request.keep_payload()
         offset, payload = request.offset, request.payload
         assert payload is not None
-        return self._change(request, lambda: self.image.write(offset, payload))
+        return self._change(request, self._write_span(request), lambda: self.image.write(offset, payload))
 
     def _submit_unmap(self, request: Request) -> Work[None]:
         offset, length, flags = request.offset, request.length, request.flags
         if request.command == Command.TRIM:
-            return self._change(request, lambda: self.image.trim(offset, length))
+            return self._change(request, self._clusters(request), lambda: self.image.trim(offset, length))
         may_unmap = not flags & CommandFlag.NO_HOLE
         is_fast_only = bool(flags & CommandFlag.FAST_ZERO)
         return self._change(
-            request, lambda: self.image.zero(offset, length, may_unmap=may_unmap, is_fast_only=is_fast_only)
+            request,
+            self._clusters(request),
+            lambda: self.image.zero(offset, length, may_unmap=may_unmap, is_fast_only=is_fast_only),
         )
 
-    def _change(self, request: Request, change: Callable[[], Awaitable[None]]) -> Work[None]:
+    def _change(self, request: Request, span: tuple[int, int], change: Callable[[], Awaitable[None]]) -> Work[None]:
         """Enter exclusively; with FUA the reply waits for the flush gate, the queue does not."""
-        start, stop = self._sectors(request.offset, request.length)
-        work = self._ordered(self.inflight.enter(start, stop, is_exclusive=True), change)
+        work = self._ordered(self.inflight.enter(*span, is_exclusive=True), change)
         return self._then_flush(work) if request.flags & _FUA else work
 
     async def _then_flush(self, work: Work[None]) -> None:
@@ -158,10 +187,17 @@ class Export:
         entry = self.inflight.enter(offset, offset + length, is_exclusive=False)
 
         async def status() -> Status:
-            extents = await self.image.map(offset, length, extents_max)
+            alignment = self.info.block_size_min
+            extents: list[Extent] | None = None
             answers: Status = []
             for context_id, context in selected.items():
-                pairs = status_pairs(extents, STATUS_FLAGS[context], self.info.block_size_min)
+                if context.startswith(DIRTY_BITMAP):
+                    bitmap = await self.image.bitmap(context.removeprefix(DIRTY_BITMAP))
+                    pairs = dirty_pairs(bitmap, offset, offset + length, alignment, extents_max)
+                else:
+                    if extents is None:
+                        extents = await self.image.map(offset, length, extents_max)
+                    pairs = status_pairs(extents, STATUS_FLAGS[context], alignment)
                 answers.append((context_id, pairs[:1] if request.flags & CommandFlag.REQ_ONE else pairs))
             return answers
 
@@ -184,6 +220,10 @@ class Export:
     async def close(self) -> None:
         """Flush and close the image. No request may be in flight. Raises: ImageFailed."""
         await self.image.close()
+
+
+def _bitmap_contexts(image: Image) -> list[str]:
+    return [DIRTY_BITMAP + name for name in image.bitmap_names[:BITMAP_CONTEXTS_MAX]]
 
 
 def _fits_the_wire(text: str) -> bool:

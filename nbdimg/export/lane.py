@@ -1,9 +1,9 @@
 """The fast lane: runs of plain READs and WRITEs, from the receive buffer to the file and into the reply buffer.
 
 Most requests of most clients carry no flag, lie within the export, overlap nothing that is in flight, and concern bytes
-that are in memory and mapped to one place. For those the general path (Request, Rules, Export, Image, Replies) decides
-nothing; here it is left out, and what remains is one loop without an object per request. The lane cuts through the
-layers on purpose and in this one module.
+that are in memory and mapped to one place, or that get a place without waiting. For those the general path (Request,
+Rules, Export, Image, Replies) decides nothing; here it is left out, and what remains is one loop without an object per
+request. The lane cuts through the layers on purpose and in this one module.
 
     (L1) What the lane answers, the general path would have answered with the same bytes.
     (L2) At the first request that is not plain, or that would wait, the lane stops in front of it and changes nothing.
@@ -100,7 +100,7 @@ class Lane:
                     if flags or length > length_max or reply_end > ARENA_SIZE:
                         break
                     if offset < read_start or stop > read_stop:
-                        extent = image.resident(offset)
+                        extent = image.resident(offset, stop)
                         if extent is None or stop > extent.stop:
                             break
                         read_start, read_stop = extent.offset, extent.stop
@@ -118,16 +118,18 @@ class Lane:
                         break
                     if self._is_read_only or length > length_max:
                         break
-                    if offset < write_start or stop > write_stop:
-                        extent = image.writable(offset)
-                        if extent is None or stop > extent.stop:
-                            break
-                        write_start, write_stop = extent.offset, extent.stop
-                        if write_start < image.guarded_size:
-                            write_start = image.guarded_size
-                        write_shift = extent.file_offset - extent.offset
-                        try_pwrite = extent.file.try_pwrite
-                    if not try_pwrite(offset + write_shift, scratch[body:next_position]):
+                    data = scratch[body:next_position]
+                    is_in_place = write_start <= offset and stop <= write_stop
+                    if not is_in_place:
+                        extent = image.writable(offset, stop)
+                        if extent is not None and stop <= extent.stop:
+                            is_in_place = True
+                            write_start, write_stop = extent.offset, extent.stop
+                            if write_start < image.guarded_size:
+                                write_start = image.guarded_size
+                            write_shift = extent.file_offset - extent.offset
+                            try_pwrite = extent.file.try_pwrite
+                    if not (try_pwrite(offset + write_shift, data) if is_in_place else image.try_write(offset, data)):
                         break
                     write_count += 1
                     put_done(arena, fill, cookie, offset)

@@ -10,7 +10,9 @@ from nbdimg.wire.handshake import ExportInfo
 
 
 class Registry:
-    """Names are unique. A single export also answers to the empty name, and `/name` stands for `name`."""
+    """Names are unique. A single image's export also answers to the empty name (its snapshots' do not count), and
+    `/name` stands for `name`.
+    """
 
     def __init__(self) -> None:
         self.is_shutting_down = False
@@ -33,8 +35,9 @@ class Registry:
         """The export that `name` or an alias means."""
         if name in self._exports:
             return self._exports[name]
-        if name == "" and len(self._exports) == 1:
-            return next(iter(self._exports.values()))
+        if name == "":
+            images = [export for export in self._exports.values() if not export.is_snapshot]
+            return images[0] if len(images) == 1 else None
         return self._exports.get(name.removeprefix("/"))
 
     def find(self, name: str) -> ExportInfo | None:

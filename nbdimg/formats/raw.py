@@ -7,11 +7,15 @@ punched since, and then it reads as zeroes all the same; `unmapped` forgets it, 
 
 from __future__ import annotations
 
+import errno
 from bisect import bisect_right
 
-from nbdimg.image.driver import Extent, ExtentKind, Miss
+from nbdimg.errors import ConfigError
+from nbdimg.formats.options import Opened, OpenOptions
+from nbdimg.image.driver import Allocation, Extent, ExtentKind, Miss, Unmap
+from nbdimg.image.image import Image
 from nbdimg.storage.file import BlockFile
-from nbdimg.storage.ordering import Plan
+from nbdimg.storage.ordering import Plan, Stage
 
 RUNS_MAX = 4096
 """Remembered runs of data, about 0.5 MiB; beyond it all are forgotten, and found again as they are needed."""
@@ -19,7 +23,8 @@ RUNS_MAX = 4096
 
 class RawDriver:
     name = "raw"
-    cluster_size = 1
+    cluster_size = unmap_size = 1
+    is_strained = False
 
     def __init__(self, file: BlockFile) -> None:
         self.file = file
@@ -32,7 +37,7 @@ class RawDriver:
     def _extent(self, kind: ExtentKind, start: int, stop: int) -> Extent:
         return Extent(kind, start, stop - start, self.file, start, self.file.is_writable)
 
-    def map(self, offset: int) -> Extent | Miss:
+    def map(self, offset: int, stop: int) -> Extent | Miss:
         recent = self._recent
         if recent.offset <= offset < recent.offset + recent.length:
             return recent
@@ -40,11 +45,11 @@ class RawDriver:
         if index >= 0 and offset < self._runs[index].stop:
             self._recent = self._runs[index]
             return self._recent
-        is_data, stop = self.file.data_extent(offset)
-        stop = min(stop, self.size) if stop > offset else self.size
+        is_data, end = self.file.data_extent(offset)
+        end = min(end, self.size) if end > offset else self.size
         if not is_data:
-            return self._extent(ExtentKind.ZERO, offset, stop)
-        self._recent = self._remember(offset, stop)
+            return self._extent(ExtentKind.ZERO, offset, end)
+        self._recent = self._remember(offset, end)
         return self._recent
 
     def _remember(self, start: int, stop: int) -> Extent:
@@ -69,11 +74,26 @@ class RawDriver:
         self._runs.clear()
         self._recent = self._extent(ExtentKind.ZERO, 0, 0)
 
-    def place(self, offset: int) -> Extent | Miss:
+    def resized(self) -> None:
+        """The file has another size."""
+        self.size = self.file.size
+        self._whole = self._extent(ExtentKind.DATA, 0, self.size)
+        self._forget_all()
+
+    def place(self, offset: int, stop: int) -> Extent | Miss:
         return self._whole
 
-    async def load(self, miss: Miss) -> None:
-        raise AssertionError("a raw image has no tables to miss")
+    def reserve(self, offset: int, stop: int) -> Allocation | Miss:
+        raise AssertionError("every write to a raw image goes in place")
+
+    def commit(self, allocation: Allocation) -> None:
+        raise AssertionError("a raw image allocates nothing")
+
+    def release(self, allocation: Allocation) -> None:
+        raise AssertionError("a raw image allocates nothing")
+
+    def unmap(self, offset: int, stop: int, to: Unmap) -> int | Miss:
+        return offset
 
     def unmapped(self, offset: int, length: int) -> None:
         stop = offset + length
@@ -92,7 +112,41 @@ class RawDriver:
         self._starts[first:last] = [run.offset for run in kept]
 
     def flush_plan(self) -> Plan:
-        return Plan(self.file, ((),))
+        return Plan((Stage((), (self.file,)),))
+
+    async def flushed(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+    async def abandon(self) -> None:
+        await self.file.close()
+
+
+async def resize(image: Image, size: int, *, progress: object = None) -> None:
+    """Give the file `size` bytes, durable on return; new ones are a hole. No request may be in flight.
+
+    Raises: ConfigError: nothing of this size can be in the file system, or it is a block device. OSError.
+    """
+    driver = image.driver
+    assert isinstance(driver, RawDriver)
+    try:
+        await driver.file.truncate(size)
+    except (OSError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EFBIG):
+            raise
+        raise ConfigError(
+            f"{driver.file.path}: it cannot have {size} bytes: the file system has no such files, or it is a device"
+        ) from None
+    driver.resized()
+    image.resized()
+    image.gate.changed()
+    await image.flush()
+
+
+async def open_driver(file: BlockFile, options: OpenOptions) -> Opened:
+    return Opened(RawDriver(file))
 
 
 def create(path: str, size: int) -> None:

@@ -1,15 +1,23 @@
 """The contract between a format and the image layer.
 
-A driver answers where guest bytes live; it never sees a request, a socket or guest data. Offsets and lengths are
-bytes. A method without `async` does no I/O and never suspends: what it lacks, it names in a `Miss`.
+A driver answers where guest bytes live and makes room for them; it never sees a request, a socket or guest data.
+Offsets and lengths are bytes. A method without `async` does no I/O and never suspends: what it lacks, it names in a
+`Miss`.
+
+    write    place ── in place? ──▶ write
+                └──── no ────▶ reserve ─▶ write data, head and tail ─▶ commit      (or release, when the write failed)
+
+Files of an extent may be views: of a compressed cluster, of an encrypted area. Whoever reads need not know.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from nbdimg.image.bitmap import DirtyBitmap
 from nbdimg.storage.file import BlockFile
 from nbdimg.storage.ordering import Plan
 
@@ -18,7 +26,11 @@ class ExtentKind(Enum):
     DATA = "data"
     """Stored bytes, in `file` from `file_offset`."""
     ZERO = "zero"
-    """Reads as zeroes; with `writable` a write may still go to `file` in place."""
+    """Reads as zeroes."""
+    BACKING = "backing"
+    """Whatever the backing image has there; only drivers say this, the image layer looks further."""
+    COMPRESSED = "compressed"
+    """Stored bytes that `file` inflates; never written in place."""
 
 
 @dataclass(slots=True)
@@ -26,7 +38,8 @@ class Extent:
     """A run of guest bytes of one kind, from `offset` for `length` bytes.
 
     `file_offset` is where the byte at `offset` lies in `file`. With `writable`, a write to these guest bytes goes
-    there in place. `depth` counts the files of the chain down to the one that decides: 1 is the image itself.
+    there in place. `depth` counts the files of the chain down to the one that decides: 1 is the image itself, 0 that
+    none does and the zeroes are nobody's.
     """
 
     kind: ExtentKind
@@ -42,13 +55,85 @@ class Extent:
         return self.offset + self.length
 
 
+class MissSource(Protocol):
+    async def load(self, key: int) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """A metadata table that is not in memory: `load` it and ask again."""
+    """Something that an answer takes and that is not in memory: `load` it and ask again."""
 
-    file: BlockFile
+    source: MissSource
+    key: int
+
+    async def load(self) -> None:
+        """Raises: OSError: it cannot be read. ImageError: it is not what it should be."""
+        await self.source.load(self.key)
+
+
+@dataclass(slots=True)
+class Allocation:
+    """Space for the guest bytes from `offset` for `length`, not yet visible to readers.
+
+    It begins at or before the byte that was asked for and may end before the write does. What the write does not
+    cover at either end, its head and tail, must be filled with what the guest sees there now; `head` and `tail` say
+    what that is. With `is_zeroed` the space reads as zeroes already.
+    """
+
     offset: int
     length: int
+    file: BlockFile
+    file_offset: int
+    head: ExtentKind
+    tail: ExtentKind
+    is_zeroed: bool
+    token: object
+    """The driver's own."""
+
+
+class Unmap(Enum):
+    """What `unmap` is for."""
+
+    TRIM = "trim"
+    """Give space back; the bytes need not change, if they do they read as zeroes."""
+    ZERO = "zero"
+    """Read as zeroes, and give space back."""
+    KEEP = "keep"
+    """Read as zeroes, and keep the space."""
+
+
+class BitmapStore(Protocol):
+    """The dirty bitmaps that are stored in an image.
+
+    Only what is consistent appears here. `recording` ones are loaded and must follow every change; before the first,
+    `mark` has to have succeeded.
+    """
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    @property
+    def recording(self) -> Sequence[DirtyBitmap]: ...
+
+    is_marked: bool
+
+    async def get(self, name: str) -> DirtyBitmap:
+        """The bitmap of one of `names`. Raises: OSError, ImageError: it cannot be loaded."""
+        ...
+
+    async def mark(self) -> None:
+        """Say on disk that the recording bitmaps are in use; not to be called twice at the same time.
+
+        Raises: OSError: nothing may be changed.
+        """
+        ...
+
+
+@runtime_checkable
+class HasBitmaps(Protocol):
+    """A driver of a format that can store bitmaps; None: this image has none."""
+
+    bitmaps: BitmapStore | None
 
 
 class FormatDriver(Protocol):
@@ -57,18 +142,41 @@ class FormatDriver(Protocol):
     """Virtual size in bytes."""
     cluster_size: int
     """Unit of allocation in bytes; raw 1."""
+    unmap_size: int
+    """Unit of `unmap` in bytes."""
     file: BlockFile
 
-    def map(self, offset: int) -> Extent | Miss:
-        """The extent that holds the guest byte at `offset` (below `size`). It may begin before it."""
+    @property
+    def is_strained(self) -> bool:
+        """Whether so much metadata waits for a flush that one should be made before more is changed."""
         ...
 
-    def place(self, offset: int) -> Extent | Miss:
-        """The extent in which a write to the guest byte at `offset` goes in place; its kind says nothing."""
+    def map(self, offset: int, stop: int) -> Extent | Miss:
+        """The extent that holds the guest byte at `offset` (below `size`). It may begin before it and end behind
+        `stop`; a driver looks no further than `stop` for where the run ends.
+        """
         ...
 
-    async def load(self, miss: Miss) -> None:
-        """Bring in what `map` lacked."""
+    def place(self, offset: int, stop: int) -> Extent | Miss:
+        """As `map`, for a write: if `writable` it goes in place, and then the kind says nothing; else `reserve`."""
+        ...
+
+    def reserve(self, offset: int, stop: int) -> Allocation | Miss:
+        """Room for a write from `offset` towards `stop`, where `place` says that it does not go in place."""
+        ...
+
+    def commit(self, allocation: Allocation) -> None:
+        """The space is filled: make it what the guest sees."""
+        ...
+
+    def release(self, allocation: Allocation) -> None:
+        """Filling the space failed: give it back."""
+        ...
+
+    def unmap(self, offset: int, stop: int, to: Unmap) -> int | Miss:
+        """Change the mapping of whole units; returns up to where that was done. `offset` itself means that mapping
+        cannot do it there, and the caller works in place.
+        """
         ...
 
     def unmapped(self, offset: int, length: int) -> None:
@@ -77,4 +185,18 @@ class FormatDriver(Protocol):
 
     def flush_plan(self) -> Plan:
         """What must be written, in order, for everything done so far to be durable."""
+        ...
+
+    async def flushed(self) -> None:
+        """The last plan is durable: what it freed may be reused."""
+        ...
+
+    async def close(self) -> None:
+        """Leave the file as an orderly end does: called after a last flush when the image is writable, and then the
+        files are closed. With an image that failed, only `abandon` is called.
+        """
+        ...
+
+    async def abandon(self) -> None:
+        """Close the files and write nothing."""
         ...

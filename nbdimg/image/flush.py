@@ -6,6 +6,8 @@ by a barrier that began after it was asked for, and a hundred clients that flush
     (F1) A flush returns only after a barrier that started later than every change completed before the call.
     (F2) A barrier that failed poisons the gate: the kernel may have marked the lost pages clean, and a second fsync
          would succeed over lost data. Every later `flush` and `check` raises until the image is opened anew.
+         A plan that ran out of space before its barrier is different: nothing is in doubt, that flush alone fails,
+         and the next one tries again.
     (F3) A clean image flushes for nothing. At open it counts as dirty: an earlier server's writes may still be in
          the page cache, and a client that came back relies on its flush to cover them.
 """
@@ -13,9 +15,13 @@ by a barrier that began after it was asked for, and a hundred clients that flush
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Awaitable, Callable
 
 from nbdimg.errors import ImageFailed
+from nbdimg.storage.ordering import UnwrittenError
+
+_OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class FlushGate:
@@ -47,7 +53,7 @@ class FlushGate:
     async def flush(self) -> None:
         """Everything that `changed` told of before this call is durable on return.
 
-        Raises: ImageFailed: this barrier, or an earlier one, failed.
+        Raises: ImageFailed: this barrier, or an earlier one, failed. OSError: there is no space for metadata.
         """
         self.check()
         if self.is_clean:
@@ -65,6 +71,8 @@ class FlushGate:
         try:
             await self._barrier()
         except OSError as error:
+            if isinstance(error, UnwrittenError) and error.errno in _OUT_OF_SPACE:
+                raise
             reason = error.strerror or str(error)
             self.failure = f"a flush failed ({reason}): what was written since the last one may be lost; open it anew"
             raise ImageFailed(self._path, self.failure) from None

@@ -1,27 +1,39 @@
-"""An open image: guest bytes moved over whatever its driver maps.
+"""An open image: guest bytes moved over whatever its driver maps, and through its backing images.
 
-Ask, load, ask again is written once, in `_extent`. The `try_` methods are the fast path: plain calls that either do
-the whole thing now or change nothing and say no; both paths use the same look-up.
+Ask, load, ask again is written once, in `_answer`. The `try_` methods are the fast path: plain calls that either do
+the whole thing now or change nothing that a guest can see and say no; both paths use the same look-up.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from nbdimg.errors import RequestError
-from nbdimg.image.driver import Extent, ExtentKind, FormatDriver, Miss
+from nbdimg.image.bitmap import DirtyBitmap
+from nbdimg.image.driver import Allocation, BitmapStore, Extent, ExtentKind, FormatDriver, HasBitmaps, Miss, Unmap
 from nbdimg.image.flush import FlushGate
 from nbdimg.storage import ordering
-from nbdimg.storage.file import Buffer
-from nbdimg.units import MiB
+from nbdimg.storage.file import BlockFile, Buffer
+from nbdimg.units import KiB, MiB, align_down, align_up
+
+T = TypeVar("T")
 
 ZERO_WRITE_SIZE = 1 * MiB
 """Bytes in one write where zeroes must be written out."""
 
+INLINE_FILL_MAX = 128 * KiB
+"""Bytes of head and tail that the fast path puts around a write that allocates: it copies them on the loop's thread."""
+
+SEEN_THROUGH_MAX = 32768
+"""Clusters of a chain whose place in a backing image is remembered, about 8 MiB: each level costs a look-up else."""
+
 _ZEROES = memoryview(bytes(ZERO_WRITE_SIZE))
-_DATA = ExtentKind.DATA
+_ZERO = ExtentKind.ZERO
+_BACKING = ExtentKind.BACKING
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,37 +57,158 @@ class HeadGuard:
 
 
 class Image:
-    """Guest offsets are below `size`; the caller has checked ranges, and orders overlapping requests."""
+    """Guest offsets are below `size`; the caller has checked ranges, and orders overlapping requests.
 
-    def __init__(self, driver: FormatDriver, *, writable: bool, guard: HeadGuard | None = None) -> None:
+    `backing` is closed with the image.
+    """
+
+    def __init__(
+        self, driver: FormatDriver, *, writable: bool, guard: HeadGuard | None = None, backing: Image | None = None
+    ) -> None:
         self.driver = driver
         self.path = driver.file.path
         self.is_writable = writable
+        self.backing = backing
+        self._seen_through: dict[int, Extent] | None = None if backing is None else {}
+        """By cluster of this image; what a backing image maps never changes, so only `_remapped` ends an entry."""
         self._guard = guard
         self.guarded_size = guard.size if guard else 0
         self.gate = FlushGate(self.path, self._barrier)
+        bitmaps = driver.bitmaps if isinstance(driver, HasBitmaps) else None
+        self._bitmaps = bitmaps
+        self._recording: BitmapStore | None = bitmaps if bitmaps and writable and bitmaps.recording else None
+        """What must know of every change; None: nothing does, and then it costs nothing."""
+        self._marking = asyncio.Lock()
 
     @property
     def size(self) -> int:
         return self.driver.size
 
-    async def _extent(self, look_up: Callable[[int], Extent | Miss], offset: int) -> Extent:
-        while isinstance(extent := look_up(offset), Miss):
-            await self.driver.load(extent)
+    def resized(self) -> None:
+        """The driver's size has changed."""
+        if self._seen_through is not None:
+            self._seen_through.clear()
+
+    # Dirty bitmaps
+
+    @property
+    def bitmap_names(self) -> Sequence[str]:
+        """The dirty bitmaps that can be asked for."""
+        return self._bitmaps.names if self._bitmaps is not None else ()
+
+    async def bitmap(self, name: str) -> DirtyBitmap:
+        """One of `bitmap_names`; it follows changes if it is enabled. Raises: OSError, ImageError."""
+        assert self._bitmaps is not None
+        return await self._bitmaps.get(name)
+
+    def _try_record(self, recording: BitmapStore, offset: int, stop: int) -> bool:
+        """The range is about to change. False: the bitmaps are not marked yet, which waits."""
+        if not recording.is_marked:
+            return False
+        for bitmap in recording.recording:
+            bitmap.set_range(offset, stop)
+        return True
+
+    async def record(self, offset: int, stop: int) -> None:
+        """Bytes of the range are about to change; `write`, `trim` and `zero` say so themselves.
+
+        Raises: OSError: they must not be changed.
+        """
+        recording = self._recording
+        if recording is None or offset >= stop:
+            return
+        if not recording.is_marked:
+            async with self._marking:
+                if not recording.is_marked:
+                    await recording.mark()
+        self._try_record(recording, offset, stop)
+
+    # Look-up
+
+    def look_up(self, offset: int, stop: int) -> Extent | Miss:
+        """As the driver's `map`, through the chain: never of kind BACKING."""
+        seen = self._seen_through
+        if seen is not None:
+            known = seen.get(offset // self.driver.cluster_size)
+            if known is not None and known.offset <= offset and stop <= known.stop:
+                return known
+        extent = self.driver.map(offset, stop)
+        if isinstance(extent, Extent) and extent.kind is _BACKING:
+            found = self._look_through(extent, offset, min(stop, extent.stop))
+            if seen is not None and isinstance(found, Extent):
+                self._remember(seen, found, offset)
+            return found
         return extent
 
-    def resident(self, offset: int) -> Extent | None:
-        """The extent of stored data around guest `offset`, if it is known without waiting."""
-        extent = self.driver.map(offset)
-        return None if isinstance(extent, Miss) or extent.kind is not _DATA else extent
+    def _remember(self, seen: dict[int, Extent], found: Extent, offset: int) -> None:
+        """Keep what was found around `offset` in the backing image, as far as one cluster goes."""
+        unit = self.driver.cluster_size
+        cluster = offset // unit
+        start, stop = max(found.offset, cluster * unit), min(found.stop, (cluster + 1) * unit)
+        if len(seen) >= SEEN_THROUGH_MAX:
+            seen.clear()
+        file_offset = found.file_offset + start - found.offset
+        seen[cluster] = Extent(found.kind, start, stop - start, found.file, file_offset, False, found.depth)
 
-    def writable(self, offset: int) -> Extent | None:
-        """The extent around guest `offset` in which a write goes in place, if it is known without waiting and the
-        image takes writes there. Whoever writes into it tells `gate.changed`.
+    def _remapped(self, offset: int, stop: int) -> None:
+        """This image's own mapping has changed there."""
+        seen = self._seen_through
+        if seen:
+            unit = self.driver.cluster_size
+            if (stop - offset) // unit > len(seen):
+                seen.clear()
+            for cluster in range(offset // unit, (stop - 1) // unit + 1 if seen else 0):
+                seen.pop(cluster, None)
+
+    def _look_through(self, extent: Extent, offset: int, stop: int) -> Extent | Miss:
+        """What `extent` leaves to the backing image, at `offset`; beyond that image's end there are zeroes."""
+        backing = self.backing
+        if backing is None or offset >= backing.size:
+            start = max(extent.offset, backing.size if backing else 0)
+            return Extent(_ZERO, start, extent.stop - start, extent.file, 0, False, 0)
+        found = backing.look_up(offset, min(stop, backing.size))
+        if isinstance(found, Miss):
+            return found
+        start, end = max(found.offset, extent.offset), min(found.stop, extent.stop)
+        file_offset = found.file_offset + start - found.offset
+        return Extent(found.kind, start, end - start, found.file, file_offset, False, found.depth and found.depth + 1)
+
+    async def _answer(self, ask: Callable[[int, int], T | Miss], offset: int, stop: int) -> T:
+        while isinstance(answer := ask(offset, stop), Miss):
+            await answer.load()
+        return answer
+
+    def change_span(self, offset: int, stop: int) -> tuple[int, int]:
+        """The range that a write of these bytes must have for itself: whole clusters where the mapping may change or
+        is not in memory, else the bytes.
         """
-        if offset < self.guarded_size or self.gate.failure is not None:
+        position, end = offset, min(stop, self.size)
+        while position < end:
+            extent = self.driver.place(position, end)
+            if isinstance(extent, Miss) or not extent.writable:
+                return self.cluster_span(offset, stop)
+            position = extent.stop
+        return offset, stop
+
+    def cluster_span(self, offset: int, stop: int) -> tuple[int, int]:
+        """The range rounded out to whole clusters."""
+        unit = self.driver.cluster_size
+        return align_down(offset, unit), align_up(stop, unit)
+
+    # The fast path
+
+    def resident(self, offset: int, stop: int) -> Extent | None:
+        """The extent of stored data around guest `offset`, if it is known without waiting."""
+        extent = self.look_up(offset, stop)
+        return None if isinstance(extent, Miss) or extent.kind is _ZERO else extent
+
+    def writable(self, offset: int, stop: int) -> Extent | None:
+        """The extent around guest `offset` in which a write goes in place, if it is known without waiting and the
+        image takes writes there. Whoever writes into it tells `gate.changed`. None while bitmaps record changes.
+        """
+        if offset < self.guarded_size or self.gate.failure is not None or self._recording is not None:
             return None
-        extent = self.driver.place(offset)
+        extent = self.driver.place(offset, stop)
         return None if isinstance(extent, Miss) or not extent.writable else extent
 
     def try_read(self, offset: int, stop: int, view: memoryview) -> int:
@@ -84,48 +217,118 @@ class Image:
         Returns n > 0: n bytes of data are in `view`; n < 0: the next -n bytes read as zeroes, `view` is untouched;
         0: it would wait.
         """
-        extent = self.driver.map(offset)
+        extent = self.look_up(offset, stop)
         if isinstance(extent, Miss):
             return 0
         skip = offset - extent.offset
         length = extent.length - skip
         if length > stop - offset:
             length = stop - offset
-        if extent.kind is not _DATA:
+        if extent.kind is _ZERO:
             return -length
         if length < len(view):
             view = view[:length]
         return len(view) if extent.file.try_pread(extent.file_offset + skip, view) else 0
 
     def try_write(self, offset: int, data: memoryview) -> bool:
-        """Write in place without waiting. False: nothing is known to be written, use `write`.
+        """Write without waiting. False: not all of it is known to be written, use `write`.
 
         Raises: ImageFailed: an earlier flush failed. OSError: the write did.
         """
         self.gate.check()
-        extent = self.writable(offset)
-        if extent is None or offset + len(data) > extent.stop:
+        if offset < self.guarded_size:
             return False
-        if not extent.file.try_pwrite(extent.file_offset + offset - extent.offset, data):
+        stop = offset + len(data)
+        if self._recording is not None and not self._try_record(self._recording, offset, stop):
             return False
+        driver = self.driver
+        while offset < stop:
+            extent = driver.place(offset, stop)
+            if isinstance(extent, Miss):
+                return False
+            if extent.writable:
+                count = min(extent.stop, stop) - offset
+                if not extent.file.try_pwrite(extent.file_offset + offset - extent.offset, data[:count]):
+                    return False
+            else:
+                count = self._try_allocate(offset, stop, data)
+                if count == 0:
+                    return False
+            offset += count
+            data = data[count:]
         self.gate.changed()
         return True
+
+    def _try_allocate(self, offset: int, stop: int, data: memoryview) -> int:
+        """Write the beginning of `data` into new space; returns how many bytes, 0 when it would wait."""
+        driver = self.driver
+        if driver.is_strained or not self.is_writable:
+            return 0
+        allocation = driver.reserve(offset, stop)
+        if isinstance(allocation, Miss):
+            return 0
+        skip = offset - allocation.offset
+        end = allocation.offset + allocation.length
+        count = min(end, stop) - offset
+        payload: memoryview | bytearray = data[:count]
+        file_offset = allocation.file_offset + skip
+        done = False
+        try:
+            needs_head = skip and not (allocation.is_zeroed and allocation.head is _ZERO)
+            needs_tail = offset + count < end and not (allocation.is_zeroed and allocation.tail is _ZERO)
+            if needs_head or needs_tail:
+                filled = self._try_fill(allocation, offset, data[:count])
+                if filled is None:
+                    return 0
+                payload, file_offset = filled, allocation.file_offset
+            done = allocation.file.try_pwrite(file_offset, payload)
+        finally:
+            if done:
+                driver.commit(allocation)
+                self._remapped(offset, offset + count)
+            else:
+                driver.release(allocation)
+        return count if done else 0
+
+    def _try_fill(self, allocation: Allocation, offset: int, payload: memoryview) -> bytearray | None:
+        """The allocation's whole content, if it is in memory and small."""
+        if allocation.length > INLINE_FILL_MAX:
+            return None
+        content = bytearray(allocation.length)
+        view = memoryview(content)
+        skip = offset - allocation.offset
+        after = skip + len(payload)
+        view[skip:after] = payload
+        for start, stop in ((0, skip), (after, min(allocation.length, self.size - allocation.offset))):
+            while start < stop:
+                position = allocation.offset + start
+                count = self.try_read(position, allocation.offset + stop, view[start:stop])
+                if count == 0:
+                    return None
+                start += abs(count)
+        return content
+
+    # The slow path
 
     async def read(self, offset: int, view: memoryview) -> list[Segment]:
         """Read into `view` from guest `offset`. The segments cover the range in order, without gap or overlap; what
         belongs to holes is left as it was in `view`.
         """
-        segments = []
+        segments: list[Segment] = []
+        reads: list[tuple[BlockFile, int, memoryview]] = []
         start, stop = offset, offset + len(view)
         while offset < stop:
-            extent = await self._extent(self.driver.map, offset)
+            extent = await self._answer(self.look_up, offset, stop)
             count = min(extent.stop, stop) - offset
-            is_hole = extent.kind is not _DATA
+            is_hole = extent.kind is _ZERO
             if not is_hole:
                 piece = view[offset - start : offset - start + count]
-                await extent.file.pread(extent.file_offset + offset - extent.offset, piece)
+                file_offset = extent.file_offset + offset - extent.offset
+                if len(piece) == len(view) or not extent.file.try_pread(file_offset, piece):
+                    reads.append((extent.file, file_offset, piece))
             segments.append(Segment(offset, count, is_hole))
             offset += count
+        await _all([file.pread(file_offset, piece) for file, file_offset, piece in reads])
         return segments
 
     async def write(self, offset: int, data: Buffer) -> None:
@@ -134,16 +337,61 @@ class Image:
         self.gate.check()
         if offset < self.guarded_size:
             await self._check_head(offset, view[: self.guarded_size - offset])
+        stop = offset + len(view)
+        await self.record(offset, stop)
         try:
-            while view:
-                extent = await self._extent(self.driver.place, offset)
-                assert extent.writable
-                piece = view[: extent.stop - offset]
-                await extent.file.pwrite(extent.file_offset + offset - extent.offset, piece)
-                offset += len(piece)
-                view = view[len(piece) :]
+            while offset < stop:
+                extent = await self._answer(self.driver.place, offset, stop)
+                if extent.writable:
+                    piece = view[: extent.stop - offset]
+                    await extent.file.pwrite(extent.file_offset + offset - extent.offset, piece)
+                    count = len(piece)
+                else:
+                    count = await self._allocate(offset, stop, view)
+                offset += count
+                view = view[count:]
         finally:
             self.gate.changed()
+
+    async def _allocate(self, offset: int, stop: int, view: memoryview) -> int:
+        """Write the beginning of `view` into new space; returns how many bytes."""
+        if not self.is_writable:
+            raise RequestError(errno.EPERM, "the image is read-only", offset)
+        if self.driver.is_strained:
+            self.gate.changed()
+            await self.gate.flush()
+        allocation = await self._answer(self.driver.reserve, offset, stop)
+        end = allocation.offset + allocation.length
+        count = min(end, stop) - offset
+        try:
+            await self._fill(allocation, offset, view[:count])
+        except BaseException:
+            self.driver.release(allocation)
+            raise
+        self.driver.commit(allocation)
+        self._remapped(offset, offset + count)
+        return count
+
+    async def _fill(self, allocation: Allocation, offset: int, payload: memoryview) -> None:
+        """Write an allocation's data, with its head and tail in the same write where they are needed."""
+        start, after = offset, offset + len(payload)
+        end = allocation.offset + allocation.length
+        if not (allocation.is_zeroed and allocation.head is _ZERO):
+            start = allocation.offset
+        if allocation.is_zeroed and allocation.tail is _ZERO:
+            end = after
+        if (start, end) == (offset, after):
+            await allocation.file.pwrite(allocation.file_offset + offset - allocation.offset, payload)
+            return
+        content = bytearray(end - start)
+        view = memoryview(content)
+        view[offset - start : after - start] = payload
+        if start < offset:
+            await self.read(start, view[: offset - start])
+        known = min(end, self.size)
+        if after < known:
+            await self.read(after, view[after - start : known - start])
+        await allocation.file.pwrite(allocation.file_offset + start - allocation.offset, content)
 
     async def _check_head(self, offset: int, piece: Buffer) -> None:
         """Raises: RequestError: EPERM, the guard's reason against `piece` at `offset`."""
@@ -159,10 +407,16 @@ class Image:
         """Give the range's space back where that can be done; else the range stays as it is: trim is advice."""
 
         async def punch(extent: Extent, start: int, count: int) -> None:
-            if extent.kind is _DATA:
+            if extent.kind is ExtentKind.DATA:
                 await extent.file.punch(start, count)
 
-        await self._change_in_place(offset, length, punch)
+        unit = self.driver.unmap_size
+        stop = offset + length
+        start = align_up(offset, unit)
+        stop = stop if stop == self.size else align_down(stop, unit)
+        self.gate.check()
+        await self.record(start, stop)
+        await self._unmap(start, max(start, stop), Unmap.TRIM, punch)
 
     async def zero(self, offset: int, length: int, *, may_unmap: bool, is_fast_only: bool) -> None:
         """Make the range read as zeroes, with its space kept unless `may_unmap`.
@@ -172,7 +426,7 @@ class Image:
 
         async def zero(extent: Extent, start: int, count: int) -> None:
             file = extent.file
-            if may_unmap and (extent.kind is not _DATA or await file.punch(start, count)):
+            if may_unmap and (extent.kind is _ZERO or await file.punch(start, count)):
                 return
             if await file.zero(start, count):
                 return
@@ -181,33 +435,76 @@ class Image:
             for position in range(start, start + count, ZERO_WRITE_SIZE):
                 await file.pwrite(position, _ZEROES[: start + count - position])
 
-        await self._change_in_place(offset, length, zero)
-
-    async def _change_in_place(
-        self, offset: int, length: int, change: Callable[[Extent, int, int], Awaitable[None]]
-    ) -> None:
-        """Call `change(extent, file offset, length)` for each piece of the range."""
-        self.gate.check()
+        unit = self.driver.unmap_size
         stop = offset + length
-        if offset < self.guarded_size:
+        start = min(align_up(offset, unit), stop)
+        whole_stop = stop if stop == self.size else max(start, align_down(stop, unit))
+        self.gate.check()
+        edges = [
+            edge
+            for edge in ((offset, start), (whole_stop, stop))
+            if edge[0] < edge[1] and not await self._is_zero(*edge)
+        ]
+        if edges and is_fast_only:
+            raise RequestError(errno.EOPNOTSUPP, "zeroes would have to be written out here", edges[0][0])
+        await self.record(offset, stop)
+        for edge_start, edge_stop in edges:
+            await self.write(edge_start, _ZEROES[: edge_stop - edge_start])
+        await self._unmap(start, whole_stop, Unmap.ZERO if may_unmap else Unmap.KEEP, zero)
+
+    async def _is_zero(self, offset: int, stop: int) -> bool:
+        while offset < stop:
+            extent = await self._answer(self.look_up, offset, stop)
+            if extent.kind is not _ZERO:
+                return False
+            offset = extent.stop
+        return True
+
+    async def _unmap(
+        self, offset: int, stop: int, to: Unmap, change: Callable[[Extent, int, int], Awaitable[None]]
+    ) -> None:
+        """Change the mapping of whole units; where that cannot be done, `change(extent, file offset, length)`."""
+        self.gate.check()
+        if offset < self.guarded_size and offset < stop:
             await self._check_head(offset, bytes(min(stop, self.guarded_size) - offset))
         while offset < stop:
-            extent = await self._extent(self.driver.map, offset)
-            assert extent.writable
-            count = min(extent.stop, stop) - offset
-            try:
-                await change(extent, extent.file_offset + offset - extent.offset, count)
-            finally:
-                self.driver.unmapped(offset, count)
+            if self.driver.is_strained:
                 self.gate.changed()
-            offset += count
+                await self.gate.flush()
+            reached = await self._answer(lambda start, end: self.driver.unmap(start, end, to), offset, stop)
+            if reached > offset:
+                self._remapped(offset, reached)
+                self.gate.changed()
+                offset = reached
+                continue
+            offset = await self._change_in_place(offset, stop, to, change)
+
+    async def _change_in_place(
+        self, offset: int, stop: int, to: Unmap, change: Callable[[Extent, int, int], Awaitable[None]]
+    ) -> int:
+        """One extent of the range; returns where it ends. What is not in place is left alone, or zeroes are written."""
+        unit = self.driver.cluster_size
+        if unit > 1:
+            stop = min(stop, align_up(offset + 1, unit))
+        extent = await self._answer(self.driver.map, offset, stop)
+        count = min(extent.stop, stop) - offset
+        try:
+            if extent.writable:
+                await change(extent, extent.file_offset + offset - extent.offset, count)
+            elif to is not Unmap.TRIM and not await self._is_zero(offset, offset + count):
+                for position in range(offset, offset + count, ZERO_WRITE_SIZE):
+                    await self.write(position, _ZEROES[: offset + count - position])
+        finally:
+            self.driver.unmapped(offset, count)
+            self.gate.changed()
+        return offset + count
 
     async def map(self, offset: int, length: int, extents_max: int) -> list[Extent]:
         """The extents of a range in order, clipped to it; fewer than cover it when `extents_max` is reached."""
         extents: list[Extent] = []
         stop = offset + length
         while offset < stop and len(extents) < extents_max:
-            extent = await self._extent(self.driver.map, offset)
+            extent = await self._answer(self.look_up, offset, stop)
             skip = offset - extent.offset
             count = min(extent.stop, stop) - offset
             clipped = Extent(
@@ -220,7 +517,7 @@ class Image:
     async def prefetch(self, offset: int, length: int) -> None:
         """Ask for the range to be in memory soon."""
         for extent in await self.map(offset, length, extents_max=64):
-            if extent.kind is _DATA:
+            if extent.kind is not _ZERO:
                 await extent.file.prefetch(extent.file_offset, extent.length)
 
     async def flush(self) -> None:
@@ -229,11 +526,25 @@ class Image:
 
     async def _barrier(self) -> None:
         await ordering.run(self.driver.flush_plan())
+        await self.driver.flushed()
 
     async def close(self) -> None:
         """Flush what is dirty and close the files. Raises: ImageFailed: a flush failed; the files are closed."""
         try:
             if self.is_writable:
                 await self.flush()
+                await self.driver.close()
         finally:
-            await self.driver.file.close()
+            await self.driver.abandon()
+            if self.backing is not None:
+                await self.backing.close()
+
+
+async def _all(reads: list[Awaitable[None]]) -> None:
+    """Wait for all, then raise the first error: a buffer is not given back while somebody still fills it."""
+    if len(reads) == 1:
+        await reads[0]
+    elif reads:
+        for outcome in await asyncio.gather(*reads, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome

@@ -7,37 +7,78 @@ while it runs is for the next plan.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nbdimg.storage.file import BlockFile
 
 
+class UnwrittenError(OSError):
+    """A write of a plan failed before its barrier: nothing that the kernel had accepted is in doubt, and the same
+    plan, or a later one that holds its writes, may be run again.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class Write:
-    """`data` goes to `offset` bytes into the plan's file."""
+    """`data` goes to `offset` bytes into `file`."""
 
+    file: BlockFile
     offset: int
     data: bytes
 
 
-Stage = tuple[Write, ...]
-"""Writes in any order among themselves; all are durable before the next stage begins."""
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """`writes` in any order among themselves, then a barrier on each of `files`; without writes it is a barrier alone,
+    which makes the data written before it durable.
+    """
+
+    writes: tuple[Write, ...]
+    files: tuple[BlockFile, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`stages` for one file. An empty stage is a barrier alone: it makes the data written before it durable."""
+    """All of a stage is durable before the next begins."""
 
-    file: BlockFile
     stages: tuple[Stage, ...]
 
 
+def merged(writes: Iterable[Write]) -> tuple[Write, ...]:
+    """The same writes with neighbours joined, each file's in order of offset. No two of them overlap."""
+    joined: list[Write] = []
+    pieces: list[bytes] = []
+    end = 0
+    for write in sorted(writes, key=lambda each: (each.file.path, each.offset)):
+        if pieces and joined[-1].file is write.file and end == write.offset:
+            pieces.append(write.data)
+        else:
+            _close(joined, pieces)
+            joined.append(write)
+            pieces = [write.data]
+        end = write.offset + len(write.data)
+    _close(joined, pieces)
+    return tuple(joined)
+
+
+def _close(joined: list[Write], pieces: list[bytes]) -> None:
+    if len(pieces) > 1:
+        joined[-1] = Write(joined[-1].file, joined[-1].offset, b"".join(pieces))
+
+
 async def run(plan: Plan) -> None:
-    """Carry out a plan. Raises: OSError, when no write is under way any more: from that stage on nothing is durable."""
+    """Carry out a plan; on an error no write is under way any more, and from that stage on nothing is durable.
+
+    Raises: UnwrittenError: a write failed. OSError: a barrier failed, and what was written may be lost.
+    """
     for stage in plan.stages:
-        if stage:
-            writes = (plan.file.pwrite(write.offset, write.data) for write in stage)
+        if stage.writes:
+            writes = (write.file.pwrite(write.offset, write.data) for write in stage.writes)
             for outcome in await asyncio.gather(*writes, return_exceptions=True):
+                if isinstance(outcome, OSError):
+                    raise UnwrittenError(outcome.errno, outcome.strerror) from None
                 if isinstance(outcome, BaseException):
                     raise outcome
-        await plan.file.fdatasync()
+        for file in stage.files:
+            await file.fdatasync()

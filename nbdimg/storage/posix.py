@@ -36,13 +36,20 @@ _PAGE_MASK = os.sysconf("SC_PAGE_SIZE") - 1
 class PosixFile:
     """One open descriptor. Not locked: see `locks.lock_image`.
 
-    Raises: OSError: from the constructor, when the path cannot be opened or is neither a file nor a block device.
+    With `descriptor` the file is open already: the object takes it over, and `path` is only what messages call it.
+    `identity` is (st_dev, st_ino): two files with the same one are the same file, whatever their names.
+
+    Raises: OSError: from the constructor, when the path cannot be opened or is neither a file nor a block device; a
+        descriptor that was handed in is closed then.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, writable: bool) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, writable: bool, descriptor: int | None = None) -> None:
         self.path = os.fspath(path)
         self.is_writable = writable
-        self.descriptor = os.open(self.path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
+        if descriptor is None:
+            flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
+            descriptor = os.open(self.path, flags)
+        self.descriptor = descriptor
         try:
             status = os.fstat(self.descriptor)
             self.is_block_device = stat.S_ISBLK(status.st_mode)
@@ -51,6 +58,7 @@ class PosixFile:
         except OSError:
             os.close(self.descriptor)
             raise
+        self.identity = (status.st_dev, status.st_ino)
         self._in_memory = system.is_memory_file_system(status.st_dev)
         self._has_nowait = True
         self._writes_inline = True

@@ -1,4 +1,4 @@
-"""Linux calls that Python's `os` lacks: fallocate with modes, the file system's type, a block device's size."""
+"""Linux calls that Python's `os` lacks: fallocate with modes, openat2, the file system's type."""
 
 from __future__ import annotations
 
@@ -18,10 +18,34 @@ UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EIN
 """What fallocate answers where a mode does not exist; EINVAL for a block device's unaligned range."""
 
 
+SYS_OPENAT2 = 437
+"""The same on every architecture that Python runs on; Linux 5.6."""
+
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_BENEATH = 0x08
+
+
+class OpenHow(ctypes.Structure):
+    """struct open_how: flags, mode, resolve; each a u64."""
+
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+assert ctypes.sizeof(OpenHow) == 24
+
+
 @lru_cache(maxsize=1)
 def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    libc.syscall.argtypes = [
+        ctypes.c_long,
+        ctypes.c_int,
+        ctypes.c_char_p,
+        ctypes.POINTER(OpenHow),
+        ctypes.c_size_t,
+    ]
+    libc.syscall.restype = ctypes.c_long
     return libc
 
 
@@ -39,6 +63,21 @@ def fallocate(descriptor: int, mode: int, offset: int, length: int) -> bool:
     return True
 
 
+def openat2(directory: int, path: bytes, flags: int, resolve: int) -> int:
+    """openat2(2): open `path` from the descriptor `directory`, its resolution restricted by RESOLVE_ flags.
+
+    Raises: OSError: the call failed; ENOSYS where the kernel lacks it, EPERM also where a sandbox forbids it.
+    """
+    how = OpenHow(flags=flags, resolve=resolve)
+    while True:
+        descriptor: int = _libc().syscall(SYS_OPENAT2, directory, path, ctypes.byref(how), ctypes.sizeof(how))
+        if descriptor >= 0:
+            return descriptor
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
 def is_memory_file_system(device: int) -> bool:
     """Whether files with this `st_dev` live in memory only, so that a read never waits for a device."""
     wanted = f"{os.major(device)}:{os.minor(device)}"
@@ -51,3 +90,30 @@ def is_memory_file_system(device: int) -> bool:
     except OSError:
         pass
     return False
+
+
+RESERVE = 0
+"""For `fallocate`: give the range space of its own; its content stays, holes read as zeroes."""
+
+
+def fdatasync(descriptor: int) -> None:
+    """The barrier, for those who need no loop. Raises: OSError."""
+    os.fdatasync(descriptor)
+
+
+def sync_directory(path: str) -> None:
+    """Make the names in a directory durable, where there is such a call and the directory is readable.
+
+    Raises: OSError.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)

@@ -40,7 +40,7 @@ class SparseFile(MemoryFile):
 
 
 def mapped(driver: RawDriver, offset: int) -> Extent:
-    extent = driver.map(offset)
+    extent = driver.map(offset, driver.size)
     assert isinstance(extent, Extent)
     return extent
 
@@ -171,7 +171,7 @@ def test_place_is_the_whole_image_in_place_and_costs_no_lookup() -> None:
     file = SparseFile()
     driver = RawDriver(file)
     for offset in (0, 20, SIZE - 1):
-        extent = driver.place(offset)
+        extent = driver.place(offset, SIZE)
         assert isinstance(extent, Extent)
         assert (extent.offset, extent.stop, extent.file_offset, extent.writable) == (0, SIZE, 0, True)
     assert file.lookups == 0

@@ -1,0 +1,131 @@
+"""Resident metadata: slices of on-disk tables, a bounded number of them, and which of them wait to be written.
+
+absent ──load──▶ clean ──changed──▶ dirty ──capture──▶ writing ──written──▶ clean ──evicted──▶ absent
+                                      ▲                   │
+                                      └─────changed───────┘   both at once: in this plan, and again in the next
+
+(C1) Only clean slices that nobody has pinned are evicted: what a reload would read is what memory had.
+(C2) A slice is loaded once, however many ask for it at the same time.
+(C3) A slice that was captured stays `writing` until its plan is durable; if the plan fails, the next capture
+     holds it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Awaitable, Callable
+
+from nbdimg.storage.file import BlockFile
+from nbdimg.storage.ordering import Write
+
+
+class Slice:
+    """`entries` of a table from file offset `offset` on."""
+
+    __slots__ = ("entries", "is_dirty", "is_used", "is_writing", "key", "offset", "pin_count")
+
+    def __init__(self, key: int, offset: int, entries: array[int]) -> None:
+        self.key = key
+        self.offset = offset
+        self.entries = entries
+        self.is_used = True
+        self.is_dirty = False
+        self.is_writing = False
+        self.pin_count = 0
+
+
+class TableCache:
+    """Args:
+    file: where the tables lie.
+    slices_max: how many slices may be resident; dirty and pinned ones are kept beyond it.
+    fetch: reads the slices that a miss of `key` calls for and gives them to `add`.
+    encode: an array's bytes on disk.
+    """
+
+    def __init__(
+        self,
+        file: BlockFile,
+        slices_max: int,
+        fetch: Callable[[int], Awaitable[None]],
+        encode: Callable[[array[int]], bytes],
+    ) -> None:
+        self.slices: dict[int, Slice] = {}
+        """By key; for look-ups on the request path, which set `is_used` themselves."""
+        self._file = file
+        self._slices_max = slices_max
+        self._fetch = fetch
+        self._encode = encode
+        self._dirty: dict[int, Slice] = {}
+        self._writing: list[Slice] = []
+        self._loading: dict[int, asyncio.Future[None]] = {}
+
+    async def load(self, key: int) -> None:
+        """Bring a slice in. Raises: OSError, ImageError, for everybody who waits for it."""
+        while key in self._loading:
+            await asyncio.wait((self._loading[key],))
+        if key in self.slices:
+            return
+        loading = self._loading[key] = asyncio.get_running_loop().create_future()
+        try:
+            await self._fetch(key)
+        finally:
+            del self._loading[key]
+            loading.set_result(None)
+
+    def add(self, key: int, offset: int, entries: array[int]) -> Slice:
+        """Make a slice resident; one that is resident already stays, for it may have changed since. The new one is
+        never what makes room: whoever asked for it would ask for ever, or change what is not resident.
+        """
+        found = self.slices.get(key)
+        if found is not None:
+            return found
+        if len(self.slices) >= self._slices_max:
+            self._evict()
+        added = self.slices[key] = Slice(key, offset, entries)
+        return added
+
+    def _evict(self) -> None:
+        """Drop the first slice that was not used since it was last looked at here."""
+        for _ in range(2 * len(self.slices)):
+            key, oldest = next(iter(self.slices.items()))
+            del self.slices[key]
+            if not (oldest.is_used or oldest.is_dirty or oldest.is_writing or oldest.pin_count):
+                return
+            oldest.is_used = False
+            self.slices[key] = oldest
+
+    def changed(self, slice_: Slice) -> None:
+        if not slice_.is_dirty:
+            slice_.is_dirty = True
+            self._dirty[slice_.key] = slice_
+
+    @property
+    def is_dirty(self) -> bool:
+        return bool(self._dirty or self._writing)
+
+    @property
+    def is_strained(self) -> bool:
+        """Whether half of the room is taken by what waits to be written."""
+        return 2 * (len(self._dirty) + len(self._writing)) > self._slices_max
+
+    def capture(self) -> list[Write]:
+        """The writes that make everything durable that has changed; `written` follows when they are."""
+        waiting = {slice_.key: slice_ for slice_ in self._writing} | self._dirty
+        self._dirty = {}
+        self._writing = list(waiting.values())
+        for slice_ in self._writing:
+            slice_.is_dirty, slice_.is_writing = False, True
+        return [Write(self._file, slice_.offset, self._encode(slice_.entries)) for slice_ in self._writing]
+
+    def written(self) -> None:
+        for slice_ in self._writing:
+            slice_.is_writing = False
+        self._writing = []
+
+    def drop(self, key: int) -> None:
+        """Forget a slice whose table is gone, changed or not."""
+        dropped = self.slices.pop(key, None)
+        if dropped is not None:
+            self._dirty.pop(key, None)
+            self._writing = [slice_ for slice_ in self._writing if slice_ is not dropped]
