@@ -1,0 +1,1 @@
+"""Crash consistency: each format's writer against every state that a crash can leave."""
