@@ -12,7 +12,9 @@ DEFAULT_LISTENER = NbdUri(host="127.0.0.1", port=DEFAULT_PORT)
 
 @dataclass(frozen=True, slots=True)
 class ExportConfig:
-    """One image. `format` None means: by its magic. `block_size_min` in bytes."""
+    """One image. `format` None means: by its magic. `block_size_min` in bytes. `key_path`: a file that holds the
+    passphrase of an encrypted image. `roots`: directories besides the image's own in which what it refers to may lie.
+    """
 
     path: str
     name: str | None = None
@@ -20,6 +22,8 @@ class ExportConfig:
     is_read_only: bool = False
     description: str = ""
     block_size_min: int = 1
+    key_path: str | None = None
+    roots: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

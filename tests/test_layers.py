@@ -38,9 +38,16 @@ ONLY_IN = {
     "socket": {"server"},
     "ssl": {"server"},
     "uvloop": {"server"},
-    "asyncio": {"storage", "image", "export", "server", "cli"},
+    "asyncio": {"storage", "image", "formats", "export", "server", "cli"},
     "typer": {"cli"},
+    "rich": {"cli"},
+    "cryptography": {"formats"},
+    "backports": {"formats"},
+    "compression": {"formats"},
+    "crc32c": {"formats"},
 }
+LAZILY = {"rich", "cryptography", "backports", "compression"}
+"""Not needed to serve a plain image, and slow to import or not installed: functions import them."""
 DESCRIPTOR_CALLS = {"open", "read", "readv", "write", "writev", "lseek", "fsync", "fdatasync", "sendfile", "splice"}
 RANGE_CALLS = {"pread", "preadv", "pwrite", "pwritev", "truncate", "ftruncate", "posix_fallocate", "copy_file_range"}
 FILE_CALLS = DESCRIPTOR_CALLS | RANGE_CALLS
@@ -52,17 +59,20 @@ def layer_of(source: str) -> str:
     return source.partition("/")[0].removesuffix(".py").replace("__init__", "")
 
 
-def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, module) of every import; `from a import b` gives `a.b`, a relative one begins with a dot."""
+def imported(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
+    """(line, module, whether a function imports it) of every import; `from a import b` gives `a.b`, a relative one
+    begins with a dot."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lazy = {inner for function in functions for inner in ast.walk(function)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            yield from ((node.lineno, alias.name, node in lazy) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
-            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+            yield from ((node.lineno, f"{base}.{alias.name}", node in lazy) for alias in node.names)
 
 
-def import_violation(layer: str, module: str) -> str | None:
+def import_violation(layer: str, module: str, is_lazy: bool) -> str | None:
     package, _, rest = module.partition(".")
     if package == "nbdimg":
         target = rest.partition(".")[0]
@@ -70,6 +80,8 @@ def import_violation(layer: str, module: str) -> str | None:
         allowed = target == layer or target in MAY_IMPORT[layer]
         return None if allowed else f"{layer or 'nbdimg'} may not import {target or 'nbdimg itself'}"
     if package in ONLY_IN:
+        if package in LAZILY and not is_lazy:
+            return f"{package} is imported where it is used, not at the head of a module"
         return None if layer in ONLY_IN[package] else f"{layer or 'nbdimg'} may not import {package}"
     return None if package in sys.stdlib_module_names else f"{module} is neither nbdimg's nor the standard library's"
 
@@ -77,7 +89,7 @@ def import_violation(layer: str, module: str) -> str | None:
 def violations(source: str, text: str) -> list[str]:
     """What `text`, as the file `source` beneath nbdimg/, does that its layer may not do."""
     layer, tree = layer_of(source), ast.parse(text)
-    found = [(line, import_violation(layer, module)) for line, module in imported(tree)]
+    found = [(line, import_violation(layer, module, is_lazy)) for line, module, is_lazy in imported(tree)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
             if node.attr in FILE_CALLS and layer != "storage" and (layer, node.attr) != ("cli", "open"):
@@ -113,13 +125,17 @@ def test_table_has_no_cycle() -> None:
         ("wire/x.py", "from nbdimg import server", "wire may not import server"),
         ("wire/x.py", "from nbdimg import Service", "wire may not import nbdimg itself"),
         ("storage/x.py", "def f():\n    import socket", "storage may not import socket"),
-        ("formats/x.py", "if TYPE_CHECKING:\n    from asyncio import Task", "formats may not import asyncio"),
+        ("formats/x.py", "if TYPE_CHECKING:\n    from socket import socket", "formats may not import socket"),
         ("formats/raw.py", "import nbdimg.wire.errors as e", "formats may not import wire"),
         ("image/x.py", "import os\nos.preadv(0, [], 0)", "os.preadv outside storage"),
         ("server/x.py", "from os import fsync as flush, stat", "os.fsync outside storage"),
         ("export/x.py", "from nbdimg.formats import open_image", "export may not import formats"),
         ("cli/x.py", "import ssl", "cli may not import ssl"),
         ("server/x.py", "from ..cli import main", "..cli.main is neither nbdimg's nor the standard library's"),
+        ("cli/x.py", "from rich import print", "rich is imported where it is used, not at the head of a module"),
+        ("server/x.py", "def f():\n    import rich", "server may not import rich"),
+        ("image/x.py", "def f():\n    from backports import zstd", "image may not import backports"),
+        ("storage/x.py", "def f():\n    import cryptography", "storage may not import cryptography"),
         ("units.py", "import numpy", "numpy is neither nbdimg's nor the standard library's"),
         ("units.py", "from nbdimg import limits", "units may not import limits"),
     ],
@@ -134,3 +150,5 @@ def test_control_what_is_allowed_is_not_reported() -> None:
     text = "import os, errno\nfrom nbdimg import limits\nfrom nbdimg.units import MiB\nos.stat('x')"
     assert violations("wire/x.py", text) == []
     assert violations("storage/x.py", "import os\nos.pread(0, 1, 0)") == []
+    assert violations("cli/x.py", "def f():\n    from rich.progress import Progress") == []
+    assert violations("formats/x.py", "async def f():\n    from backports import zstd") == []

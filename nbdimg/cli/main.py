@@ -18,7 +18,14 @@ from typing import Annotated
 import typer
 
 from nbdimg import __version__
+from nbdimg.cli.bitmap import bitmap
+from nbdimg.cli.check import check
+from nbdimg.cli.create import create
+from nbdimg.cli.info import info
+from nbdimg.cli.map import map_
+from nbdimg.cli.resize import resize
 from nbdimg.cli.serve import serve
+from nbdimg.cli.snapshot import snapshot
 from nbdimg.errors import ConfigError, ImageError, ListenError, NbdimgError
 
 EXIT_FAILED = 1
@@ -42,6 +49,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(serve)
+app.command()(create)
+app.command(context_settings={"ignore_unknown_options": True})(resize)  # -1M is a size
+app.command()(info)
+app.command("map")(map_)
+app.command()(check)
+app.add_typer(snapshot)
+app.add_typer(bitmap)
 
 
 def _print_version(is_asked: bool) -> None:
@@ -74,7 +88,8 @@ def _report(error: Exception) -> int:
     """Say what went wrong in one line."""
     usage_message = getattr(error, "format_message", None)
     if usage_message is not None:
-        _complain(f"{usage_message()}; see nbdimg --help")
+        if usage_message():
+            _complain(f"{usage_message()}; see nbdimg --help")
         return EXIT_USAGE
     for kind, status in _STATUSES:
         if isinstance(error, kind):

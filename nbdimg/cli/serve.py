@@ -31,7 +31,7 @@ def serve(
     images: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[[NAME=]IMAGE]...",
+            metavar="[NAME=]IMAGE",
             help=f"Images to export, each under NAME or its file's stem. None: {DEMO_PATH}, made when it is missing.",
         ),
     ] = None,
@@ -39,18 +39,31 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="URI",
-            help=f"Where to listen: nbd://HOST:PORT or nbd+unix:///?socket=PATH; repeatable. [{DEFAULT_LISTENER}]",
+            help="Where to listen: nbd://HOST:PORT or nbd+unix:///?socket=PATH; repeatable "
+            f"(default: {DEFAULT_LISTENER}).",
         ),
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option(metavar="|".join(DRIVERS), help="The images' format. [by their magic number; raw without one]"),
+        typer.Option(
+            metavar="|".join(DRIVERS), help="The images' format (default: by their magic number; raw without one)."
+        ),
     ] = None,
     read_only: Annotated[bool, typer.Option("--read-only", "-r", help="Refuse every change.")] = False,
     description: Annotated[str, typer.Option(metavar="TEXT", help="What clients see beside the name.")] = "",
     min_block_size: Annotated[
         str, typer.Option(metavar="BYTES", help="Advertised minimum block size, a power of two up to 64K.")
     ] = "1",
+    key_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The passphrase of encrypted images, from a file.")
+    ] = None,
+    allow_references: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Backing and data files may lie in DIR too, not only in the image's own directory; repeatable.",
+        ),
+    ] = None,
     connections_max: Annotated[int, typer.Option(metavar="N", min=1, help="Clients at once.")] = _DEFAULTS.connections,
     handshake_timeout: Annotated[
         float, typer.Option(metavar="S", min=0.1, help="Seconds for a handshake.")
@@ -82,6 +95,8 @@ def serve(
             is_read_only=read_only,
             description=description,
             block_size_min=block_size_min,
+            key_path=key_file,
+            roots=tuple(allow_references or ()),
         )
         for argument in images or [_demo()]
     )

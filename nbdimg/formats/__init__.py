@@ -1,21 +1,59 @@
-"""The formats, and the one way to open an image of any of them."""
+"""The formats, and the one way to open an image of any of them, with what it refers to."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Protocol
 
-from nbdimg.errors import ConfigError, UnsupportedFeature
+from nbdimg.errors import ConfigError, ImageError, ImageLocked, UnsupportedFeature
 from nbdimg.formats import raw
+from nbdimg.formats.gate import ConfinedGate
+from nbdimg.formats.options import Opened, OpenOptions
 from nbdimg.formats.probe import HEAD_SIZE, planted, probe
-from nbdimg.image.driver import FormatDriver
+from nbdimg.formats.qcow2 import open as qcow2
+from nbdimg.formats.qcow2.create import create as qcow2_create
+from nbdimg.formats.qcow2.crypt import read_key_file
+from nbdimg.formats.qcow2.resize import resize as qcow2_resize
+from nbdimg.formats.qcow2.snapshots import load_snapshots
+from nbdimg.formats.vhdx import open as vhdx
+from nbdimg.image.gate import OpenGate, Reference
 from nbdimg.image.image import HeadGuard, Image
 from nbdimg.storage.file import BlockFile
 from nbdimg.storage.locks import lock_image
 from nbdimg.storage.posix import PosixFile
 
-DRIVERS: dict[str, Callable[[BlockFile], FormatDriver]] = {"raw": raw.RawDriver}
-CREATORS: dict[str, Callable[[str, int], None]] = {"raw": raw.create}
+DRIVERS: dict[str, Callable[[BlockFile, OpenOptions], Awaitable[Opened]]] = {
+    "raw": raw.open_driver,
+    "qcow2": qcow2.open_driver,
+    "vhdx": vhdx.open_driver,
+}
+CREATORS: dict[str, Callable[[str, int], object]] = {"raw": raw.create, "qcow2": qcow2_create}
+
+
+class Resizer(Protocol):
+    """See `qcow2.resize.resize`."""
+
+    async def __call__(
+        self, image: Image, size: int, *, progress: Callable[[int, int], None] | None = None
+    ) -> None: ...
+
+
+RESIZERS: dict[str, Resizer] = {"raw": raw.resize, "qcow2": qcow2_resize}
+
+
+__all__ = [
+    "CREATORS",
+    "DRIVERS",
+    "check_format",
+    "create_image",
+    "open_file",
+    "open_image",
+    "probed_format",
+    "read_key_file",
+    "resize_image",
+    "snapshot_names",
+]
 
 
 def check_format(name: str | None) -> None:
@@ -25,17 +63,27 @@ def check_format(name: str | None) -> None:
 
 
 async def open_image(
-    path: str | os.PathLike[str], *, format: str | None = None, writable: bool = True, lock: bool = True
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    writable: bool = True,
+    lock: bool = True,
+    roots: Iterable[str | os.PathLike[str]] = (),
+    key: bytes | None = None,
+    snapshot: str | None = None,
+    is_keyless: bool = False,
 ) -> Image:
-    """Open an image, locked against other users unless `lock` is False.
+    """Open an image and its chain, locked against other users unless `lock` is False.
 
     Without `format` the file's magic decides; a file without one is raw, and then a write that would plant a magic
-    is refused.
+    is refused. What the image refers to lies beneath its own directory or one of `roots`. `key` opens an encrypted
+    image; `snapshot` is the id or name of an internal one, read-only. With `is_keyless` it opens without a key, for
+    those who do not touch the guest's data.
 
     Raises:
-        ConfigError: `format` has no driver.
+        ConfigError: `format` has no driver; the key or the snapshot does not fit.
         ImageLocked: another process uses the image.
-        UnsupportedFeature: the magic names a format that has no driver.
+        ImageError: it cannot be opened for what it is or refers to.
         OSError: the file cannot be opened or read.
     """
     check_format(format)
@@ -45,15 +93,90 @@ async def open_image(
             lock_image(file.descriptor, file.path, writable=writable)
         guard = None
         if format is None:
-            format = await _probed(file)
+            format = await probed_format(file)
             guard = HeadGuard(HEAD_SIZE, planted) if format == "raw" and writable else None
-        return Image(DRIVERS[format](file), writable=writable, guard=guard)
+        with ConfinedGate(file, roots=roots, lock=lock) as gate:
+            options = OpenOptions(gate, writable, key, snapshot, is_keyless)
+            return await open_file(file, format, options, guard=guard)
     except BaseException:
         await file.close()
         raise
 
 
-async def _probed(file: PosixFile) -> str:
+async def open_file(file: BlockFile, format: str, options: OpenOptions, *, guard: HeadGuard | None = None) -> Image:
+    """The image in an open file of a named format, and what its chain refers to through the options' gate.
+
+    Raises: as `open_image`; the file is still open then.
+    """
+    opened = await DRIVERS[format](file, options)
+    try:
+        backing = await _open_backing(opened, options)
+    except BaseException:
+        await opened.driver.abandon()
+        raise
+    return Image(opened.driver, writable=options.writable, guard=guard, backing=backing)
+
+
+async def _open_backing(opened: Opened, options: OpenOptions) -> Image | None:
+    """Nothing of a chain is probed: the image says what format its backing image has."""
+    backing = opened.backing
+    if backing is None:
+        return None
+    reference = backing.references[0]
+    if backing.format not in DRIVERS:
+        raise UnsupportedFeature(
+            reference.owner_path,
+            f"{reference.field} {reference.name!r} is of format {backing.format!r}, known are {', '.join(DRIVERS)}",
+            reference.offset,
+        )
+    file = await _first_that_opens(backing.references, options.gate)
+    try:
+        image = await open_file(file, backing.format, OpenOptions(options.gate, key=options.key))
+    except BaseException:
+        await file.close()
+        raise
+    try:
+        if backing.verify is not None:
+            backing.verify(image.driver)
+    except BaseException:
+        await image.close()
+        raise
+    return image
+
+
+async def _first_that_opens(references: Sequence[Reference], gate: OpenGate) -> BlockFile:
+    """Raises: ImageError: none does; the first one's reason."""
+    refusals: list[ImageError] = []
+    for reference in references:
+        try:
+            return await gate.open(reference)
+        except ImageLocked:
+            raise
+        except ImageError as refusal:
+            refusals.append(refusal)
+    raise refusals[0]
+
+
+async def snapshot_names(path: str | os.PathLike[str]) -> list[str]:
+    """What an image's internal snapshots are called, for `open_image`; one whose name is taken goes by its id.
+
+    Raises: ImageError: it is malformed. OSError: it cannot be read.
+    """
+    file = PosixFile(path, writable=False)
+    try:
+        if await probed_format(file) != "qcow2":
+            return []
+        header = await qcow2.read_header(file)
+        names: list[str] = []
+        for snapshot in await load_snapshots(file, header):
+            names.append(snapshot.id if snapshot.name in names or not snapshot.name else snapshot.name)
+        return names
+    finally:
+        await file.close()
+
+
+async def probed_format(file: PosixFile) -> str:
+    """By its magic; raw without one. Raises: UnsupportedFeature: no driver reads it. OSError."""
     head = memoryview(bytearray(min(HEAD_SIZE, file.size)))
     await file.pread(0, head)
     name = probe(bytes(head)) or "raw"
@@ -71,3 +194,19 @@ def create_image(path: str | os.PathLike[str], size: int, *, format: str = "raw"
     """
     check_format(format)
     CREATORS[format](os.fspath(path), size)
+
+
+async def resize_image(
+    image: Image, size: int, *, may_shrink: bool = False, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Give an image that is open for writing, with nothing in flight, another size; durable on return.
+
+    Raises: ConfigError: the size cannot be, or is smaller without `may_shrink`. UnsupportedFeature: the image has what
+        keeps its size as it is. ImageError, OSError.
+    """
+    if size < image.size and not may_shrink:
+        raise ConfigError(
+            f"{image.path}: the size would go from {image.size} to {size} bytes and lose what lies behind, which takes "
+            "--shrink"
+        )
+    await RESIZERS[image.driver.name](image, size, progress=progress)

@@ -11,11 +11,15 @@ from nbdimg.config import ExportConfig, ServerConfig
 from nbdimg.errors import ConfigError, ImageError, NbdimgError
 from nbdimg.export.export import Export, default_name
 from nbdimg.export.registry import Registry
-from nbdimg.formats import open_image
+from nbdimg.formats import open_image, read_key_file, snapshot_names
+from nbdimg.image.image import Image
 from nbdimg.limits import Limits
 from nbdimg.server.listen import check_exposure
 from nbdimg.server.server import Server
 from nbdimg.uri import NbdUri
+
+SNAPSHOT_EXPORTS_MAX = 64
+"""Snapshots of one image that are exported beside it, the latest ones: each costs a descriptor and an L1 table."""
 
 logger = logging.getLogger("nbdimg")
 
@@ -54,7 +58,7 @@ async def serving(config: ServerConfig) -> AsyncIterator[Service]:
         for export in config.exports:
             name = export.name or default_name(export.path, taken)
             taken.append(name)
-            await _add(registry, name, export, config.limits)
+            await _add_all(registry, name, export, config.limits)
         for listener in config.listeners:
             actual = server.listen(listener)
             service.uris.extend(replace(actual, name=export.name) for export in registry)
@@ -63,11 +67,29 @@ async def serving(config: ServerConfig) -> AsyncIterator[Service]:
         service.failures.extend(await server.close())
 
 
-async def _add(registry: Registry, name: str, config: ExportConfig, limits: Limits) -> None:
+async def _add_all(registry: Registry, name: str, config: ExportConfig, limits: Limits) -> None:
+    """An image, and each of its internal snapshots as NAME@SNAPSHOT."""
+    key = read_key_file(config.key_path) if config.key_path is not None else None
     try:
-        image = await open_image(config.path, format=config.format, writable=not config.is_read_only)
+        image = await open_image(
+            config.path, format=config.format, writable=not config.is_read_only, roots=config.roots, key=key
+        )
+        snapshots = [] if config.format == "raw" else await snapshot_names(config.path)
     except OSError as error:
         raise ImageError(config.path, error.strerror or str(error)) from None
+    await _add(registry, name, image, config, limits)
+    if len(snapshots) > SNAPSHOT_EXPORTS_MAX:
+        logger.warning("%s: %d of %d snapshots are exported", name, SNAPSHOT_EXPORTS_MAX, len(snapshots))
+    for snapshot in snapshots[-SNAPSHOT_EXPORTS_MAX:]:
+        image = await open_image(
+            config.path, format="qcow2", writable=False, lock=False, roots=config.roots, key=key, snapshot=snapshot
+        )
+        await _add(registry, f"{name}@{snapshot}", image, config, limits, is_snapshot=True)
+
+
+async def _add(
+    registry: Registry, name: str, image: Image, config: ExportConfig, limits: Limits, *, is_snapshot: bool = False
+) -> None:
     try:
         export = Export(
             name,
@@ -75,6 +97,7 @@ async def _add(registry: Registry, name: str, config: ExportConfig, limits: Limi
             description=config.description,
             block_size_min=config.block_size_min,
             payload_max=limits.payload_size,
+            is_snapshot=is_snapshot,
         )
         registry.add(export)
     except BaseException:

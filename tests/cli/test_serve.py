@@ -81,7 +81,7 @@ def size_of(address: str | tuple[str, int], name: str) -> int:
     ("options", "pattern"),
     [
         (["--frobnicate"], "No such option.*--frobnicate.*see nbdimg --help"),
-        (["--format", "qcow2"], "unknown format 'qcow2', known are raw"),
+        (["--format", "vmdk"], "unknown format 'vmdk', known are raw, qcow2, vhdx"),
         (["--format", ""], "unknown format ''"),
         (["--min-block-size", "0"], "minimum block size is 0"),
         (["--min-block-size", "3"], "minimum block size is 3"),
@@ -190,9 +190,9 @@ def test_serve_image_without_permission_exits_3(
 def test_serve_image_of_a_format_without_driver_exits_3(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, socket_uri: str
 ) -> None:
-    path = tmp_path / "disk.qcow2"
-    path.write_bytes(b"QFI\xfb" + bytes(508))
-    refuse(capfd, ["--listen", socket_uri, str(path)], IMAGE, "qcow2 image, which is not supported; --format raw")
+    path = tmp_path / "disk.vmdk"
+    path.write_bytes(b"KDMV" + bytes(508))
+    refuse(capfd, ["--listen", socket_uri, str(path)], IMAGE, "vmdk image, which is not supported; --format raw")
 
 
 def test_serve_name_with_a_broken_image_names_the_path(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdimg.errors import ConfigError, ImageLocked, RequestError, UnsupportedFeature
-from nbdimg.formats import check_format, create_image, open_image
+from nbdimg.errors import ConfigError, ImageError, ImageLocked, RequestError, UnsupportedFeature
+from nbdimg.formats import DRIVERS, check_format, create_image, open_image
 from nbdimg.formats.probe import HEAD_SIZE, planted, probe
 
 MAGICS = [
@@ -61,7 +61,7 @@ def test_probe_of_other_bytes_is_raw(head: bytes) -> None:
 
 
 @pytest.mark.parametrize("size", [0, HEAD_SIZE, 8192])
-@pytest.mark.parametrize(("offset", "magic", "name"), MAGICS)
+@pytest.mark.parametrize(("offset", "magic", "name"), [magic for magic in MAGICS if magic[2] not in DRIVERS])
 def test_open_by_magic_of_a_format_without_driver_is_refused_in_one_line(
     tmp_path: Path, offset: int, magic: bytes, name: str, size: int
 ) -> None:
@@ -72,6 +72,18 @@ def test_open_by_magic_of_a_format_without_driver_is_refused_in_one_line(
         asyncio.run(open_image(path))
     assert "\n" not in str(caught.value)
     assert "--format raw" in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert open_descriptor_count() == count
+
+
+@pytest.mark.parametrize("size", [4, 71, 72, HEAD_SIZE, 8192])
+def test_open_by_magic_of_qcow2_never_falls_back_to_raw(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"QFI\xfb".ljust(size, b"\0"))
+    count = open_descriptor_count()
+    with pytest.raises(ImageError, match=r"version is 0, expected 2 or 3|a qcow2 header takes 72") as caught:
+        asyncio.run(open_image(path))
+    assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
     assert open_descriptor_count() == count
 
@@ -138,10 +150,10 @@ def test_open_locks_the_image_unless_told_not_to(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("name", ["qcow2", "RAW", "", "raw "])
+@pytest.mark.parametrize("name", ["vdi", "RAW", "", "raw "])
 def test_format_without_driver_is_a_config_error(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="known are raw"):
+    with pytest.raises(ConfigError, match="known are raw, qcow2"):
         check_format(name)
-    with pytest.raises(ConfigError, match="known are raw"):
+    with pytest.raises(ConfigError, match="known are raw, qcow2"):
         create_image(tmp_path / "x", 1, format=name)
     assert not (tmp_path / "x").exists()

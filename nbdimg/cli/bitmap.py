@@ -1,0 +1,176 @@
+"""`nbdimg bitmap`: the persistent dirty bitmaps of a qcow2 image that nobody uses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+import typer
+
+from nbdimg.cli.output import print_json, shown
+from nbdimg.errors import ImageError, escaped
+from nbdimg.formats.qcow2.bitmap_edit import BitmapEditor, open_editor
+from nbdimg.formats.qcow2.bitmaps import BitmapEntry, load_directory
+from nbdimg.formats.qcow2.open import read_header
+from nbdimg.server.loop import run_loop
+from nbdimg.storage.locks import lock_image
+from nbdimg.storage.posix import PosixFile
+from nbdimg.units import parse_size
+
+_COLUMNS = ("NAME", "GRANULARITY", "STATE")
+
+bitmap = typer.Typer(
+    name="bitmap", help="Dirty bitmaps of a qcow2 image: which parts of the disk have changed.", no_args_is_help=True
+)
+
+Image = Annotated[str, typer.Argument(metavar="IMAGE", help="A qcow2 image that no other program has open.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The bitmap.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the image's bitmaps as one JSON object.")]
+
+
+@bitmap.command()
+def add(
+    image: Image,
+    name: Name,
+    granularity: Annotated[
+        str | None,
+        typer.Option(
+            "--granularity",
+            "-g",
+            metavar="BYTES",
+            help="A power of two from 512 to 2G (default: the cluster size, 4K to 64K).",
+        ),
+    ] = None,
+    disabled: Annotated[
+        bool, typer.Option("--disabled", help="It does not follow changes until it is enabled.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add a clean bitmap; from now on it follows every change."""
+    size = None if granularity is None else parse_size(granularity)
+    _change(image, as_json, f"added {escaped(name)}", lambda editor: editor.add(name, size, is_enabled=not disabled))
+
+
+@bitmap.command()
+def remove(image: Image, name: Name, as_json: AsJson = False) -> None:
+    """Remove a bitmap; an inconsistent one too."""
+    _change(image, as_json, f"removed {escaped(name)}", lambda editor: editor.remove(name))
+
+
+@bitmap.command()
+def clear(image: Image, name: Name, as_json: AsJson = False) -> None:
+    """Make a bitmap clean: from here on it counts anew."""
+    _change(image, as_json, f"cleared {escaped(name)}", lambda editor: editor.clear(name))
+
+
+@bitmap.command()
+def enable(image: Image, name: Name, as_json: AsJson = False) -> None:
+    """Let a bitmap follow changes."""
+    _change(image, as_json, f"enabled {escaped(name)}", lambda editor: editor.enable(name, is_enabled=True))
+
+
+@bitmap.command()
+def disable(image: Image, name: Name, as_json: AsJson = False) -> None:
+    """Let a bitmap stay as it is, whatever changes."""
+    _change(image, as_json, f"disabled {escaped(name)}", lambda editor: editor.enable(name, is_enabled=False))
+
+
+@bitmap.command()
+def merge(
+    image: Image,
+    name: Name,
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Bitmaps of the same image.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make dirty in NAME what is dirty in any SOURCE; granularities may differ."""
+    said = ", ".join(escaped(source) for source in sources)
+    _change(image, as_json, f"merged {said} into {escaped(name)}", lambda editor: editor.merge(name, sources))
+
+
+@bitmap.command("list")
+def list_(image: Image, as_json: AsJson = False) -> None:
+    """List an image's bitmaps. No other file is opened, and nothing is changed."""
+    entries = run_loop(_load(image))
+    if as_json:
+        _print_json(image, entries)
+    elif entries:
+        _print_table([(shown(each.name), str(each.granularity), _state(each)) for each in entries])
+    elif sys.stdout.isatty():
+        print(f"{shown(image)}: no bitmaps")
+
+
+def _change(path: str, as_json: bool, done: str, change: Callable[[BitmapEditor], Awaitable[None] | None]) -> None:
+    entries = run_loop(_changed(path, change))
+    if as_json:
+        _print_json(path, entries)
+    else:
+        print(f"{shown(path)}: {done}")
+
+
+async def _changed(path: str, change: Callable[[BitmapEditor], Awaitable[None] | None]) -> list[BitmapEntry]:
+    async with _opened(path, writable=True) as file:
+        editor = await open_editor(file)
+        waiting = change(editor)
+        if waiting is not None:
+            await waiting
+        await editor.save()
+        return editor.entries
+
+
+async def _load(path: str) -> list[BitmapEntry]:
+    async with _opened(path, writable=False) as file:
+        return await load_directory(file, await read_header(file))
+
+
+@asynccontextmanager
+async def _opened(path: str, *, writable: bool) -> AsyncIterator[PosixFile]:
+    """Raises: ImageError: it cannot be opened, or is in use."""
+    try:
+        file = PosixFile(path, writable=writable)
+    except OSError as error:
+        raise ImageError(path, error.strerror or str(error)) from None
+    try:
+        lock_image(file.descriptor, file.path, writable=writable)
+        yield file
+    finally:
+        await file.close()
+
+
+def _state(entry: BitmapEntry) -> str:
+    if not entry.is_consistent:
+        return "inconsistent"
+    return "enabled" if entry.is_enabled else "disabled"
+
+
+def _print_json(path: str, entries: Sequence[BitmapEntry]) -> None:
+    """Granularities in bytes. An inconsistent bitmap can only be removed."""
+    bitmaps: list[dict[str, Any]] = [
+        {
+            "name": each.name,
+            "granularity": each.granularity,
+            "enabled": each.is_enabled,
+            "consistent": each.is_consistent,
+        }
+        for each in entries
+    ]
+    print_json(path=path, bitmaps=bitmaps)
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False)
+        for name in _COLUMNS:
+            table.add_column(name, justify="right" if name == "GRANULARITY" else "left")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        Console().print(table)
+        return
+    widths = [max(len(row[index]) for row in (_COLUMNS, *rows)) for index in range(len(_COLUMNS))]
+    for row in (_COLUMNS, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,121 @@
+"""`nbdimg check`: whether an image's metadata is sound, and its repair.
+
+0    sound, or all of it is after a repair
+1    the check could not be completed
+2    corruptions: the image must be repaired before it is written to
+3    leaks: space is lost, nothing else
+63   the format has nothing to check
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from nbdimg.cli.output import ProgressReport, print_json, progress, shown
+from nbdimg.errors import ConfigError, ImageError, escaped
+from nbdimg.formats import DRIVERS, check_format, probed_format
+from nbdimg.formats.qcow2.check import check as check_qcow2
+from nbdimg.formats.qcow2.findings import CheckReport
+from nbdimg.formats.qcow2.open import read_header
+from nbdimg.formats.qcow2.repair import repair as repair_qcow2
+from nbdimg.server.loop import run_loop
+from nbdimg.storage.locks import lock_image
+from nbdimg.storage.posix import PosixFile
+
+EXIT_INCOMPLETE = 1
+EXIT_UNSUPPORTED = 63
+
+_REPAIRS = ("leaks", "all")
+
+
+def check(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="An image that no other program writes to.")],
+    repair: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(_REPAIRS), help="Mend leaks alone, or corruptions too; nobody may use the image."
+        ),
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(metavar="|".join(DRIVERS), help="The image's format (default: by its magic number).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Check an image's metadata; the data and other files are not looked at.
+
+    The exit status is that of qemu-img check: 0 sound, 1 not completed, 2 corrupt, 3 leaks only, 63 nothing to check.
+    """
+    if repair is not None and repair not in _REPAIRS:
+        raise ConfigError(f"--repair is {escaped(repair)}, expected {' or '.join(_REPAIRS)}")
+    check_format(format)
+    with progress("tables") as report:
+        try:
+            found, result = run_loop(_checked(image, format, repair, report))
+        except (ImageError, OSError) as error:
+            _complain(str(error) if isinstance(error, ImageError) else f"{image}: {error.strerror}")
+            return EXIT_INCOMPLETE
+    if result is None:
+        _complain(f"{shown(image)}: a {found} image has no metadata, so there is nothing to check")
+        return EXIT_UNSUPPORTED
+    if as_json:
+        print_json(path=image, format=found, exit_status=result.exit_status, **_described(result))
+    else:
+        _print(image, result)
+    return result.exit_status
+
+
+def _complain(message: str) -> None:
+    print(f"nbdimg: {' '.join(message.split())}", file=sys.stderr)
+
+
+async def _checked(
+    path: str, format: str | None, repair: str | None, report: ProgressReport | None
+) -> tuple[str, CheckReport | None]:
+    """The image's format, and what was found; None for a format without metadata."""
+    file = PosixFile(path, writable=repair is not None)
+    try:
+        lock_image(file.descriptor, file.path, writable=repair is not None)
+        format = format or await probed_format(file)
+        if format != "qcow2":
+            return format, None
+        header = await read_header(file)
+        if repair is None:
+            return format, await check_qcow2(file, header, progress=report)
+        return format, await repair_qcow2(file, header, leaks_only=repair == "leaks", progress=report)
+    finally:
+        await file.close()
+
+
+def _described(result: CheckReport) -> dict[str, Any]:
+    fields = asdict(result)
+    fields["findings"] = [asdict(each) for each in result.findings]
+    return fields
+
+
+def _print(path: str, result: CheckReport) -> None:
+    for finding in result.findings:
+        where = "" if finding.offset is None else f" (offset {finding.offset})"
+        text = finding.message if finding.message.endswith(where) else finding.message + where
+        print(f"{finding.kind}: {shown(finding.structure)}: {shown(text)}")
+    if result.findings_omitted:
+        print(f"... and {result.findings_omitted} more")
+    counts = (
+        (result.corruptions_fixed, "corruptions repaired"),
+        (result.leaks_fixed, "leaks repaired"),
+        (result.corruptions, "corruptions"),
+        (result.leaks, "leaked clusters"),
+        (result.check_errors, "errors that ended the check"),
+    )
+    said = [f"{count} {what}" for count, what in counts if count] or ["no errors found"]
+    print(f"{shown(path)}: {', '.join(said)}")
+    if result.total_clusters:
+        share = 100 * result.allocated_clusters / result.total_clusters
+        print(
+            f"{result.allocated_clusters} of {result.total_clusters} clusters allocated ({share:.1f} %), "
+            f"{result.fragmented_clusters} fragmented, {result.compressed_clusters} compressed; "
+            f"in use up to byte {result.image_end_offset}"
+        )

@@ -1,0 +1,220 @@
+"""`nbdimg create`: new images."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn, cast
+
+import typer
+
+from nbdimg.cli.output import QUIET_S, print_json, progress, shown
+from nbdimg.errors import ConfigError, escaped
+from nbdimg.formats import DRIVERS, create_image, open_image, read_key_file
+from nbdimg.formats.qcow2 import create as qcow2
+from nbdimg.formats.qcow2.layout import (
+    COMPRESSIONS,
+    PREALLOCATIONS,
+    CompressionName,
+    CreateOptions,
+    Layout,
+    Preallocation,
+    check,
+)
+from nbdimg.server.loop import run_loop
+from nbdimg.units import parse_size
+
+_FORMATS = ("raw", "qcow2")
+_SUFFIXES = {".qcow2": "qcow2", ".raw": "raw", ".img": "raw"}
+_VERSIONS = {"2": 2, "0.10": 2, "v2": 2, "3": 3, "1.1": 3, "v3": 3}
+_DEFAULTS = CreateOptions()
+_PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+
+
+def create(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="The new file; one that exists is never overwritten.")],
+    size: Annotated[
+        str | None,
+        typer.Argument(metavar="SIZE", help="Bytes, or with K, M, G, T, P, E (default: the size of the backing file)."),
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(metavar="|".join(_FORMATS), help="By the suffix .qcow2, .raw or .img when not given.")
+    ] = None,
+    compat: Annotated[
+        str | None, typer.Option(metavar="2|3", help="The qcow2 version, also as 0.10 or 1.1 (default: 3).")
+    ] = None,
+    cluster_size: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="A power of two from 512 to 2M (default: 64K).")
+    ] = None,
+    refcount_bits: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Width of a reference count, a power of two from 1 to 64 (default: 16)."),
+    ] = None,
+    extended_l2: Annotated[
+        bool, typer.Option("--extended-l2", help="Allocate in 32nds of a cluster; clusters of at least 16K.")
+    ] = False,
+    compression_type: Annotated[
+        str | None, typer.Option(metavar="|".join(COMPRESSIONS), help="For compressed clusters (default: zlib).")
+    ] = None,
+    lazy_refcounts: Annotated[
+        bool, typer.Option("--lazy-refcounts", help="Reference counts may be late; a crash then needs a repair.")
+    ] = False,
+    backing: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Backing file, stored as given: relative to PATH's directory.")
+    ] = None,
+    backing_format: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="Its format; needed with --backing, never guessed.")
+    ] = None,
+    data_file: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Keep the guest's data in this file, relative to PATH's directory."),
+    ] = None,
+    data_file_raw: Annotated[
+        bool, typer.Option("--data-file-raw", help="The data file is a raw image of its own; one that exists is used.")
+    ] = False,
+    preallocation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(PREALLOCATIONS), help="Map all clusters, and reserve or write them (default: off)."
+        ),
+    ] = None,
+    encrypt_key_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Encrypt with LUKS; the passphrase, from a file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Make a new, empty image.
+
+    SIZE is rounded up to whole sectors of 512 bytes. With SIZE the backing file is not opened.
+    """
+    format = _format(path, format)
+    options = CreateOptions(
+        version=_version(compat),
+        cluster_size=_DEFAULTS.cluster_size if cluster_size is None else parse_size(cluster_size),
+        refcount_bits=_DEFAULTS.refcount_bits if refcount_bits is None else refcount_bits,
+        has_extended_l2=extended_l2,
+        compression=cast(CompressionName, compression_type or _DEFAULTS.compression),
+        has_lazy_refcounts=lazy_refcounts,
+        backing_name=backing,
+        backing_format=backing_format,
+        data_file_name=data_file,
+        is_data_file_raw=data_file_raw,
+        preallocation=cast(Preallocation, preallocation or _DEFAULTS.preallocation),
+        luks_passphrase=None if encrypt_key_file is None else read_key_file(encrypt_key_file),
+    )
+    if format == "raw" and options != _DEFAULTS:
+        raise ConfigError("a raw image has no options but its size; did you mean --format qcow2?")
+    check(0, options)
+    asked = _size(path, size, options)
+    with _sigterm_unwinds():
+        if format == "raw":
+            create_image(path, asked, format="raw")
+            report = {"path": path, "format": "raw", "size": asked}
+        else:
+            report = _report(path, options, _create_qcow2(path, asked, options))
+    if as_json:
+        print_json(**report)
+    else:
+        _say(report, asked)
+
+
+def _format(path: str, name: str | None) -> str:
+    if name is None:
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix not in _SUFFIXES:
+            raise ConfigError(
+                f"{path}: the suffix does not say the format, expected {', '.join(_SUFFIXES)} or the option --format"
+            )
+        return _SUFFIXES[suffix]
+    if name not in _FORMATS:
+        raise ConfigError(f"unknown format {escaped(name)}, expected {' or '.join(_FORMATS)}")
+    return name
+
+
+def _version(text: str | None) -> int:
+    if text is None:
+        return _DEFAULTS.version
+    if text not in _VERSIONS:
+        raise ConfigError(f"--compat is {escaped(text)}, expected {', '.join(_VERSIONS)}")
+    return _VERSIONS[text]
+
+
+def _size(path: str, text: str | None, options: CreateOptions) -> int:
+    """Bytes as asked for, or those of the backing file."""
+    if text is not None:
+        return parse_size(text)
+    if options.backing_name is None or options.backing_format is None:
+        raise ConfigError(f"{path}: SIZE is missing, only a backing file can stand in for it")
+    if options.backing_format not in DRIVERS:
+        raise ConfigError(
+            f"the backing format is {escaped(options.backing_format)}, which cannot be opened here: give SIZE"
+        )
+    if _PROTOCOL.match(options.backing_name):
+        raise ConfigError(f"the backing file {escaped(options.backing_name)} is not a path, give SIZE")
+    return run_loop(_image_size(qcow2.data_file_path(path, options.backing_name), options.backing_format))
+
+
+async def _image_size(path: str, format: str) -> int:
+    image = await open_image(path, format=format, writable=False)
+    try:
+        return image.size
+    finally:
+        await image.close()
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """While an image is made, SIGTERM ends the program as an exception does, so that no half of it stays."""
+
+    def on_signal(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _create_qcow2(path: str, size: int, options: CreateOptions) -> Layout:
+    """What preallocates is long enough to be watched from the start."""
+    quiet_s = 0.0 if options.preallocation in ("falloc", "full") else QUIET_S
+    with progress(quiet_s=quiet_s) as report:
+        return qcow2.create(path, size, options, progress=report)
+
+
+def _report(path: str, options: CreateOptions, made: Layout) -> dict[str, Any]:
+    """What was made, for --json; sizes in bytes."""
+    return {
+        "path": path,
+        "format": "qcow2",
+        "size": made.header.size,
+        "file_size": made.file_size,
+        "compat": options.version,
+        "cluster_size": options.cluster_size,
+        "refcount_bits": options.refcount_bits,
+        "extended_l2": options.has_extended_l2,
+        "compression_type": options.compression,
+        "lazy_refcounts": options.has_lazy_refcounts,
+        "backing": options.backing_name,
+        "backing_format": options.backing_format,
+        "data_file": options.data_file_name,
+        "data_file_raw": options.is_data_file_raw,
+        "preallocation": options.preallocation,
+        "encrypted": options.luks_passphrase is not None,
+    }
+
+
+def _say(report: dict[str, Any], asked: int) -> None:
+    size = report["size"]
+    rounded = f" (rounded up from {asked} to whole sectors)" if size != asked else ""
+    kind = f"encrypted {report['format']}" if report.get("encrypted") else report["format"]
+    line = f"{shown(report['path'])}: {kind} image of {size} bytes{rounded}"
+    if report.get("backing"):
+        line += f", backed by {report['backing']} ({report['backing_format']})"
+    if report.get("data_file"):
+        line += f", its data in {report['data_file']}"
+    print(line)

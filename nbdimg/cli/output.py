@@ -1,0 +1,109 @@
+"""What the verbs print: JSON with a version, names that cannot hurt a terminal, progress where somebody looks.
+
+Results go to standard output, progress to standard error and only if that is a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from nbdimg.units import KiB
+
+JSON_VERSION = 1
+"""Of the output of --json; it grows when a field goes or changes its meaning."""
+
+QUIET_S = 1.0
+"""What takes no longer shows no progress."""
+
+ProgressReport = Callable[[int, int], None]
+"""Called with how much is done and how much there is in all."""
+
+
+def print_json(**fields: object) -> None:
+    """One JSON object; the bytes of names that are not UTF-8 come as lone surrogates, as Python reads them."""
+    print(json.dumps({"version": JSON_VERSION, **fields}))
+
+
+def shown(text: str) -> str:
+    """A name for people: what would not print, or would steer the terminal, is escaped."""
+    text = os.fsencode(text).decode("utf-8", "backslashreplace") if _is_encodable(text) else text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def sized(size: int) -> str:
+    """`1.5 MiB (1572864 bytes)`, or `512 bytes`."""
+    if size < KiB:
+        return f"{size} bytes"
+    value, units = size / KiB, iter(("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"))
+    unit = next(units)
+    while value >= KiB:
+        value /= KiB
+        unit = next(units)
+    return f"{value:.3g} {unit} ({size} bytes)" if value < 1000 else f"{value:.0f} {unit} ({size} bytes)"
+
+
+class _Bar:
+    """Made when it is first due: rich is slow to import."""
+
+    def __init__(self, unit: str, quiet_s: float) -> None:
+        self._unit = unit
+        self._due = time.monotonic() + quiet_s
+        self._update: ProgressReport | None = None
+        self.stop: Callable[[], None] = lambda: None
+
+    def report(self, done: int, total: int) -> None:
+        if self._update is None:
+            if time.monotonic() < self._due:
+                return
+            self._update, self.stop = _started(self._unit)
+        self._update(done, total)
+
+
+def _started(unit: str) -> tuple[ProgressReport, Callable[[], None]]:
+    from rich import progress as rich
+    from rich.console import Console
+
+    amount: tuple[rich.ProgressColumn, ...]
+    if unit == "bytes":
+        amount = (rich.DownloadColumn(binary_units=True), rich.TransferSpeedColumn())
+    else:
+        amount = (rich.MofNCompleteColumn(), rich.TextColumn("{task.fields[rate]}"))
+    columns = (rich.BarColumn(), *amount, rich.TimeRemainingColumn())
+    bar = rich.Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task("", rate="")
+    bar.start()
+
+    def update(done: int, total: int) -> None:
+        speed = bar.tasks[task].speed
+        bar.update(task, completed=done, total=total, rate="" if speed is None else f"{speed:.0f} {unit}/s")
+
+    return update, bar.stop
+
+
+@contextmanager
+def progress(unit: str = "bytes", *, quiet_s: float = QUIET_S) -> Iterator[ProgressReport | None]:
+    """What to tell of progress, with its rate and the time left; None when nobody looks.
+
+    Args: unit: what is counted; "bytes" are shown as sizes.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    bar = _Bar(unit, quiet_s)
+    try:
+        yield bar.report
+    finally:
+        bar.stop()

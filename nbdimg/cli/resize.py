@@ -1,0 +1,90 @@
+"""`nbdimg resize`: another size for an image that nobody uses."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nbdimg.cli.output import ProgressReport, print_json, progress, shown, sized
+from nbdimg.errors import ConfigError, escaped
+from nbdimg.formats import DRIVERS, open_image, read_key_file, resize_image
+from nbdimg.server.loop import run_loop
+from nbdimg.units import align_up, parse_size
+
+_SECTOR_SIZE = 512
+
+
+def resize(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="An image that no other program has open.")],
+    size: Annotated[
+        str,
+        typer.Argument(metavar="[+|-]SIZE", help="Bytes, or with K, M, G, T, P, E; with a sign, more or less of them."),
+    ],
+    shrink: Annotated[bool, typer.Option("--shrink", help="Lose what lies behind a smaller size.")] = False,
+    format: Annotated[
+        str | None, typer.Option(metavar="|".join(DRIVERS), help="The image's format (default: by its magic number).")
+    ] = None,
+    key_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="The passphrase of an encrypted image, from a file; needed only where zeroes must be written.",
+        ),
+    ] = None,
+    allow_references: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Backing and data files may lie in DIR too, not only in the image's own directory; repeatable.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Change the size of the guest's disk; what is new reads as zeroes.
+
+    SIZE is rounded up to whole sectors of 512 bytes, but for raw images.
+    """
+    key = None if key_file is None else read_key_file(key_file)
+    with progress() as report:
+        found, old, new = run_loop(_resized(image, size, shrink, format, key, tuple(allow_references or ()), report))
+    if as_json:
+        print_json(path=image, format=found, size=new, old_size=old)
+    elif new == old:
+        print(f"{shown(image)}: {found} image of {sized(new)}, as before")
+    else:
+        print(f"{shown(image)}: {found} image of {sized(new)}, before {sized(old)}")
+
+
+async def _resized(
+    path: str,
+    text: str,
+    may_shrink: bool,
+    format: str | None,
+    key: bytes | None,
+    roots: tuple[str, ...],
+    report: ProgressReport | None,
+) -> tuple[str, int, int]:
+    """The image's format, old and new size."""
+    wanted(text, 0)
+    image = await open_image(path, format=format, roots=roots, key=key, is_keyless=True)
+    try:
+        old = image.size
+        size = wanted(text, old)
+        if size < 0:
+            raise ConfigError(f"{path}: the image has {old} bytes, which {escaped(text)} would make {size}")
+        if image.driver.name != "raw":
+            size = align_up(size, _SECTOR_SIZE)
+        await resize_image(image, size, may_shrink=may_shrink, progress=report)
+        return image.driver.name, old, size
+    finally:
+        await image.close()
+
+
+def wanted(text: str, size: int) -> int:
+    """What an image of `size` bytes is asked to have; may be negative. Raises: ConfigError: it is no size."""
+    if text.startswith("+"):
+        return size + parse_size(text[1:])
+    if text.startswith("-"):
+        return size - parse_size(text[1:])
+    return parse_size(text)

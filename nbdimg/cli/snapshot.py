@@ -1,0 +1,169 @@
+"""`nbdimg snapshot`: internal snapshots of a qcow2 image that nobody uses."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+
+from nbdimg.cli.output import QUIET_S, ProgressReport, print_json, progress, shown
+from nbdimg.errors import UnsupportedFeature
+from nbdimg.formats.gate import DenyGate
+from nbdimg.formats.options import OpenOptions
+from nbdimg.formats.qcow2.crypt import read_key_file
+from nbdimg.formats.qcow2.driver import Qcow2Driver
+from nbdimg.formats.qcow2.open import open_driver, read_header
+from nbdimg.formats.qcow2.snapshot_changes import apply_snapshot, create_snapshot, delete_snapshot
+from nbdimg.formats.qcow2.snapshots import NO_ICOUNT, Snapshot, load_snapshots
+from nbdimg.server.loop import run_loop
+from nbdimg.storage.locks import lock_image
+from nbdimg.storage.posix import PosixFile
+
+_COLUMNS = ("ID", "NAME", "SIZE", "VM STATE", "DATE")
+
+Image = Annotated[str, typer.Argument(metavar="IMAGE", help="A qcow2 image that no other program has open.")]
+Wanted = Annotated[str, typer.Argument(metavar="NAME", help="The snapshot's id or name; the id is tried first.")]
+KeyFile = Annotated[
+    str | None, typer.Option("--key-file", metavar="FILE", help="The passphrase of an encrypted image, from a file.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+snapshot = typer.Typer(
+    name="snapshot", help="Make, list, apply and delete the snapshots inside a qcow2 image.", no_args_is_help=True
+)
+
+
+@snapshot.command()
+def create(
+    image: Image,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="No snapshot's name or id yet.")],
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keep the disk as it is now under NAME."""
+    now_ns = time.time_ns()
+
+    async def change(driver: Qcow2Driver, report: ProgressReport | None) -> Snapshot:
+        return await create_snapshot(driver, name, now_ns=now_ns, progress=report)
+
+    _change(image, key_file, change, "made", as_json=as_json)
+
+
+@snapshot.command()
+def apply(image: Image, name: Wanted, key_file: KeyFile = None, as_json: AsJson = False) -> None:
+    """Make the disk what it was; what it is now is lost. The snapshot stays."""
+
+    async def change(driver: Qcow2Driver, report: ProgressReport | None) -> Snapshot:
+        return await apply_snapshot(driver, name, progress=report)
+
+    _change(image, key_file, change, "applied", as_json=as_json)
+
+
+@snapshot.command()
+def delete(image: Image, name: Wanted, key_file: KeyFile = None, as_json: AsJson = False) -> None:
+    """Delete a snapshot and give back the space that only it used."""
+
+    async def change(driver: Qcow2Driver, report: ProgressReport | None) -> Snapshot:
+        return await delete_snapshot(driver, name, progress=report)
+
+    _change(image, key_file, change, "deleted", as_json=as_json)
+
+
+@snapshot.command("list")
+def list_(image: Image, as_json: AsJson = False) -> None:
+    """List an image's snapshots. No other file is opened, and nothing is changed."""
+    size, snapshots = run_loop(_load(image))
+    if as_json:
+        print_json(path=image, snapshots=[_described(each, size) for each in snapshots])
+    elif snapshots:
+        _print_table([_row(each, size) for each in snapshots])
+    elif sys.stdout.isatty():
+        print(f"{shown(image)}: no snapshots")
+
+
+async def _load(path: str) -> tuple[int, list[Snapshot]]:
+    """The disk's size, for snapshots that do not tell their own, and all snapshots."""
+    file = PosixFile(path, writable=False)
+    try:
+        lock_image(file.descriptor, file.path, writable=False)
+        header = await read_header(file)
+        return header.size, await load_snapshots(file, header)
+    finally:
+        await file.close()
+
+
+_Change = Callable[[Qcow2Driver, ProgressReport | None], Awaitable[Snapshot]]
+
+
+def _change(path: str, key_file: str | None, change: _Change, done: str, *, as_json: bool) -> None:
+    key = None if key_file is None else read_key_file(key_file)
+    with progress("tables", quiet_s=QUIET_S) as report:
+        size, changed = run_loop(_changed(path, key, change, report))
+    if as_json:
+        print_json(path=path, snapshot=_described(changed, size))
+    else:
+        print(f"{shown(path)}: {done} snapshot {shown(changed.id)} ({shown(changed.name)})")
+
+
+async def _changed(
+    path: str, key: bytes | None, change: _Change, report: ProgressReport | None
+) -> tuple[int, Snapshot]:
+    """Open the image alone, none of its backing files, and change it."""
+    file = PosixFile(path, writable=True)
+    try:
+        lock_image(file.descriptor, file.path, writable=True)
+        if (await read_header(file)).has_data_file:
+            raise UnsupportedFeature(path, "an image with an external data file cannot have internal snapshots")
+        opened = await open_driver(file, OpenOptions(DenyGate(), writable=True, key=key))
+        driver = opened.driver
+        assert isinstance(driver, Qcow2Driver)
+        changed = await change(driver, report)
+        await driver.close()
+        return driver.size, changed
+    finally:
+        await file.close()
+
+
+def _described(each: Snapshot, current_size: int) -> dict[str, Any]:
+    """Sizes in bytes; `icount` null: the machine did not count instructions."""
+    return {
+        "id": each.id,
+        "name": each.name,
+        "date": _date(each),
+        "size": current_size if each.disk_size is None else each.disk_size,
+        "vm_state_size": each.vm_state_size,
+        "vm_clock_ns": each.vm_clock_ns,
+        "icount": None if each.icount == NO_ICOUNT else each.icount,
+    }
+
+
+def _date(each: Snapshot) -> str:
+    """RFC 3339 in UTC."""
+    return datetime.fromtimestamp(each.seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _row(each: Snapshot, current_size: int) -> tuple[str, ...]:
+    size = current_size if each.disk_size is None else each.disk_size
+    return (shown(each.id), shown(each.name), str(size), str(each.vm_state_size), _date(each))
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False)
+        for name in _COLUMNS:
+            table.add_column(name, justify="right" if name in ("SIZE", "VM STATE") else "left")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        Console().print(table)
+        return
+    widths = [max(len(row[index]) for row in (_COLUMNS, *rows)) for index in range(len(_COLUMNS))]
+    for row in (_COLUMNS, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

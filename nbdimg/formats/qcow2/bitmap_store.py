@@ -1,0 +1,298 @@
+"""The dirty bitmaps of an open image: kept up while it changes, stored at the orderly end.
+
+    consistent ──first change──▶ marked in_use, bits kept up in memory ──close──▶ stored, consistent
+                                          │
+                                          └── crash ──▶ in_use on disk: inconsistent, may only be removed
+
+What survives a crash (kill -9, power): the image, every bitmap that is not enabled, and, until the first change after
+opening, the enabled ones too. Enabled bitmaps of an image that was changed and not closed are lost: in_use says so, to
+QEMU as well, which does the same to all bitmaps as soon as it opens the image for writing.
+
+    (B1) No guest byte changes before in_use of every enabled bitmap is durable. A flag is four bytes within a sector:
+         it is set in place, whatever else a crash leaves, and until the barrier behind it what is consistent is also
+         right. So autoclear bit 0 stays set: to clear it meanwhile, as QEMU does for it rewrites the directory, would
+         put the other bitmaps at stake.
+    (B2) Marking waits for the first change: a server that is killed before has lost nothing.
+    (B3) Stored bits, tables and directory go to new clusters. The header extension names them last (Q6), and what it
+         named before is freed when that is durable.
+    (B4) The extension changes in one write within a sector, or in several while autoclear bit 0 is clear
+         (`bitmap_header`).
+    (B5) If marking failed at its barrier nobody knows what the disk has: every later change fails too, as nothing was
+         changed so far.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import replace
+from struct import Struct
+
+from nbdimg.errors import CorruptImage, UnsupportedFeature, escaped
+from nbdimg.formats.qcow2 import structs as s
+from nbdimg.formats.qcow2.bitmap_header import check_room, switch
+from nbdimg.formats.qcow2.bitmaps import (
+    BitmapEntry,
+    BitmapFlag,
+    clusters_of,
+    directory_region,
+    load_bits,
+    load_directory,
+    load_table,
+    table_size_for,
+)
+from nbdimg.formats.qcow2.header import Header
+from nbdimg.formats.qcow2.packed import encode_offsets
+from nbdimg.formats.qcow2.refcount import Refcounts, Run
+from nbdimg.image.bitmap import DirtyBitmap, byte_count
+from nbdimg.image.driver import Miss
+from nbdimg.storage.file import BlockFile
+from nbdimg.storage.ordering import Plan, Stage, UnwrittenError, Write, merged, run
+from nbdimg.units import MiB, align_up, div_ceil
+
+MEMORY_MAX = 512 * MiB
+"""Bits of one image in memory: what QEMU allows a single bitmap, 256 TiB at 64 KiB."""
+
+WRITE_SIZE = 1 * MiB
+"""Bytes of bits in one write."""
+
+_FLAGS_OFFSET = 12
+_U32 = Struct(">I")
+
+Change = tuple[BitmapEntry, DirtyBitmap | None]
+"""An entry that stays as it lies on disk, or one that gets these bits."""
+
+
+class BitmapStore:
+    """What an open image knows of its bitmaps; see `image.driver.BitmapStore`. Made by `open_store`."""
+
+    def __init__(self, file: BlockFile, header: Header, entries: list[BitmapEntry]) -> None:
+        self.entries = entries
+        self.recording: tuple[DirtyBitmap, ...] = ()
+        self._file = file
+        self._header = header
+        self._loaded: dict[str, DirtyBitmap] = {}
+        self.is_marked = False
+        """Whether every recording bitmap is durably in use."""
+        self._marked: set[str] = set()
+        self._failure: OSError | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(entry.name for entry in self.entries if entry.is_consistent or entry.name in self._marked)
+
+    async def get(self, name: str) -> DirtyBitmap:
+        """The bitmap of one of `names`, as it is now. Raises: UnsupportedFeature: it would take too much memory."""
+        found = self._loaded.get(name)
+        if found is not None:
+            return found
+        entry = next(entry for entry in self.entries if entry.name == name)
+        size = byte_count(self._header.size, entry.granularity)
+        taken = sum(len(bitmap.bits) for bitmap in self._loaded.values())
+        if taken + size > MEMORY_MAX:
+            raise UnsupportedFeature(
+                self._file.path,
+                f"bitmap {escaped(name)} takes {size} bytes of memory and others take {taken}, allowed are "
+                f"{MEMORY_MAX} (offset {entry.offset})",
+                entry.offset,
+            )
+        table = await load_table(self._file, self._header, entry)
+        bitmap = await load_bits(self._file, self._header, entry, table)
+        return self._loaded.setdefault(name, bitmap)
+
+    async def record(self) -> None:
+        """Load the enabled bitmaps: from now on every change must be set in them."""
+        names = [entry.name for entry in self.entries if entry.is_consistent and entry.is_enabled]
+        self.recording = tuple([await self.get(name) for name in names])
+
+    async def mark(self) -> None:
+        """Durably say that the enabled bitmaps are in use (B1). Not to be called twice at the same time.
+
+        Raises: OSError: they are not, and nothing may be changed (B5).
+        """
+        await self._mark({bitmap.name for bitmap in self.recording})
+
+    async def _mark(self, names: set[str]) -> None:
+        if self._failure is not None:
+            raise OSError(self._failure.errno, self._failure.strerror)
+        entries = [entry for entry in self.entries if entry.name in names - self._marked]
+        if not entries:
+            return
+        in_use = BitmapFlag.IN_USE
+        writes = [Write(self._file, entry.offset + _FLAGS_OFFSET, _U32.pack(entry.flags | in_use)) for entry in entries]
+        try:
+            await run(Plan((Stage(tuple(writes), (self._file,)),)))
+        except UnwrittenError:
+            raise
+        except OSError as error:
+            self._failure = error
+            raise
+        self._marked |= names
+        self.is_marked = all(bitmap.name in self._marked for bitmap in self.recording)
+
+    async def set_all(self) -> None:
+        """All of the disk is about to change at once, as when a snapshot is applied. Raises: as `mark`."""
+        await self.mark()
+        for bitmap in self.recording:
+            if bitmap.size:
+                bitmap.set_range(0, bitmap.size)
+
+    async def resize(self, size: int) -> None:
+        """Before the header says that the disk has `size` bytes: all consistent bitmaps are loaded and marked, and are
+        of this size; `store` follows when the header is durable. Raises: as `get` and `mark`.
+        """
+        bitmaps = [await self.get(name) for name in self.names]
+        await self._mark(set(self.names))
+        for bitmap in bitmaps:
+            bitmap.resize(size)
+
+    async def store(self, counts: Refcounts) -> None:
+        """Write what was marked and make it consistent again. Nothing else may change the image meanwhile.
+
+        Raises: OSError, ImageError: they are not stored, and stay in use.
+        """
+        if not self._marked:
+            return
+        changes: list[Change] = []
+        for entry in self.entries:
+            changes.append((entry, self._loaded[entry.name] if entry.name in self._marked else None))
+        self.entries = await replace_bitmaps(self._file, self._header, counts, self.entries, changes)
+        self._marked = set()
+        self.is_marked = False
+
+
+async def open_store(file: BlockFile, header: Header, counts: Refcounts | None) -> BitmapStore | None:
+    """The image's bitmaps, recording those that are enabled if `counts` says that the image will be written.
+
+    Raises: CorruptImage, UnsupportedFeature.
+    """
+    entries = await load_directory(file, header)
+    if not entries:
+        return None
+    store = BitmapStore(file, header, entries)
+    if counts is not None:
+        await claim(file, header, counts, entries)
+        await store.record()
+    return store
+
+
+async def claim(file: BlockFile, header: Header, counts: Refcounts, entries: Sequence[BitmapEntry]) -> None:
+    """Enter the clusters of tables and bits as metadata: no guest data is placed or written there.
+
+    Raises: CorruptImage: a cluster is something else already; it could not be freed without damage.
+    """
+    tables = [await load_table(file, header, entry) for entry in entries]
+    for cluster in clusters_of(header, entries, tables):
+        if cluster in counts.metadata:
+            offset = cluster << header.cluster_bits
+            raise CorruptImage(
+                file.path,
+                f"cluster {cluster} belongs to a bitmap and to other metadata, expected one (offset {offset})",
+            )
+        counts.metadata.add(cluster)
+
+
+async def replace_bitmaps(
+    file: BlockFile, header: Header, counts: Refcounts, before: Sequence[BitmapEntry], changes: Sequence[Change]
+) -> list[BitmapEntry]:
+    """Put `changes` in the place of all bitmaps in one step (B3); returns the new entries.
+
+    On an error the old ones hold, and space may be lost.
+
+    Raises: OSError. UnsupportedFeature: the header, or the file, has no room. CorruptImage: from the refcounts.
+    """
+    check_room(file, header, len(changes))
+    kept = {entry.table_offset for entry, bitmap in changes if bitmap is None}
+    gone = [entry for entry in before if entry.table_offset not in kept]
+    old = clusters_of(header, gone, [await load_table(file, header, entry) for entry in gone])
+    region = directory_region(header)
+    if region is not None:
+        first = region[0] >> header.cluster_bits
+        old.extend(range(first, first + div_ceil(region[1], header.cluster_size)))
+    entries = []
+    for entry, bitmap in changes:
+        entries.append(entry if bitmap is None else await _write_bitmap(file, header, counts, entry, bitmap))
+    extension = None
+    if entries:
+        entries, extension = await _write_directory(file, header, counts, entries)
+    await _settle(file, counts)
+    await switch(file, header, extension)
+    for cluster in old:
+        counts.free(cluster, punch=True)
+    await _settle(file, counts)
+    return entries
+
+
+async def _settle(file: BlockFile, counts: Refcounts) -> None:
+    """Refcounts, and with them what was written into new clusters, are durable; what was freed is free."""
+    while counts.is_dirty:
+        blocks, pointers = counts.capture()
+        stages = [Stage(merged(blocks), (file,))]
+        if pointers:
+            stages.append(Stage(merged(pointers), (file,)))
+        await run(Plan(tuple(stages)))
+        counts.written()
+        await counts.reclaim()
+
+
+async def _allocate(counts: Refcounts, count: int, *, is_contiguous: bool) -> Run:
+    ask = counts.allocate_contiguous if is_contiguous else counts.allocate
+    while isinstance(answer := ask(count), Miss):
+        await answer.load()
+    counts.metadata.update(range(answer.cluster, answer.cluster + answer.count))
+    return answer
+
+
+async def _write_bitmap(
+    file: BlockFile, header: Header, counts: Refcounts, entry: BitmapEntry, bitmap: DirtyBitmap
+) -> BitmapEntry:
+    """Bits and table in new clusters; clusters that are all clean or all dirty take none."""
+    cluster_size, bits = header.cluster_size, bitmap.bits
+    table_size = max(1, table_size_for(bitmap.size, bitmap.granularity, cluster_size))
+    table = array("Q", bytes(8 * table_size))
+    mixed = []
+    for index in range(len(table)):
+        start = index * cluster_size
+        stop = min(start + cluster_size, len(bits))
+        if bits.count(0xFF, start, stop) == cluster_size:
+            table[index] = 1
+        elif bits.count(0, start, stop) != stop - start:
+            mixed.append(index)
+    while mixed:
+        place = await _allocate(counts, min(len(mixed), max(1, WRITE_SIZE // cluster_size)), is_contiguous=False)
+        offset = place.cluster << header.cluster_bits
+        batch, mixed = mixed[: place.count], mixed[place.count :]
+        pieces = [bits[index * cluster_size : (index + 1) * cluster_size].ljust(cluster_size, b"\0") for index in batch]
+        for number, index in enumerate(batch):
+            table[index] = offset + number * cluster_size
+        await file.pwrite(offset, b"".join(pieces))
+    table_offset = await _write_table(file, header, counts, encode_offsets(table))
+    flags = entry.flags & ~int(BitmapFlag.IN_USE)
+    return replace(entry, flags=flags, table_offset=table_offset, table_size=len(table))
+
+
+async def _write_table(file: BlockFile, header: Header, counts: Refcounts, content: bytes) -> int:
+    """Into new contiguous clusters, padded with zeroes; returns where."""
+    place = await _allocate(counts, div_ceil(len(content), header.cluster_size), is_contiguous=True)
+    offset = place.cluster << header.cluster_bits
+    await file.pwrite(offset, content.ljust(align_up(len(content), header.cluster_size), b"\0"))
+    return offset
+
+
+async def _write_directory(
+    file: BlockFile, header: Header, counts: Refcounts, entries: list[BitmapEntry]
+) -> tuple[list[BitmapEntry], bytes]:
+    """The entries with their new offsets, and the extension that names the directory."""
+    pieces = [entry.to_bytes() for entry in entries]
+    content = b"".join(pieces)
+    if len(content) > s.BITMAP_DIRECTORY_BYTES_MAX:
+        raise UnsupportedFeature(
+            file.path,
+            f"the bitmap directory would take {len(content)} bytes, allowed are {s.BITMAP_DIRECTORY_BYTES_MAX}",
+        )
+    offset = position = await _write_table(file, header, counts, content)
+    placed = []
+    for entry, piece in zip(entries, pieces, strict=True):
+        placed.append(replace(entry, offset=position))
+        position += len(piece)
+    return placed, s.BITMAPS_EXTENSION.pack(len(entries), 0, len(content), offset)

@@ -1,0 +1,252 @@
+"""An open qcow2 image: the driver, and the order in which what it changed reaches the disk.
+
+    stage 1    refcounts raised so far, a moved refcount table     barrier: makes the guest's data durable as well
+    stage 2    refcount table entries, or the header's pointer     barrier
+    stage 3    L2 slices                                           barrier
+    stage 4    L1 entries, or the table in a new place             barrier
+    stage 5    the header's size and L1 table, when they change    barrier
+    then       what lost its last reference is counted down, and may be reused
+
+An empty stage other than the first is left out: a flush after writes in place costs one barrier, after allocating two.
+
+    (Q1) On disk, a cluster's refcount is never below its number of references: leaks allowed, dangling never.
+    (Q2) An L2 entry reaches the disk after its data and after its refcount.
+    (Q3) An L1 entry reaches the disk after its L2 table.
+    (Q4) A refcount decrease reaches the disk after the entry that held the reference is gone.
+    (Q5) A freed cluster is reused only after (Q4) is durable.
+    (Q6) Header pointers (L1 table, refcount table, snapshot table, bitmap directory) change last.
+
+With lazy refcounts the dirty bit is durable before stage 3; stages 1 and 2 then wait for the orderly end, and an image
+that is opened dirty is repaired first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from struct import Struct
+
+from nbdimg.errors import CorruptImage, ImageError, ImageFailed
+from nbdimg.formats.qcow2 import structs as s
+from nbdimg.formats.qcow2.bitmap_store import BitmapStore
+from nbdimg.formats.qcow2.header import Header
+from nbdimg.formats.qcow2.mapping import Mapping
+from nbdimg.formats.qcow2.refcount import Refcounts
+from nbdimg.formats.qcow2.structs import Incompatible
+from nbdimg.image import driver as image
+from nbdimg.image.driver import Allocation, Extent, Miss, Unmap
+from nbdimg.storage.file import BlockFile
+from nbdimg.storage.ordering import Plan, Stage, Write, merged, run
+
+U64 = Struct(">Q")
+
+
+class Qcow2Driver:
+    """Made by `open.open_driver`. Args: refcounts: None when nothing will be written."""
+
+    name = "qcow2"
+
+    def __init__(
+        self,
+        file: BlockFile,
+        data_file: BlockFile | None,
+        header: Header,
+        mapping: Mapping,
+        refcounts: Refcounts | None,
+        bitmaps: BitmapStore | None = None,
+    ) -> None:
+        self.file = file
+        self.header = header
+        self.mapping = mapping
+        self.refcounts = refcounts
+        self.bitmaps: image.BitmapStore | None = bitmaps
+        self._bitmaps = bitmaps
+        self.size = mapping.size
+        self.cluster_size = header.cluster_size
+        self.unmap_size = header.cluster_size // (s.SUBCLUSTERS if header.has_subclusters else 1)
+        self.data_file = data_file
+        self._files = (file,) if data_file is None else (data_file, file)
+        self._fault: ImageError | None = None
+        self._lags = self._is_closing = self._has_new_size = False
+        self._is_marking = False
+        """The dirty bit is set here, and is not known to be on disk: the plan that holds it may fail."""
+        self.map = mapping.map
+
+    # Changes
+
+    @property
+    def is_strained(self) -> bool:
+        counts = self.refcounts
+        return self.mapping.cache.is_strained or (counts is not None and counts.cache.is_strained)
+
+    def place(self, offset: int, stop: int) -> Extent | Miss:
+        try:
+            return self.mapping.place(offset, stop)
+        except CorruptImage as error:
+            raise self._failed(error) from None
+
+    def reserve(self, offset: int, stop: int) -> Allocation | Miss:
+        self.check()
+        try:
+            return self.mapping.reserve(offset, stop)
+        except CorruptImage as error:
+            raise self._failed(error) from None
+
+    def commit(self, allocation: Allocation) -> None:
+        self.mapping.commit(allocation)
+
+    def release(self, allocation: Allocation) -> None:
+        self.mapping.release(allocation)
+
+    def unmap(self, offset: int, stop: int, to: Unmap) -> int | Miss:
+        self.check()
+        try:
+            return self.mapping.unmap(offset, stop, to)
+        except CorruptImage as error:
+            raise self._failed(error) from None
+
+    def drop(self, offset: int) -> int | Miss:
+        """See `Mapping.drop`."""
+        self.check()
+        try:
+            return self.mapping.drop(offset)
+        except CorruptImage as error:
+            raise self._failed(error) from None
+
+    def resized(self) -> None:
+        """`header` has another size, or names another L1 table: the next plan writes it (Q6)."""
+        self._has_new_size = True
+
+    def unmapped(self, offset: int, length: int) -> None:
+        pass
+
+    def check(self) -> None:
+        """Raises: ImageError: corruption was found, or a change of the tables failed."""
+        if self._fault is not None:
+            raise self._fault
+
+    def _failed(self, error: CorruptImage) -> CorruptImage:
+        """Corruption was found while writing: no metadata is written any more but the mark of it."""
+        if self.refcounts is not None and self._fault is None:
+            self._fault = error
+            self.header.incompatible |= Incompatible.CORRUPT if self.header.version >= 3 else 0
+        return error
+
+    # Order on disk
+
+    def flush_plan(self) -> Plan:
+        if self._fault is not None:
+            mark = [self._incompatible_write()] if self.header.version >= 3 else []
+            return Plan((Stage((), self._files), *self._stages(mark)))
+        counts = self.refcounts
+        assert counts is not None
+        first: list[Write] = []
+        pointers: list[Write] = []
+        if self.header.has_lazy_refcounts and not self.header.is_dirty and self.mapping.is_dirty:
+            self.header.incompatible |= Incompatible.DIRTY
+            self._is_marking = True
+        if self._is_marking:
+            first = [self._incompatible_write()]
+        self._lags = self._is_lazy and not counts.cache.is_strained
+        if self._lags:
+            counts.capture_freed()
+        else:
+            blocks, pointers = counts.capture()
+            first += blocks
+        return Plan(
+            (
+                Stage(merged(first), self._files),
+                *self._stages(pointers),
+                *self._stages(self.mapping.cache.capture()),
+                *self._stages(self.mapping.l1.capture()),
+                *self._stages([self._size_write()] if self._has_new_size else []),
+            )
+        )
+
+    @property
+    def _is_lazy(self) -> bool:
+        """Whether refcounts may stay behind: the image says on disk that they do."""
+        return self.header.has_lazy_refcounts and self.header.is_dirty and not self._is_closing
+
+    def _stages(self, writes: list[Write]) -> list[Stage]:
+        return [Stage(merged(writes), (self.file,))] if writes else []
+
+    async def flushed(self) -> None:
+        if self._fault is not None:
+            return
+        counts = self.refcounts
+        assert counts is not None
+        self.mapping.cache.written()
+        self.mapping.l1.written()
+        self._has_new_size = self._is_marking = False
+        if not self._lags:
+            counts.written()
+        try:
+            await counts.reclaim()
+        except CorruptImage as error:
+            self._failed(error)
+
+    def _size_write(self) -> Write:
+        header = self.header
+        fields = s.SIZE_FIELDS.pack(header.size, header.crypt_method, header.l1_size, header.l1_offset)
+        return Write(self.file, s.SIZE_OFFSET, fields)
+
+    def _incompatible_write(self) -> Write:
+        return Write(self.file, s.INCOMPATIBLE_OFFSET, U64.pack(self.header.incompatible))
+
+    async def set_dirty(self, is_dirty: bool) -> None:
+        """Write the dirty bit, with a barrier behind it. What it vouches for is the caller's to have flushed."""
+        bit = int(Incompatible.DIRTY)
+        self.header.incompatible = self.header.incompatible | bit if is_dirty else self.header.incompatible & ~bit
+        await run(Plan((Stage((self._incompatible_write(),), (self.file,)),)))
+
+    async def settle(self) -> None:
+        """Flush until nothing is left to do: refcounts that a flush counted down are written too."""
+        counts = self.refcounts
+        assert counts is not None
+        while self._fault is None and (counts.is_dirty or self.mapping.is_dirty):
+            await run(self.flush_plan())
+            await self.flushed()
+
+    @asynccontextmanager
+    async def overhaul(self) -> AsyncIterator[None]:
+        """Around a change of tables and refcounts at large, with no request and no flush in flight.
+
+        Before it everything is durable; within it refcounts are not lazy, and in version 3 the dirty bit says on disk
+        that COPIED flags and refcounts need not fit. If it fails the bit stays, so that the next opening repairs the
+        image, and this driver changes nothing any more.
+
+        Raises: ImageError: an earlier change failed, or this one's counts are corrupt. OSError.
+        """
+        self.check()
+        was_closing, self._is_closing = self._is_closing, True
+        try:
+            await self.settle()
+            if self.header.version >= 3:
+                await self.set_dirty(True)
+            yield
+            await self.settle()
+            self.check()
+            if self.header.version >= 3:
+                await self.set_dirty(False)
+        except BaseException as error:
+            if self._fault is None:
+                self._fault = ImageFailed(self.file.path, f"a change of its tables failed ({error}); open it anew")
+            raise
+        self._is_closing = was_closing
+
+    async def close(self) -> None:
+        """Raises: OSError, ImageError."""
+        was_lazy = self._is_lazy
+        self._is_closing = True
+        await self.settle()
+        if self._fault is not None:
+            await run(self.flush_plan())
+        if was_lazy and self._fault is None:
+            await self.set_dirty(False)
+        if self._bitmaps is not None and self.refcounts is not None and self._fault is None:
+            await self._bitmaps.store(self.refcounts)
+
+    async def abandon(self) -> None:
+        for file in self._files:
+            await file.close()

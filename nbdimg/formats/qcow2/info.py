@@ -1,0 +1,64 @@
+"""What an image says of itself, for people: no other file is opened, nothing is locked, nothing is changed.
+
+Only header, snapshot table, bitmap directory and LUKS header are read; each has its limits, so a hostile image costs no
+more than a sound one. Somebody may be writing to the image: then parts may not fit each other, or be found malformed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nbdimg.errors import escaped
+from nbdimg.formats.qcow2 import luks
+from nbdimg.formats.qcow2 import structs as s
+from nbdimg.formats.qcow2.bitmaps import BitmapEntry, load_directory
+from nbdimg.formats.qcow2.header import KNOWN_AUTOCLEAR, Header
+from nbdimg.formats.qcow2.open import read_luks_area
+from nbdimg.formats.qcow2.snapshots import Snapshot, load_snapshots
+from nbdimg.formats.qcow2.structs import Compatible, Crypt, ExtensionType
+from nbdimg.storage.file import BlockFile
+
+_COMPATIBLE, _AUTOCLEAR = 1, 2
+"""Kinds of features in the image's own table of their names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """`luks` is None for other images, those with legacy AES among them. `has_stale_bitmaps`: there are bitmaps, and
+    somebody has changed the image without them. `unknown_features`: of those that do not matter to a reader, by the
+    image's own names.
+    """
+
+    header: Header
+    snapshots: list[Snapshot]
+    bitmaps: list[BitmapEntry]
+    has_stale_bitmaps: bool
+    luks: luks.LuksHeader | None
+    unknown_features: list[str]
+
+
+async def describe(file: BlockFile, header: Header) -> Info:
+    """Raises: CorruptImage, UnsupportedFeature: naming what was found, what is allowed, and the offset. OSError."""
+    bitmaps = await load_directory(file, header)
+    return Info(
+        header=header,
+        snapshots=await load_snapshots(file, header),
+        bitmaps=bitmaps,
+        has_stale_bitmaps=not bitmaps and header.extension(ExtensionType.BITMAPS) is not None,
+        luks=luks.parse(file.path, await read_luks_area(file, header)) if header.crypt_method == Crypt.LUKS else None,
+        unknown_features=[
+            *_named(header, _COMPATIBLE, header.compatible & ~int(Compatible.LAZY_REFCOUNTS), "compatible"),
+            *_named(header, _AUTOCLEAR, header.autoclear & ~KNOWN_AUTOCLEAR, "autoclear"),
+        ],
+    )
+
+
+def _named(header: Header, kind: int, bits: int, what: str) -> list[str]:
+    names: dict[int, str] = {}
+    table = header.extension(ExtensionType.FEATURE_NAMES)
+    if table is not None:
+        whole = len(table.data) // s.FEATURE_NAME.size * s.FEATURE_NAME.size
+        for found, bit, name in s.FEATURE_NAME.iter_unpack(table.data[:whole]):
+            if found == kind:
+                names[bit] = f" ({escaped(name.rstrip(bytes(1)))})"
+    return [f"{what} bit {bit}{names.get(bit, '')}" for bit in range(64) if bits >> bit & 1]

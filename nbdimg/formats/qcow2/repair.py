@@ -1,0 +1,311 @@
+"""Repair of an image: refcounts become what the references say, COPIED flags what the refcounts say.
+
+    1  raise refcounts, or build all refcount structures anew              barrier
+    2  zero misaligned L2 entries without data, clear wrong COPIED flags   barrier
+    3  lower refcounts                                                     barrier
+    4  set missing COPIED flags                                            barrier
+    5  check again; if nothing is left, clear the dirty and the corrupt bit   barrier
+
+At each point a refcount is no lower than it was or than its references (Q1), a flag says "write in place" only with
+refcount 1, and nothing but the image itself says how far the repair came: after a crash it is run again from the start.
+
+The refcount structures are built anew where they cannot be written in place: when the table or a block lies outside the
+file, is misaligned or overlaps something, or when no block counts a cluster that is in use. The new ones lie behind all
+that is used and count themselves; the header's 12 bytes that name them are written last (Q6):
+
+    | everything in use | block | block | ... | table |
+
+What cannot be followed (`References.has_broken_references`) may have been the only reference to a cluster: then nothing
+is lowered.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nbdimg.errors import UnsupportedFeature
+from nbdimg.formats.qcow2 import structs as s
+from nbdimg.formats.qcow2.check import Survey, check, differences, last_used
+from nbdimg.formats.qcow2.findings import CheckReport
+from nbdimg.formats.qcow2.header import KNOWN_AUTOCLEAR, Header
+from nbdimg.formats.qcow2.packed import decode_offsets, encode_offsets
+from nbdimg.formats.qcow2.references import BEYOND_MAX, PIECE_SIZE, Progress
+from nbdimg.formats.qcow2.structs import Incompatible
+from nbdimg.storage.file import BlockFile, Buffer
+from nbdimg.units import div_ceil
+
+_REPAIRED = Incompatible.DIRTY | Incompatible.CORRUPT
+_U64_SIZE = 8
+_LEAKS = 3
+"""`CheckReport.exit_status`: leaks and nothing else, as when what hid references has gone with the old structures."""
+
+
+async def repair(file: BlockFile, header: Header, *, leaks_only: bool, progress: Progress | None = None) -> CheckReport:
+    """Repair what can be; `header` is kept current. An image that cannot be checked whole is not touched.
+
+    Returns: a check of what remains, with what was fixed in `leaks_fixed` and `corruptions_fixed`.
+    Args: leaks_only: lower refcounts, and nothing else.
+    Raises: OSError; UnsupportedFeature: the refcount table would become too large.
+    """
+    survey = Survey(file, header, is_fixing=not leaks_only)
+    await survey.run(progress)
+    before = survey.report
+    if before.check_errors:
+        return before
+    after = before
+    if not before.is_clean:
+        await _clear_unknown_autoclear(file, header)
+        work = _Repair(survey)
+        if leaks_only:
+            await work.lower()
+        else:
+            await work.all()
+        remaining = Survey(file, header)
+        await remaining.run(progress)
+        after = remaining.report
+        if after.exit_status == _LEAKS and not leaks_only:
+            await _Repair(remaining).lower()
+            after = await check(file, header, progress=progress)
+        after.leaks_fixed = max(0, before.leaks - after.leaks)
+        after.corruptions_fixed = max(0, before.corruptions - after.corruptions)
+    if header.incompatible & _REPAIRED and not after.corruptions and not after.check_errors:
+        await _clear_bits(file, header)
+    return after
+
+
+async def _clear_unknown_autoclear(file: BlockFile, header: Header) -> None:
+    """What a writer does not know it must declare stale before it writes."""
+    features = header.autoclear & KNOWN_AUTOCLEAR
+    if features != header.autoclear:
+        await _write(file, s.AUTOCLEAR_OFFSET, features.to_bytes(_U64_SIZE, "big"))
+        await file.fdatasync()
+        header.autoclear = features
+
+
+async def _clear_bits(file: BlockFile, header: Header) -> None:
+    await file.fdatasync()
+    features = header.incompatible & ~_REPAIRED
+    await _write(file, s.INCOMPATIBLE_OFFSET, features.to_bytes(_U64_SIZE, "big"))
+    await file.fdatasync()
+    header.incompatible = features
+
+
+async def _write(file: BlockFile, offset: int, data: Buffer) -> None:
+    await file.pwrite(offset, data)
+
+
+class _Repair:
+    """One run over a survey. `_stored` follows what is written; a count that is full may be too low, and stays."""
+
+    def __init__(self, survey: Survey) -> None:
+        self._file = survey.file
+        self._header = survey.header
+        self._survey = survey
+        self._references = survey.references
+        self._bits = survey.header.cluster_bits
+        self._cluster_size = survey.header.cluster_size
+        self._stored = self._references.stored
+
+    async def all(self) -> None:
+        if self._survey.needs_rebuild:
+            if not await self._rebuild():
+                return
+        else:
+            await self._store(max)
+        tables = self._writable_l2_tables()
+        await self._fix_entries(tables, is_setting=False)
+        await self.lower()
+        await self._fix_entries(tables, is_setting=True)
+
+    async def lower(self) -> None:
+        if not (self._references.has_broken_references or self._survey.needs_rebuild):
+            await self._store(min)
+
+    # Refcounts in place
+
+    async def _store(self, pick: Callable[[int, int], int]) -> None:
+        """Write the blocks whose counts change. Each count stands for itself, so a torn block is a half-done one."""
+        counts, stored, per_block = self._references.counts, self._stored, self._header.refcount_entries
+        changed = {cluster // per_block for cluster in differences(stored, counts, len(counts))}
+        for index in sorted(changed & self._survey.blocks.keys()):
+            part = slice(index * per_block, min((index + 1) * per_block, len(counts)))
+            wanted = array(counts.typecode, map(pick, stored[part], counts[part]))
+            if wanted == stored[part]:
+                continue
+            offset = self._survey.blocks[index]
+            entries = self._survey.codec.decode(await self._read(offset, self._cluster_size))
+            entries[: len(wanted)] = wanted
+            await _write(self._file, offset, self._survey.codec.encode(entries))
+            stored[part] = wanted
+        await self._file.fdatasync()
+
+    async def _read(self, offset: int, length: int) -> bytearray:
+        content = bytearray(length)
+        await self._file.pread(offset, memoryview(content))
+        return content
+
+    # Refcounts anew
+
+    async def _rebuild(self) -> bool:
+        """False: not done, as the file would grow over what something refers to already."""
+        references = self._references
+        start = last_used(references.counts, references.counts, len(references.counts)) + 1
+        if references.has_broken_references:
+            start = max(start, references.cluster_count)
+        for cluster in self._survey.refcount_clusters:
+            if not (references.has_broken_references and references.counts[cluster] == references.count_max):
+                references.counts[cluster] -= 1
+        wanted = references.counts
+        if references.has_broken_references:
+            wanted = array(wanted.typecode, map(max, self._stored, wanted))
+        layout = self._layout(wanted, start)
+        if len(references.beyond) >= BEYOND_MAX or any(
+            references.cluster_count <= cluster < layout.stop for cluster in references.beyond
+        ):
+            return False
+        await self._write_structures(layout, wanted)
+        self._stored = wanted
+        self._survey.needs_rebuild = False
+        return True
+
+    async def _write_structures(self, layout: _Layout, wanted: array[int]) -> None:
+        header, codec, per_block = self._header, self._survey.codec, self._header.refcount_entries
+        table = array("Q", bytes(layout.table_clusters * self._cluster_size))
+        for position, index in enumerate(layout.blocks):
+            first = index * per_block
+            entries = codec.zeroes(per_block)
+            part = wanted[first : first + per_block]
+            entries[: len(part)] = part
+            for cluster in range(max(first, layout.start), min(first + per_block, layout.stop)):
+                entries[cluster - first] = 1
+            table[index] = (layout.start + position) << self._bits
+            await _write(self._file, table[index], codec.encode(entries))
+        table_offset = (layout.start + len(layout.blocks)) << self._bits
+        await _write(self._file, table_offset, encode_offsets(table))
+        await self._file.fdatasync()
+        fields = s.REFCOUNT_FIELDS.pack(table_offset, layout.table_clusters)
+        await _write(self._file, s.REFCOUNT_FIELDS_OFFSET, fields)
+        await self._file.fdatasync()
+        header.refcount_table_offset, header.refcount_table_clusters = table_offset, layout.table_clusters
+        self._survey.blocks = {index: table[index] for index in layout.blocks}
+
+    def _layout(self, counts: array[int], start: int) -> _Layout:
+        """Blocks and table together count themselves: they grow until they do.
+
+        64 KiB clusters, 16 bits: a file of 32767 clusters needs one block for them and, as the block itself is number
+        32767 and the table 32768, a second one.
+
+        Raises: UnsupportedFeature: REFCOUNT_TABLE_BYTES_MAX.
+        """
+        per_block = self._header.refcount_entries
+        used = {
+            first // per_block for first in range(0, len(counts), per_block) if any(counts[first : first + per_block])
+        }
+        blocks, table_clusters = used, 1
+        while True:
+            stop = start + len(blocks) + table_clusters
+            wanted = used | set(range(start // per_block, div_ceil(stop, per_block)))
+            needed = div_ceil((max(wanted) + 1) * _U64_SIZE, self._cluster_size)
+            if needed * self._cluster_size > s.REFCOUNT_TABLE_BYTES_MAX:
+                raise UnsupportedFeature(
+                    self._file.path,
+                    f"the refcount table would take {needed * self._cluster_size} bytes, "
+                    f"allowed are {s.REFCOUNT_TABLE_BYTES_MAX}",
+                )
+            if wanted == blocks and needed <= table_clusters:
+                return _Layout(start, sorted(blocks), table_clusters)
+            blocks, table_clusters = wanted, max(needed, table_clusters)
+
+    # Entries
+
+    def _writable_l2_tables(self) -> list[int]:
+        """Clusters of the L2 tables that are no other metadata as well: writing there would do damage."""
+        marks = bytearray(self._references.cluster_count + 1)
+        for first, last in self._references.metadata:
+            marks[first : last + 1] = b"\1" * (last + 1 - first)
+        return [cluster for cluster in self._references.l2_tables if not marks[cluster]]
+
+    def _is_l1_writable(self) -> bool:
+        first = self._header.l1_offset >> self._bits
+        last = (self._header.l1_offset + self._header.l1_size * _U64_SIZE - 1) >> self._bits
+        overlaps = sum(1 for start, stop in self._references.metadata if start <= last and first <= stop)
+        return overlaps == 1 and not any(cluster in self._references.l2_tables for cluster in range(first, last + 1))
+
+    async def _fix_entries(self, tables: list[int], *, is_setting: bool) -> None:
+        """Set the COPIED flags that are missing, or clear those that are wrong and zero what is to be zeroed."""
+        zeroable: dict[int, list[int]] = {}
+        if not is_setting:
+            for cluster, index in self._references.zeroable:
+                zeroable.setdefault(cluster, []).append(index)
+        if self._header.l1_size and self._is_l1_writable():
+            length = self._header.l1_size * _U64_SIZE
+            await self._fix_table(self._header.l1_offset, length, [], is_setting, is_l1=True)
+        for cluster in tables:
+            if self._references.l2_tables[cluster][0] or cluster in zeroable:
+                indexes = zeroable.get(cluster, [])
+                await self._fix_table(cluster << self._bits, self._cluster_size, indexes, is_setting, is_l1=False)
+        await self._file.fdatasync()
+
+    async def _fix_table(self, offset: int, length: int, zeroable: list[int], is_setting: bool, *, is_l1: bool) -> None:
+        """Each entry lies within a sector and stands for itself: its flag is right or as it was after a crash."""
+        words_per_entry = 1 if is_l1 else self._header.l2_entry_size // _U64_SIZE
+        is_active = is_l1 or bool(self._references.l2_tables[offset >> self._bits][0])
+        for start in range(0, length, PIECE_SIZE):
+            content = await self._read(offset + start, min(PIECE_SIZE, length - start))
+            if content.count(0) == len(content):
+                continue
+            words = decode_offsets(content)
+            changed: list[int] = []
+            for index in zeroable:
+                word = index * words_per_entry - start // _U64_SIZE
+                if 0 <= word < len(words):
+                    words[word] = 0 if self._header.has_subclusters else s.ZERO
+                    changed.append(word)
+            if is_active:
+                changed.extend(self._fix_flags(words, words_per_entry, is_setting, is_l1))
+            if changed:
+                first, stop = min(changed), max(changed) + 1
+                data = encode_offsets(words[first:stop])
+                await _write(self._file, offset + start + first * _U64_SIZE, data)
+
+    def _fix_flags(self, words: array[int], step: int, is_setting: bool, is_l1: bool) -> list[int]:
+        """Change the flags of one kind in `words`; their indexes are returned."""
+        stored, bits = self._stored, self._bits
+        has_data_file = self._header.has_data_file and not is_l1
+        zero_bit = 0 if is_l1 or self._header.has_subclusters else s.ZERO
+        changed: list[int] = []
+        for index in range(0, len(words), step):
+            entry = words[index]
+            if not entry or (entry >= s.COPIED) == is_setting:
+                continue
+            offset = entry & s.OFFSET_MASK
+            cluster = offset >> bits
+            if entry & s.COMPRESSED and not is_l1:
+                is_exclusive = False
+            elif not offset and (entry & zero_bit or not has_data_file):
+                continue
+            elif has_data_file:
+                is_exclusive = True
+            elif cluster >= self._references.cluster_count:
+                continue
+            else:
+                is_exclusive = stored[cluster] == 1
+            if is_exclusive == is_setting:
+                words[index] ^= s.COPIED
+                changed.append(index)
+        return changed
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """New refcount structures from cluster `start` on: a block for each index in `blocks`, then the table."""
+
+    start: int
+    blocks: list[int]
+    table_clusters: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.blocks) + self.table_clusters

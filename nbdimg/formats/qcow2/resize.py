@@ -1,0 +1,220 @@
+"""Another size for the guest's disk: of an open, writable image with no request and no flush in flight.
+
+    grow     forget what is mapped behind the end | a longer L1 table, the data file's length, zeroes where something
+             else would appear | header: size and L1 table
+    shrink   zeroes behind the new end in its last cluster | header: size | forget what is mapped behind the end: the
+             L1 table names no L2 table there any more, and what was named is freed
+
+At each bar everything before it is durable. A crash leaves the disk with its old size and all its bytes up to the new
+one, or with the new size. While it still has the old size, whatever lies behind the new one is as it was or zeroes: to
+forget it before the header is written, as QEMU does, would show the backing file's bytes there. What a crash leaves
+mapped behind the end is no error; the next resize, to whatever size, frees it.
+
+New bytes of the disk read as zeroes, also where the last cluster, a longer backing file, a longer data file, or tables
+that were left behind have something else.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
+
+from nbdimg.errors import ConfigError, ImageError, UnsupportedFeature, escaped
+from nbdimg.formats.qcow2 import structs as s
+from nbdimg.formats.qcow2.bitmap_store import BitmapStore
+from nbdimg.formats.qcow2.driver import Qcow2Driver
+from nbdimg.formats.qcow2.header import Header
+from nbdimg.image.driver import ExtentKind, Miss
+from nbdimg.image.image import Image
+from nbdimg.units import MiB, align_up, div_ceil
+
+T = TypeVar("T")
+Progress = Callable[[int, int], None]
+"""Called with bytes of the disk done and bytes in all."""
+
+TABLES_A_FLUSH = 64
+"""L2 tables that are forgotten before a flush frees what they named: what waits for that is in memory."""
+
+ZERO_SIZE = 256 * MiB
+"""Bytes that are zeroed between two reports of progress."""
+
+
+def check(path: str, header: Header, size: int) -> None:
+    """Raises: ConfigError: the disk cannot have this size. UnsupportedFeature: it cannot have another size."""
+    if size % s.SECTOR_SIZE:
+        raise ConfigError(f"{path}: size is {size}, expected a multiple of {s.SECTOR_SIZE}")
+    size_max = min(s.SIZE_MAX, s.L1_BYTES_MAX // 8 * header.l2_entries * header.cluster_size)
+    if not 0 <= size <= size_max:
+        raise ConfigError(f"{path}: size is {size}, expected 0 to {size_max} with clusters of {header.cluster_size}")
+    if header.version < 3 and header.snapshot_count:
+        raise UnsupportedFeature(
+            path, "version 2 does not note the size of a snapshot's disk, so an image with snapshots keeps its size", 60
+        )
+
+
+async def resize(image: Image, size: int, *, progress: Progress | None = None) -> None:
+    """Give the disk `size` bytes; durable on return, and the image goes on with the new size. What lies behind a
+    smaller size is lost. With the size that it has, only what lies behind its end is freed.
+
+    Raises: as `check`; ConfigError: an encrypted image was opened without its key, and zeroes must be written.
+        UnsupportedFeature: a bitmap is inconsistent, or too large. ImageError, OSError: the size is the old one, unless
+        the image failed: then one of both.
+    """
+    driver = image.driver
+    assert isinstance(driver, Qcow2Driver)
+    check(driver.file.path, driver.header, size)
+    _check_bitmaps(driver)
+    if size < driver.size:
+        await _shrink(image, driver, size)
+    await _forget(image, driver, progress)
+    if size > driver.size:
+        await _grow(image, driver, size, progress)
+
+
+def _check_bitmaps(driver: Qcow2Driver) -> None:
+    store = driver.bitmaps
+    if isinstance(store, BitmapStore):
+        for entry in store.entries:
+            if entry.name not in store.names:
+                raise UnsupportedFeature(
+                    driver.file.path,
+                    f"bitmap {escaped(entry.name)} is inconsistent and cannot follow another size: remove it first "
+                    f"(offset {entry.offset})",
+                    entry.offset,
+                )
+
+
+async def _resize_bitmaps(driver: Qcow2Driver, size: int) -> None:
+    if isinstance(driver.bitmaps, BitmapStore):
+        await driver.bitmaps.resize(size)
+
+
+async def _answer(ask: Callable[[], T | Miss]) -> T:
+    while isinstance(answer := ask(), Miss):
+        await answer.load()
+    return answer
+
+
+async def _flush(image: Image) -> None:
+    image.gate.changed()
+    await image.flush()
+
+
+def _set_size(image: Image, driver: Qcow2Driver, size: int) -> None:
+    driver.size = driver.mapping.size = size
+    image.resized()
+
+
+async def _shrink(image: Image, driver: Qcow2Driver, size: int) -> None:
+    old = driver.size
+    stop = min(old, align_up(size, driver.cluster_size))
+    if size < stop:
+        extent = await _answer(lambda: driver.map(size, stop))
+        if extent.kind in (ExtentKind.DATA, ExtentKind.COMPRESSED):
+            await image.zero(size, stop - size, may_unmap=False, is_fast_only=False)
+    await _resize_bitmaps(driver, size)
+    _set_size(image, driver, size)
+    driver.header.size = size
+    driver.resized()
+    try:
+        await _flush(image)
+    except BaseException:
+        await _restore(image, driver, old)
+        raise
+    if driver.data_file is not None and driver.data_file.size > size:
+        await driver.data_file.truncate(size)
+
+
+async def _restore(image: Image, driver: Qcow2Driver, old: int) -> None:
+    """The new size did not reach the disk. What a bitmap had behind it is lost, so all of that counts as dirty."""
+    size = driver.size
+    driver.header.size = old
+    _set_size(image, driver, old)
+    store = driver.bitmaps
+    if isinstance(store, BitmapStore):
+        with suppress(OSError, ImageError):
+            await store.resize(old)
+            for name in store.names if size < old else ():
+                (await store.get(name)).set_range(size, old)
+
+
+async def _forget(image: Image, driver: Qcow2Driver, progress: Progress | None) -> None:
+    """Free what is mapped behind the end of the disk."""
+    start = offset = align_up(driver.size, driver.cluster_size)
+    end = len(driver.mapping.l1.entries) * driver.header.l2_entries * driver.cluster_size
+    count = 0
+    while offset < end:
+        position = offset
+        offset = await _answer(lambda position=position: driver.drop(position))  # type: ignore[misc]
+        count += 1
+        if count % TABLES_A_FLUSH == 0:
+            await _flush(image)
+        if progress is not None:
+            progress(offset - start, end - start)
+    if driver.mapping.is_dirty:
+        await _flush(image)
+
+
+async def _grow(image: Image, driver: Qcow2Driver, size: int, progress: Progress | None) -> None:
+    old = driver.size
+    await _resize_bitmaps(driver, size)
+    await _grow_l1(driver, driver.header.l1_entries_needed(size))
+    _set_size(image, driver, size)
+    try:
+        await _grow_data_file(image, driver, old, size)
+        stop = align_up(old, driver.cluster_size)
+        if image.backing is not None:
+            stop = max(stop, align_up(image.backing.size, driver.cluster_size))
+        stop = min(stop, size)
+        for position in range(old, stop, ZERO_SIZE):
+            length = min(ZERO_SIZE, stop - position)
+            await image.zero(position, length, may_unmap=True, is_fast_only=False)
+            if progress is not None:
+                progress(position + length - old, stop - old)
+        driver.header.size = size
+        driver.resized()
+        await _flush(image)
+    except BaseException:
+        await _restore(image, driver, old)
+        raise
+
+
+async def _grow_l1(driver: Qcow2Driver, count: int) -> None:
+    """A table of at least `count` entries, in a new place; the header follows with the next plan."""
+    header, l1, counts = driver.header, driver.mapping.l1, driver.refcounts
+    assert counts is not None
+    if count <= header.l1_size:
+        return
+    clusters = div_ceil(8 * count, header.cluster_size)
+    run = await _answer(lambda: counts.allocate_contiguous(clusters))
+    counts.metadata.update(range(run.cluster, run.cluster + run.count))
+    old_cluster = header.l1_offset >> header.cluster_bits
+    old_clusters = div_ceil(8 * header.l1_size, header.cluster_size)
+    l1.move(run.cluster << header.cluster_bits, l1.entries + array("Q", bytes(8 * (count - header.l1_size))))
+    header.l1_offset, header.l1_size = l1.offset, count
+    driver.resized()
+    if old_clusters:
+        counts.free(old_cluster, old_clusters, punch=True)
+
+
+async def _grow_data_file(image: Image, driver: Qcow2Driver, old: int, size: int) -> None:
+    """Nothing but zeroes in what is new of the data file; one that is a raw image of its own has all of it mapped."""
+    file = driver.data_file
+    if file is None:
+        return
+    if file.size > old and not await file.punch(old, min(file.size, size) - old):
+        raise UnsupportedFeature(file.path, f"it has {file.size} bytes, and what lies behind {old} cannot be zeroed")
+    if file.size < size:
+        await file.truncate(size)
+    if not driver.header.is_data_file_raw:
+        return
+    position = align_up(old, driver.cluster_size)
+    while position < size:
+        start = position
+        allocation = await _answer(lambda start=start: driver.reserve(start, size))  # type: ignore[misc]
+        driver.commit(allocation)
+        position = allocation.offset + allocation.length
+        if driver.is_strained:
+            await _flush(image)

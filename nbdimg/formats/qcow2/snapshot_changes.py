@@ -1,0 +1,566 @@
+"""Internal snapshots made, applied and deleted: of an open, writable driver with no request and no flush in flight.
+
+A snapshot is an L1 table of its own over L2 tables and data that it shares with the disk and with other snapshots; each
+of them counts as one reference to all of it. What the disk shares has no COPIED flag: a write goes elsewhere.
+
+    create   raise the counts of the disk's tree | clear its flags | the snapshot's L1, the new snapshot table
+             | header: snapshot table | the old snapshot table is freed
+    apply    raise the counts of the snapshot's tree | clear its flags | a new active L1
+             | header: size and L1 table | the disk's former tree and L1 are freed | set flags
+    delete   the new snapshot table
+             | header: snapshot table | the snapshot's tree, its L1 and the old snapshot table are freed | set flags
+
+At each bar everything before it is durable. The header's fields lie in one sector and are one write: that is when it
+happens, and a crash leaves the image as it was before or as it is after. References are never fewer than counted (Q1):
+counts are raised before there is a new reference and lowered after an old one is gone (Q4), and what is freed goes
+through the quarantine (Q5). The header comes last (Q6).
+
+Between the bars flags and counts may not fit each other: COPIED is missing with refcount 1, or is there with 2 and one
+reference. Neither harms a reader or a writer, but a check calls it corrupt; in version 3 the dirty bit, durable
+throughout, has it repaired at the next opening. Version 2 has no such bit; a check there repairs it when asked.
+
+Until the header is written a change that cannot be carried out, for counts that are too narrow or for lack of space, is
+taken back and changes nothing.
+
+Spec: qcow2.rst "Snapshots", "Cluster mapping".
+"""
+
+from __future__ import annotations
+
+import errno
+from array import array
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from struct import Struct
+from typing import TypeVar
+
+from nbdimg.errors import ConfigError, CorruptImage, ImageError, UnsupportedFeature, escaped
+from nbdimg.formats.qcow2 import structs as s
+from nbdimg.formats.qcow2.driver import Qcow2Driver
+from nbdimg.formats.qcow2.mapping import L1Table, compressed_clusters
+from nbdimg.formats.qcow2.packed import decode_offsets, encode_offsets
+from nbdimg.formats.qcow2.refcount import Refcounts, Run
+from nbdimg.formats.qcow2.snapshots import (
+    TABLE_BYTES_MAX,
+    Snapshot,
+    find_snapshot,
+    load_l1,
+    load_snapshots,
+    serialize,
+    stored_table_size,
+)
+from nbdimg.formats.qcow2.structs import COMPRESSED, COPIED, OFFSET_MASK, ZERO
+from nbdimg.image.driver import Miss
+from nbdimg.storage.ordering import Plan, Stage, Write, run
+from nbdimg.units import KiB, div_ceil
+
+T = TypeVar("T")
+Progress = Callable[[int, int], None]
+"""Called with L2 tables done and L2 tables in all; a table that is walked twice counts twice."""
+
+NAME_BYTES_MAX = 255
+"""Of a name in UTF-8; QEMU keeps no more of it in memory."""
+
+PIECE_SIZE = 64 * KiB
+"""L2 tables are read in pieces of this; then the loop gets its turn. 8192 entries take 1 to 2 ms."""
+
+FREED_MAX = 16384
+"""Runs of clusters that wait to be counted down before a flush does it: a few MiB of memory."""
+
+_SIZE_FIELDS = Struct(">QIIQ")
+"""size, crypt method, L1 size, L1 offset: header bytes 24 to 47, one write that cannot tear, within a sector."""
+assert s.SIZE_OFFSET + _SIZE_FIELDS.size == s.L1_FIELDS_OFFSET + s.L1_FIELDS.size
+_ID_DIGITS_MAX = 18
+_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+async def create_snapshot(driver: Qcow2Driver, name: str, *, now_ns: int, progress: Progress | None = None) -> Snapshot:
+    """Keep the disk as it is now under `name`; `now_ns` is the date to note, nanoseconds since 1970 UTC.
+
+    Raises:
+        ConfigError: the name cannot be one, or is taken.
+        UnsupportedFeature: counts are too narrow for one more reference, or there are too many snapshots.
+        CorruptImage: something that would be kept is not what it should be.
+        OSError: what was done is taken back if there was no space; else see `Qcow2Driver.overhaul`.
+    """
+    _check_name(name)
+    snapshots = await _load(driver)
+    taken = next((each for each in snapshots if name in (each.name, each.id)), None)
+    if taken is not None:
+        raise ConfigError(
+            f"{driver.file.path}: the name {escaped(name)} is taken by snapshot {escaped(taken.id)} "
+            f"({escaped(taken.name)}), expected a new one"
+        )
+    header = driver.header
+    l1 = driver.mapping.l1.entries[: header.l1_entries_needed(driver.size)]
+    made = Snapshot(
+        _next_id(snapshots),
+        name,
+        l1_offset=0,
+        l1_size=len(l1),
+        seconds=now_ns // 10**9 & 0xFFFF_FFFF,
+        nanoseconds=now_ns % 10**9,
+        disk_size=driver.size,
+    )
+    _check_table(driver, [*snapshots, made])
+    change = _Change(driver, snapshots, progress, 3 * _tables(l1))
+
+    async def prepare() -> tuple[Snapshot, int]:
+        change.check_l1(driver.mapping.l1.entries)
+        await change.check_tree(l1)
+        await change.raise_tree(l1)
+        await change.fix_flags(l1)
+        await change.fix_active_l1()
+        plain = array("Q", [entry & ~COPIED for entry in l1])
+        kept = replace(made, l1_offset=await change.place(encode_offsets(plain)))
+        return kept, await change.place(serialize([*snapshots, kept], driver.size))
+
+    async def switch(prepared: tuple[Snapshot, int]) -> Snapshot:
+        await change.switch_table(len(snapshots) + 1, prepared[1])
+        return prepared[0]
+
+    return await change.carry_out(prepare, switch)
+
+
+async def apply_snapshot(driver: Qcow2Driver, wanted: str, *, progress: Progress | None = None) -> Snapshot:
+    """Make the disk what it was, its size included; what it is now is lost. The snapshot stays; its VM state is left
+    where it is.
+
+    For a moment the snapshot's tree has one reference more than before and after it, which narrow counts must hold.
+
+    Raises: ConfigError: there is no snapshot of this id or name. UnsupportedFeature: the image has bitmaps. Else as
+        `create_snapshot`.
+    """
+    snapshots = await _load(driver)
+    snapshot = find_snapshot(driver.file.path, snapshots, wanted)
+    header, path = driver.header, driver.file.path
+    if driver.bitmaps is not None and driver.bitmaps.names:
+        raise UnsupportedFeature(
+            path, "it has dirty bitmaps, which cannot follow when a snapshot is applied: remove them first"
+        )
+    size = driver.size if snapshot.disk_size is None else snapshot.disk_size
+    needed = header.l1_entries_needed(size)
+    if needed > snapshot.l1_size or size > s.SIZE_MAX:
+        raise CorruptImage(
+            path,
+            f"snapshot {escaped(snapshot.id)} has {snapshot.l1_size} L1 entries for {size} bytes, expected {needed}",
+            header.snapshot_table_offset,
+        )
+    l1 = (await load_l1(driver.file, header, snapshot))[:needed]
+    former = driver.mapping.l1.entries[:]
+    change = _Change(driver, snapshots, progress, 4 * _tables(l1) + 2 * _tables(former))
+
+    async def prepare() -> L1Table:
+        await change.check_tree(l1)
+        await change.check_tree(former)
+        if size != driver.size and any(each.disk_size is None for each in snapshots):
+            await change.pin_sizes()
+        await change.raise_tree(l1)
+        await change.fix_flags(l1)
+        entries = array("Q", [entry & ~COPIED for entry in l1] or [0])
+        return L1Table(driver.file, await change.place(encode_offsets(entries)), entries)
+
+    async def switch(table: L1Table) -> Snapshot:
+        await change.switch_l1(table, size)
+        await change.lower_tree(former)
+        await change.settle()
+        await change.fix_flags(table.entries)
+        await change.fix_active_l1()
+        return snapshot
+
+    return await change.carry_out(prepare, switch)
+
+
+async def delete_snapshot(driver: Qcow2Driver, wanted: str, *, progress: Progress | None = None) -> Snapshot:
+    """Forget a snapshot and give back what only it needed, its VM state included.
+
+    Raises: ConfigError: there is no snapshot of this id or name. Else as `create_snapshot`.
+    """
+    snapshots = await _load(driver)
+    snapshot = find_snapshot(driver.file.path, snapshots, wanted)
+    rest = [each for each in snapshots if each is not snapshot]
+    l1 = await load_l1(driver.file, driver.header, snapshot)
+    active = driver.mapping.l1
+    change = _Change(driver, snapshots, progress, 2 * _tables(l1) + _tables(active.entries))
+
+    async def prepare() -> int:
+        change.check_l1(active.entries)
+        await change.check_tree(l1)
+        return await change.place(serialize(rest, driver.size)) if rest else 0
+
+    async def switch(table_offset: int) -> Snapshot:
+        await change.switch_table(len(rest), table_offset)
+        await change.lower_tree(l1)
+        change.free(snapshot.l1_offset, 8 * snapshot.l1_size)
+        await change.settle()
+        await change.fix_flags(active.entries)
+        await change.fix_active_l1()
+        return snapshot
+
+    return await change.carry_out(prepare, switch)
+
+
+async def _load(driver: Qcow2Driver) -> list[Snapshot]:
+    if driver.header.has_data_file:
+        raise UnsupportedFeature(driver.file.path, "an image with an external data file cannot have internal snapshots")
+    return await load_snapshots(driver.file, driver.header)
+
+
+def _check_name(name: str) -> None:
+    size = len(name.encode(errors="surrogateescape"))
+    if not 1 <= size <= NAME_BYTES_MAX or not name.isprintable():
+        raise ConfigError(
+            f"the snapshot name {escaped(name)} has {size} bytes, expected 1 to {NAME_BYTES_MAX}, all printable"
+        )
+
+
+def _check_table(driver: Qcow2Driver, snapshots: list[Snapshot]) -> None:
+    size = len(serialize(snapshots, driver.size))
+    if len(snapshots) > s.SNAPSHOTS_MAX or size > TABLE_BYTES_MAX:
+        raise UnsupportedFeature(
+            driver.file.path,
+            f"the snapshot table would hold {len(snapshots)} snapshots in {size} bytes, allowed are {s.SNAPSHOTS_MAX} "
+            f"in {TABLE_BYTES_MAX}",
+        )
+
+
+def _next_id(snapshots: list[Snapshot]) -> str:
+    """One more than the highest decimal id; a name that is that number would be hard to reach, and is passed over."""
+    ids = [each.id for each in snapshots]
+    decimal = [int(each) for each in ids if each.isascii() and each.isdecimal() and len(each) <= _ID_DIGITS_MAX]
+    number = max(decimal, default=0) + 1
+    taken = {each.name for each in snapshots}
+    while str(number) in taken:
+        number += 1
+    return str(number)
+
+
+def _tables(l1: array[int]) -> int:
+    return len(l1) - l1.count(0)
+
+
+async def _answer(ask: Callable[[], T | Miss]) -> T:
+    while isinstance(answer := ask(), Miss):
+        await answer.load()
+    return answer
+
+
+class _Change:
+    """One change. What it has done up to the header's write is remembered, to be taken back if need be."""
+
+    def __init__(
+        self, driver: Qcow2Driver, snapshots: list[Snapshot], progress: Progress | None, table_count: int
+    ) -> None:
+        counts = driver.refcounts
+        assert counts is not None
+        self._driver = driver
+        self._file = driver.file
+        self._counts: Refcounts = counts
+        self._bits = driver.header.cluster_bits
+        self._cluster_size = driver.header.cluster_size
+        self._snapshots = snapshots
+        self._raised: array[int] = array("Q")
+        self._raised_count = 0
+        """Counts raised, in the order in which `_raised` is walked."""
+        self._placed: list[Run] = []
+        self._progress = progress
+        self._tables_done = 0
+        self._table_count = table_count
+        self._unpaused = 0
+        self._freed_count = 0
+        self._aligned = OFFSET_MASK & ~(self._cluster_size - 1)
+        has_zero_flag = driver.header.version >= 3 and not driver.header.has_subclusters
+        self._odd = ~(self._aligned | COPIED | (ZERO if has_zero_flag else 0))
+        self._words = driver.header.l2_entry_size // 8
+        self._fixed = self._fixed_clusters()
+
+    def _fixed_clusters(self) -> set[int]:
+        """Clusters that hold the header and tables, but for L2 tables: no L2 table or data lies in them."""
+        header = self._driver.header
+        l1 = self._driver.mapping.l1
+        clusters = {offset >> self._bits for offset in self._counts.table if offset}
+        regions = [
+            (0, self._cluster_size),
+            (header.refcount_table_offset, header.refcount_table_clusters << self._bits),
+            (l1.offset, 8 * len(l1.entries)),
+            (header.snapshot_table_offset, stored_table_size(self._snapshots)),
+            *((each.l1_offset, 8 * each.l1_size) for each in self._snapshots),
+        ]
+        for offset, length in regions:
+            clusters.update(self._clusters(offset, length))
+        return clusters
+
+    def _clusters(self, offset: int, length: int) -> range:
+        first = offset >> self._bits
+        return range(first, first + div_ceil(length, self._cluster_size))
+
+    # The order of a change
+
+    async def carry_out(
+        self, prepare: Callable[[], Awaitable[T]], switch: Callable[[T], Awaitable[Snapshot]]
+    ) -> Snapshot:
+        """`prepare`, and take it back if it cannot be done; else `switch`, which begins with the header's write."""
+        refusal: ImageError | OSError
+        async with self._driver.overhaul():
+            try:
+                prepared = await prepare()
+            except ImageError as error:
+                refusal = error
+            except OSError as error:
+                if error.errno not in _OUT_OF_SPACE:
+                    raise
+                refusal = error
+            else:
+                return await switch(prepared)
+            await self._take_back()
+        raise refusal
+
+    async def _take_back(self) -> None:
+        left = self._raised_count
+        if not left and not self._placed:
+            return
+        async for cluster, count in self._runs(self._raised):
+            if not left:
+                break
+            count = min(count, left)
+            await self._lower(cluster, count, punch=False)
+            left -= count
+        for placed in self._placed:
+            self._counts.free(placed.cluster, placed.count)
+        await self.settle()
+        active = self._driver.mapping.l1
+        await self.fix_flags(active.entries)
+        await self.fix_active_l1()
+
+    # Walking
+
+    async def _pieces(self, l1: array[int]) -> AsyncIterator[tuple[int, int, array[int]]]:
+        """(cluster of the L2 table, offset in the table, words from there on) for all of each table of `l1`."""
+        size = min(PIECE_SIZE, self._cluster_size)
+        for index, entry in enumerate(l1):
+            if not entry:
+                continue
+            cluster = self._l2_cluster(index, entry)
+            for start in range(0, self._cluster_size, size):
+                yield cluster, start, decode_offsets(await self._read((cluster << self._bits) + start, size))
+            self._tables_done += 1
+            if self._progress is not None:
+                self._progress(min(self._tables_done, self._table_count), self._table_count)
+
+    def _l2_cluster(self, index: int, entry: int) -> int:
+        """Raises: CorruptImage."""
+        cluster = (entry & OFFSET_MASK) >> self._bits
+        if (
+            entry & ~(self._aligned | COPIED)
+            or not cluster
+            or cluster in self._fixed
+            or cluster << self._bits >= self._file.size
+        ):
+            raise CorruptImage(
+                self._file.path,
+                f"L1 entry {index} is {entry:#018x}, expected the offset of an L2 table, a multiple of "
+                f"{self._cluster_size} inside the file",
+                entry & OFFSET_MASK,
+            )
+        return cluster
+
+    async def _read(self, offset: int, length: int) -> bytearray:
+        content = bytearray(length)
+        view = memoryview(content)
+        self._unpaused += length
+        if self._unpaused >= PIECE_SIZE or not self._file.try_pread(offset, view):
+            self._unpaused = 0
+            await self._file.pread(offset, view)
+        return content
+
+    async def _runs(self, l1: array[int]) -> AsyncIterator[tuple[int, int]]:
+        """(first cluster, count) of all that a tree refers to, once for each reference; always in the same order, and
+        a table after what it maps.
+        """
+        async for cluster, start, words in self._pieces(l1):
+            for each in self._data_runs(cluster, start, words):
+                yield each
+            if start + 8 * len(words) == self._cluster_size:
+                yield cluster, 1
+
+    def _data_runs(self, table: int, start: int, words: array[int]) -> list[tuple[int, int]]:
+        """The references of a piece of an L2 table, neighbours as one. Raises: CorruptImage."""
+        runs: list[tuple[int, int]] = []
+        first = stop = 0
+        odd, bits = self._odd, self._bits
+        for index, entry in enumerate(words[:: self._words]):
+            if not entry:
+                continue
+            if entry & odd:
+                if entry & (COMPRESSED | COPIED) != COMPRESSED:
+                    raise self._malformed(table, start, index, entry)
+                low, high = compressed_clusters(entry, bits)
+                runs.append((low, high - low + 1))
+                continue
+            cluster = (entry & OFFSET_MASK) >> bits
+            if cluster == stop and stop:
+                stop += 1
+            elif cluster:
+                runs.append((first, stop - first))
+                first, stop = cluster, cluster + 1
+        runs.append((first, stop - first))
+        runs = [each for each in runs if each[1]]
+        for low, count in runs:
+            if not self._fixed.isdisjoint(range(low, low + count)):
+                raise CorruptImage(
+                    self._file.path,
+                    f"the L2 table at offset {table << bits} maps host clusters {low} to {low + count - 1}, expected "
+                    f"none that holds metadata",
+                    table << bits,
+                )
+        return runs
+
+    def _malformed(self, table: int, start: int, index: int, entry: int) -> CorruptImage:
+        at = (table << self._bits) + start + 8 * index * self._words
+        return CorruptImage(
+            self._file.path,
+            f"an L2 entry is {entry:#018x}, expected a multiple of {self._cluster_size} below 2^56, and the reserved "
+            f"bits 0 (offset {at})",
+            at,
+        )
+
+    # Counts
+
+    async def check_tree(self, l1: array[int]) -> None:
+        """Raises: CorruptImage: it cannot be walked to its end."""
+        async for _ in self._runs(l1):
+            pass
+
+    def check_l1(self, l1: array[int]) -> None:
+        """Raises: CorruptImage: an entry cannot be followed."""
+        for index, entry in enumerate(l1):
+            if entry:
+                self._l2_cluster(index, entry)
+
+    async def raise_tree(self, l1: array[int]) -> None:
+        """One reference more to all of a tree, durable."""
+        self._raised = l1
+        async for cluster, count in self._runs(l1):
+            await self._raise(cluster, count)
+            if self._counts.cache.is_strained:
+                await self.settle()
+        await self.settle()
+
+    async def _raise(self, cluster: int, count: int) -> None:
+        position, stop = cluster, cluster + count
+
+        def raise_rest() -> int | Miss:
+            return self._counts.raise_counts(position, stop - position)
+
+        while position < stop:
+            raised = await _answer(raise_rest)
+            self._raised_count += raised
+            position += raised
+
+    async def lower_tree(self, l1: array[int]) -> None:
+        """One reference less to all of a tree: nothing durable refers to it any more."""
+        async for cluster, count in self._runs(l1):
+            await self._lower(cluster, count, punch=True)
+
+    async def _lower(self, cluster: int, count: int, *, punch: bool) -> None:
+        self._counts.free(cluster, count, punch=punch)
+        self._freed_count += 1
+        if self._freed_count % FREED_MAX == 0:
+            await self.settle()
+
+    def free(self, offset: int, length: int) -> None:
+        """A table's clusters, when nothing durable refers to it any more."""
+        clusters = self._clusters(offset, length)
+        if clusters:
+            self._counts.free(clusters[0], len(clusters), punch=True)
+
+    async def settle(self) -> None:
+        """Raises: OSError. ImageError: a count was wrong."""
+        await self._driver.settle()
+        self._driver.check()
+
+    # Tables, and the header
+
+    async def place(self, content: bytes) -> int:
+        """Write a table into clusters of its own, durable; where it lies, 0 if it is empty."""
+        count = div_ceil(len(content), self._cluster_size)
+        if not count:
+            return 0
+        placed = await _answer(lambda: self._counts.allocate_contiguous(count))
+        self._placed.append(placed)
+        self._counts.metadata.update(range(placed.cluster, placed.cluster + count))
+        await self.settle()
+        offset = placed.cluster << self._bits
+        await self._write(offset, content.ljust(count << self._bits, b"\0"))
+        return offset
+
+    async def _write(self, offset: int, data: bytes) -> None:
+        """With a barrier behind it."""
+        await run(Plan((Stage((Write(self._file, offset, data),), (self._file,)),)))
+
+    async def pin_sizes(self) -> None:
+        """Write down the disk's size in each snapshot that relies on it, for it is about to change."""
+        content = serialize(self._snapshots, self._driver.size)
+        await self.switch_table(len(self._snapshots), await self.place(content))
+
+    async def switch_table(self, snapshot_count: int, offset: int) -> None:
+        """Make the table at `offset` the snapshot table; the one that there was is freed."""
+        header = self._driver.header
+        await self._write(s.SNAPSHOT_FIELDS_OFFSET, s.SNAPSHOT_FIELDS.pack(snapshot_count, offset))
+        self._placed.clear()
+        self.free(header.snapshot_table_offset, stored_table_size(self._snapshots))
+        header.snapshot_count, header.snapshot_table_offset = snapshot_count, offset
+
+    async def switch_l1(self, table: L1Table, size: int) -> None:
+        """Make `table` the active L1 table, of a disk of `size` bytes; the one that there was is freed."""
+        driver, header = self._driver, self._driver.header
+        fields = _SIZE_FIELDS.pack(size, header.crypt_method, len(table.entries), table.offset)
+        await self._write(s.SIZE_OFFSET, fields)
+        self._placed.clear()
+        self.free(header.l1_offset, 8 * header.l1_size)
+        header.size, header.l1_size, header.l1_offset = size, len(table.entries), table.offset
+        self._counts.metadata.update((entry & OFFSET_MASK) >> self._bits for entry in table.entries if entry)
+        driver.mapping.switch(table, size)
+        driver.size = size
+
+    # COPIED
+
+    async def fix_flags(self, l1: array[int]) -> None:
+        """Give the entries of a tree's L2 tables the flag that their counts ask for, durable."""
+        async for cluster, start, words in self._pieces(l1):
+            if await self._fix_words(words):
+                write = Write(self._file, (cluster << self._bits) + start, encode_offsets(words))
+                await run(Plan((Stage((write,), ()),)))
+        await self._file.fdatasync()
+        mapping = self._driver.mapping
+        mapping.switch(mapping.l1, mapping.size)
+
+    async def _fix_words(self, words: array[int]) -> bool:
+        """Whether a flag of these entries had to be changed; what is no plain entry has none."""
+        is_changed = False
+        base, counts = 0, array("Q")
+        for index in range(0, len(words), self._words):
+            entry = words[index]
+            cluster = (entry & self._aligned) >> self._bits
+            if not cluster or entry & self._odd:
+                continue
+            if not base <= cluster < base + len(counts):
+                base, counts = await self._counts_from(cluster)
+            if (counts[cluster - base] == 1) != (entry >= COPIED):
+                words[index] = entry ^ COPIED
+                is_changed = True
+        return is_changed
+
+    async def _counts_from(self, cluster: int) -> tuple[int, array[int]]:
+        return await _answer(lambda: self._counts.counts_from(cluster))
+
+    async def fix_active_l1(self) -> None:
+        """The same for the active L1 table, whose flags follow those of its L2 tables."""
+        l1 = self._driver.mapping.l1
+        for index, entry in enumerate(l1.entries):
+            if entry & OFFSET_MASK:
+                cluster = (entry & OFFSET_MASK) >> self._bits
+                base, counts = await self._counts_from(cluster)
+                if (counts[cluster - base] == 1) != (entry >= COPIED):
+                    l1.set(index, entry ^ COPIED)
+        await self.settle()

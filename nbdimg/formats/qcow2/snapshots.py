@@ -1,0 +1,170 @@
+"""The snapshot table: internal snapshots, each an L1 table and a size under an id and a name.
+
+Spec: qcow2.rst "Snapshot table". Entries follow one another, each padded to 8 bytes:
+
+    40 bytes of fields, extra data (VM state size, disk size, icount, unknown), id, name, padding
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from nbdimg.errors import ConfigError, CorruptImage, escaped
+from nbdimg.formats.qcow2 import structs as s
+from nbdimg.formats.qcow2.header import Header
+from nbdimg.formats.qcow2.packed import decode_offsets
+from nbdimg.storage.file import BlockFile
+from nbdimg.units import MiB, align_up
+
+TABLE_BYTES_MAX = 16 * MiB
+"""Of a snapshot table that is read: QEMU allows 64 MiB; ordinary entries take less than 200 bytes."""
+
+NO_ICOUNT = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """`disk_size` None: the entry does not say, the image's own counts. `unknown_extra` is kept as it was, and so are
+    bytes of the id and the name that are not UTF-8.
+    """
+
+    id: str
+    name: str
+    l1_offset: int
+    l1_size: int
+    """Entries; more than the disk size needs where VM state was saved."""
+    seconds: int = 0
+    nanoseconds: int = 0
+    vm_clock_ns: int = 0
+    vm_state_size: int = 0
+    disk_size: int | None = None
+    icount: int = NO_ICOUNT
+    unknown_extra: bytes = b""
+    stored_size: int = field(default=0, compare=False)
+    """Bytes that the entry takes in the file that it was read from; writers before QEMU 5.0 left the icount out."""
+
+    def to_bytes(self, current_size: int) -> bytes:
+        """The entry with its padding; `current_size` stands in for an unknown disk size."""
+        size = current_size if self.disk_size is None else self.disk_size
+        extra = s.SNAPSHOT_EXTRA.pack(self.vm_state_size, size, self.icount) + self.unknown_extra
+        id, name = self.id.encode(errors="surrogateescape"), self.name.encode(errors="surrogateescape")
+        fields = s.SNAPSHOT.pack(
+            self.l1_offset,
+            self.l1_size,
+            len(id),
+            len(name),
+            self.seconds,
+            self.nanoseconds,
+            self.vm_clock_ns,
+            min(self.vm_state_size, 0xFFFF_FFFF),
+            len(extra),
+        )
+        entry = fields + extra + id + name
+        return entry.ljust(align_up(len(entry), 8), b"\0")
+
+
+def serialize(snapshots: Iterable[Snapshot], current_size: int) -> bytes:
+    return b"".join(snapshot.to_bytes(current_size) for snapshot in snapshots)
+
+
+def stored_table_size(snapshots: Iterable[Snapshot]) -> int:
+    """Bytes of the table that these were read from."""
+    return sum(snapshot.stored_size for snapshot in snapshots)
+
+
+async def load_l1(file: BlockFile, header: Header, snapshot: Snapshot) -> array[int]:
+    """A snapshot's L1 table, VM state included. Raises: CorruptImage: it is not inside the file."""
+    length = 8 * snapshot.l1_size
+    if length and not header.cluster_size <= snapshot.l1_offset <= align_up(file.size, header.cluster_size) - length:
+        raise CorruptImage(
+            file.path,
+            f"the L1 table of snapshot {escaped(snapshot.id)} takes {length} bytes at {snapshot.l1_offset}, expected a "
+            f"place behind the header and inside the file's {file.size} bytes",
+            snapshot.l1_offset,
+        )
+    content = bytearray(length)
+    await file.pread(snapshot.l1_offset, memoryview(content))
+    return decode_offsets(content)
+
+
+async def load_snapshots(file: BlockFile, header: Header) -> list[Snapshot]:
+    """Raises: CorruptImage: naming the entry, what was found and what is allowed."""
+    if not header.snapshot_count:
+        return []
+    offset = header.snapshot_table_offset
+    length = max(0, min(TABLE_BYTES_MAX, file.size - offset))
+    table = bytearray(length)
+    await file.pread(offset, memoryview(table))
+    return list(_parse(file.path, header, bytes(table)))
+
+
+def _parse(path: str, header: Header, table: bytes) -> Iterable[Snapshot]:
+    position = 0
+    for number in range(header.snapshot_count):
+        at = header.snapshot_table_offset + position
+
+        def refuse(field: str, found: object, allowed: str, number: int = number, at: int = at) -> CorruptImage:
+            return CorruptImage(path, f"snapshot {number}: {field} is {found}, expected {allowed} (offset {at})", at)
+
+        try:
+            fields = s.SNAPSHOT.unpack_from(table, position)
+        except struct.error:
+            raise refuse(
+                "its entry", "cut off", f"inside the file and the table's first {TABLE_BYTES_MAX} bytes"
+            ) from None
+        l1_offset, l1_size, id_size, name_size, seconds, nanoseconds, vm_clock, vm_state_size, extra_size = fields
+        if extra_size > s.SNAPSHOT_EXTRA_MAX:
+            raise refuse("extra_data_size", extra_size, f"at most {s.SNAPSHOT_EXTRA_MAX}")
+        if header.version >= 3 and extra_size < 16:
+            raise refuse("extra_data_size", extra_size, "at least 16 in version 3")
+        if l1_offset % header.cluster_size or l1_offset + 8 * l1_size > s.HOST_OFFSET_MAX:
+            raise refuse("l1_table_offset", l1_offset, f"a multiple of {header.cluster_size} below 2^56")
+        if 8 * l1_size > s.L1_BYTES_MAX:
+            raise refuse("l1_size", l1_size, f"at most {s.L1_BYTES_MAX // 8}")
+        extra_start = position + s.SNAPSHOT.size
+        id_start = extra_start + extra_size
+        name_start = id_start + id_size
+        stop = name_start + name_size
+        if stop > len(table):
+            raise refuse("its entry", f"{stop - position} bytes", "inside the file")
+        extra = table[extra_start:id_start]
+        disk_size: int | None = None
+        icount = NO_ICOUNT
+        if extra_size >= 8:
+            vm_state_size = int.from_bytes(extra[:8], "big")
+        if extra_size >= 16:
+            disk_size = int.from_bytes(extra[8:16], "big")
+        if extra_size >= 24:
+            icount = int.from_bytes(extra[16:24], "big")
+        if header.l1_entries_needed(disk_size or 0) > l1_size:
+            raise refuse("l1_size", l1_size, f"at least {header.l1_entries_needed(disk_size or 0)} for its disk size")
+        yield Snapshot(
+            id=table[id_start:name_start].decode(errors="surrogateescape"),
+            name=table[name_start:stop].decode(errors="surrogateescape"),
+            l1_offset=l1_offset,
+            l1_size=l1_size,
+            seconds=seconds,
+            nanoseconds=nanoseconds,
+            vm_clock_ns=vm_clock,
+            vm_state_size=vm_state_size,
+            disk_size=disk_size,
+            icount=icount,
+            unknown_extra=extra[24:],
+            stored_size=align_up(stop, 8) - position,
+        )
+        position = align_up(stop, 8)
+
+
+def find_snapshot(path: str, snapshots: list[Snapshot], wanted: str) -> Snapshot:
+    """By id, else by name. Raises: ConfigError: there is none."""
+    for snapshot in snapshots:
+        if snapshot.id == wanted:
+            return snapshot
+    for snapshot in snapshots:
+        if snapshot.name == wanted:
+            return snapshot
+    names = ", ".join(escaped(snapshot.name) for snapshot in snapshots) or "none"
+    raise ConfigError(f"{path}: there is no snapshot {escaped(wanted)}, known are {names}")

@@ -1,0 +1,154 @@
+"""`nbdimg resize`: sizes as people write them, what is printed, refusals and exit statuses. Images: formats/qcow2."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbdimg.cli.main import run
+from nbdimg.units import KiB, MiB
+from tests.support.peers import require_program
+from tests.support.qcow2edit import SECRET, qemu_img, qemu_io
+
+USAGE, IMAGE = 2, 3
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def said(capfd: pytest.CaptureFixture[str]) -> Any:
+    """Runs `nbdimg resize` to its end and gives what it printed."""
+
+    def resize(*arguments: str) -> str:
+        status = run(["resize", *arguments])
+        captured = capfd.readouterr()
+        assert (status, captured.err) == (0, "")
+        return captured.out
+
+    return resize
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture[str]) -> Any:
+    """Runs `nbdimg resize` and expects an exit status, one line, and the file as it was."""
+
+    def resize(arguments: list[str], status: int, pattern: str) -> None:
+        path = Path(arguments[0])
+        before = path.read_bytes() if path.exists() else None
+        assert run(["resize", *arguments]) == status
+        captured = capfd.readouterr()
+        assert captured.out == ""
+        (line,) = captured.err.splitlines()
+        assert re.fullmatch(f"nbdimg: {pattern}", line), line
+        assert (path.read_bytes() if path.exists() else None) == before
+
+    return resize
+
+
+def size(path: str) -> int:
+    found: int = json.loads(qemu_img("info", "--output=json", path).stdout)["virtual-size"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["3M"], 3 * MiB),
+        (["+1M"], 2 * MiB),
+        (["-512K", "--shrink"], 512 * KiB),
+        (["--shrink", "-512K"], 512 * KiB),
+        (["1000000", "--shrink"], 1000448),
+        (["+1"], MiB + 512),
+        (["1M"], MiB),
+        (["0", "--shrink"], 0),
+    ],
+)
+def test_resize_qcow2_gets_whole_sectors(said: Any, arguments: list[str], expected: int) -> None:
+    qemu_img("create", "-q", "-f", "qcow2", "a.qcow2", "1M")
+    line = said("a.qcow2", *arguments)
+    before = "as before" if expected == MiB else r"before 1 MiB \(1048576 bytes\)"
+    amount = "0 bytes" if expected == 0 else rf".* \({expected} bytes\)"
+    assert re.fullmatch(rf"a\.qcow2: qcow2 image of {amount}, {before}\n", line), line
+    assert size("a.qcow2") == expected
+    qemu_img("check", "-q", "a.qcow2")
+
+
+@pytest.mark.parametrize("change", [["5000"], ["+4"], ["-96", "--shrink"]])
+def test_resize_raw_gets_the_very_bytes_and_keeps_what_stays(said: Any, change: list[str]) -> None:
+    Path("a.img").write_bytes(b"x" * 4996)
+    said("a.img", *change)
+    expected = 4900 if change[0] == "-96" else 5000
+    assert Path("a.img").read_bytes() == (b"x" * 4996)[:expected].ljust(expected, b"\0")
+
+
+def test_resize_json_is_one_object(said: Any) -> None:
+    qemu_img("create", "-q", "-f", "qcow2", "a.qcow2", "1M")
+    assert json.loads(said("a.qcow2", "2M", "--json")) == {
+        "version": 1,
+        "path": "a.qcow2",
+        "format": "qcow2",
+        "size": 2 * MiB,
+        "old_size": MiB,
+    }
+
+
+def test_resize_encrypted_takes_a_key_file_where_zeroes_must_be_written(said: Any, refused: Any) -> None:
+    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+    qemu_img("create", "-q", "--object", SECRET, "-f", "qcow2", "-o", options, "a.qcow2", "100k")
+    image = "driver=qcow2,file.filename=a.qcow2,encrypt.key-secret=s"
+    qemu_io(image, "write -q -P 1 0 100k", options=("--object", SECRET, "--image-opts"))
+    refused(["a.qcow2", "1M"], USAGE, "a.qcow2: it is encrypted, and no key file was given")
+    Path("key").write_text("key\n")
+    said("a.qcow2", "1M", "--key-file", "key")
+    said("a.qcow2", "2M")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "pattern"),
+    [
+        (["a.qcow2", "512K"], USAGE, "a.qcow2: the size would go from 1048576 to 524288 bytes .* takes --shrink"),
+        (
+            ["a.qcow2", "-2M", "--shrink"],
+            USAGE,
+            "a.qcow2: the image has 1048576 bytes, which '-2M' would make -1048576",
+        ),
+        (["a.qcow2", "8E"], USAGE, r"a.qcow2: size is \d+, expected 0 to \d+ with clusters of 65536"),
+        (["a.qcow2", "big"], USAGE, "'big' is not a size: .*"),
+        (["a.qcow2", "+-1"], USAGE, "'-1' is not a size: .*"),
+        (["a.qcow2", "--shrnk", "1M"], USAGE, ".*unexpected extra argument.*"),
+        (["a.qcow2", "2M", "--format", "vmdk"], USAGE, "unknown format 'vmdk', .*"),
+        (["a.img", "8E"], USAGE, "a.img: it cannot have .* bytes: .*"),
+        (["overlay", "2M"], IMAGE, "overlay: backing file '/etc/passwd' leads outside, .*"),
+        (["absent", "2M"], 1, "absent: No such file or directory"),
+    ],
+)
+def test_resize_what_cannot_be_is_refused_in_one_line(
+    refused: Any, arguments: list[str], status: int, pattern: str
+) -> None:
+    qemu_img("create", "-q", "-f", "qcow2", "a.qcow2", "1M")
+    qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", "/etc/passwd", "-F", "raw", "overlay", "1M")
+    Path("a.img").write_bytes(b"x")
+    refused(arguments, status, pattern)
+
+
+@pytest.mark.parametrize("mode", ["-r", "-n"], ids=["reader", "writer"])
+def test_resize_image_that_qemu_has_open_is_refused(refused: Any, mode: str) -> None:
+    qemu_img("create", "-q", "-f", "qcow2", "a.qcow2", "1M")
+    command = [require_program("qemu-io"), "-f", "qcow2", mode, "a.qcow2"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.read(8) == b"qemu-io>"
+        refused(["a.qcow2", "2M"], IMAGE, "a.qcow2: cannot be locked for writing: .*")
+        holder.stdin.write(b"quit\n")
+        holder.stdin.flush()
+        assert holder.wait(20) == 0

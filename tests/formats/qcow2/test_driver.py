@@ -1,0 +1,234 @@
+"""The order in which changes reach the disk (Q1 to Q6), and what a failed write leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nbdimg.errors import ImageFailed
+from nbdimg.formats import open_file
+from nbdimg.formats.options import OpenOptions
+from nbdimg.image.image import Image
+from nbdimg.storage.file import Buffer
+from tests.support.faultfile import FaultFile
+from tests.support.qcow2mutants import AnyGate, BoundedFile
+
+
+class LoggedFile(BoundedFile):
+    """Notes each write by the region it falls into, and each barrier."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.log: list[str] = []
+
+    def _note(self, offset: int) -> None:
+        names = {0: "header", 1: "refcount table", 2: "refcounts", 3: "L1", 4: "L2"}
+        self.log.append(names.get(offset >> 12, "space"))
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        self._note(offset)
+        return super().try_pwrite(offset, data)
+
+    async def fdatasync(self) -> None:
+        self.log.append("|")
+
+    async def punch(self, offset: int, length: int) -> bool:
+        self.log.append("punch")
+        return await super().punch(offset, length)
+
+
+def image_bytes(path: Path, options: str = "cluster_size=4k", *, is_written: bool = True) -> bytes:
+    """Header, refcount table, refcount block, L1 table, and with `is_written` an L2 table, in clusters 0 to 4."""
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, str(path), "4M"]
+    subprocess.run(create, check=True)
+    if is_written:
+        subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -q -P 7 0 8k", str(path)], check=True)
+    return path.read_bytes()
+
+
+async def opened(file: LoggedFile | FaultFile) -> Image:
+    image = await open_file(file, "qcow2", OpenOptions(AnyGate(b""), writable=True))
+    await image.flush()
+    if isinstance(file, LoggedFile):
+        file.log.clear()
+    return image
+
+
+def check(path: Path, content: bytes | bytearray) -> int:
+    """qemu-img's verdict: 0 clean, 3 leaks."""
+    path.write_bytes(content)
+    return subprocess.run(["qemu-img", "check", "-q", str(path)]).returncode
+
+
+def test_flush_of_an_allocation_orders_data_and_counts_before_the_entry(tmp_path: Path) -> None:
+    """Q1, Q2."""
+
+    async def main() -> None:
+        file = LoggedFile(image_bytes(tmp_path / "a"))
+        image = await opened(file)
+        await image.write(64 << 10, b"x" * 4096)
+        await image.flush()
+        assert file.log == ["space", "refcounts", "|", "L2", "|"]
+
+    asyncio.run(main())
+
+
+def test_flush_of_a_new_l2_table_orders_it_before_the_l1_entry(tmp_path: Path) -> None:
+    """Q3; the table lies in space that was never written."""
+
+    async def main() -> None:
+        file = LoggedFile(image_bytes(tmp_path / "a", is_written=False))
+        image = await opened(file)
+        await image.write(0, b"x" * 4096)
+        await image.flush()
+        assert file.log == ["space", "refcounts", "|", "L2", "|", "L1", "|"]
+
+    asyncio.run(main())
+
+
+def test_trim_orders_the_entry_before_the_punch_and_the_count(tmp_path: Path) -> None:
+    """Q4."""
+
+    async def main() -> None:
+        file = LoggedFile(image_bytes(tmp_path / "a"))
+        image = await opened(file)
+        await image.trim(0, 4096)
+        await image.flush()
+        assert file.log == ["|", "L2", "|", "punch"]
+        file.log.clear()
+        await image.close()
+        assert file.log == ["refcounts", "|"]
+        assert check(tmp_path / "after", file.content) == 0
+
+    asyncio.run(main())
+
+
+def test_trimmed_space_is_not_reused_before_a_flush(tmp_path: Path) -> None:
+    """Q5: until then the old bytes are what a crash would bring back."""
+
+    async def main() -> None:
+        file = LoggedFile(image_bytes(tmp_path / "a"))
+        image = await opened(file)
+        (before,) = await image.map(0, 4096, 10)
+        old = bytes(file.content[before.file_offset : before.file_offset + 4096])
+        await image.trim(0, 4096)
+        for offset in range(64 << 10, 128 << 10, 4096):
+            await image.write(offset, b"y" * 4096)
+        assert file.content[before.file_offset : before.file_offset + 4096] == old
+        await image.flush()
+        await image.write(256 << 10, b"z" * 4096)
+        (after,) = await image.map(256 << 10, 4096, 10)
+        assert after.file_offset == before.file_offset
+        await image.close()
+        assert check(tmp_path / "after", file.content) == 0
+
+    asyncio.run(main())
+
+
+def test_abandoned_image_holds_what_was_flushed_and_at_most_leaks(tmp_path: Path) -> None:
+    async def main() -> bytes:
+        file = LoggedFile(image_bytes(tmp_path / "a"))
+        image = await opened(file)
+        await image.write(64 << 10, b"x" * 8192)
+        await image.flush()
+        await image.trim(0, 4096)
+        await image.write(128 << 10, b"y" * 8192)
+        await image.driver.abandon()
+        return bytes(file.content)
+
+    content = asyncio.run(main())
+    assert check(tmp_path / "after", content) in (0, 3)
+    found = subprocess.run(
+        ["qemu-io", "-f", "qcow2", "-c", "read -P 0x78 64k 8k", "-c", "read -P 7 0 8k", str(tmp_path / "after")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "verification failed" not in found.stdout
+
+
+def test_metadata_that_finds_no_space_fails_that_flush_and_the_next_one_tries_again(tmp_path: Path) -> None:
+    async def main() -> bytes:
+        inner = BoundedFile(image_bytes(tmp_path / "a"))
+        file = FaultFile(inner)
+        image = await opened(file)
+        await image.write(64 << 10, b"x" * 4096)
+        file.fail("pwrite", errno.ENOSPC)
+        with pytest.raises(OSError, match="No space left") as caught:
+            await image.flush()
+        assert caught.value.errno == errno.ENOSPC
+        file.heal()
+        await image.flush()
+        await image.close()
+        return bytes(inner.content)
+
+    content = asyncio.run(main())
+    assert check(tmp_path / "after", content) == 0
+    assert b"x" * 4096 in content
+
+
+@pytest.mark.parametrize("method", ["pwrite", "fdatasync"])
+def test_metadata_that_fails_otherwise_poisons_the_image_and_close_writes_nothing(tmp_path: Path, method: str) -> None:
+    async def main() -> None:
+        inner = BoundedFile(image_bytes(tmp_path / "a"))
+        file = FaultFile(inner)
+        image = await opened(file)
+        await image.write(64 << 10, b"x" * 4096)
+        file.fail(method, errno.EIO)
+        with pytest.raises(ImageFailed):
+            await image.flush()
+        file.heal()
+        before = bytes(inner.content)
+        with pytest.raises(ImageFailed):
+            await image.write(128 << 10, b"x")
+        with pytest.raises(ImageFailed):
+            await image.close()
+        assert inner.content == before
+        assert check(tmp_path / "after", before) in (0, 3)
+
+    asyncio.run(main())
+
+
+def test_data_write_that_fails_gives_its_clusters_back(tmp_path: Path) -> None:
+    async def main() -> bytes:
+        inner = BoundedFile(image_bytes(tmp_path / "a"))
+        file = FaultFile(inner, slow_only=True)
+        image = await opened(file)
+        file.fail("pwrite", errno.ENOSPC)
+        for _ in range(20):
+            with pytest.raises(OSError, match="No space left"):
+                await image.write(64 << 10, b"x" * 65536)
+        file.heal()
+        await image.close()
+        return bytes(inner.content)
+
+    content = asyncio.run(main())
+    assert check(tmp_path / "after", content) == 0
+    assert len(content) < 64 << 10
+
+
+def test_strained_tables_are_flushed_on_the_way(tmp_path: Path) -> None:
+    """512-byte clusters: writing far apart changes more tables than may wait."""
+    content = image_bytes(tmp_path / "a", "cluster_size=512", is_written=False)
+
+    async def main() -> bytes:
+        file = LoggedFile(content)
+        image = await opened(file)
+        image.driver.mapping.cache._slices_max = 64  # type: ignore[attr-defined]
+        for offset in range(0, 4 << 20, 32 << 10):
+            await image.write(offset, struct.pack(">Q", offset) * 64)
+        assert file.log.count("|") > 4
+        assert len(image.driver.mapping.cache.slices) < 80  # type: ignore[attr-defined]
+        for offset in range(0, 4 << 20, 32 << 10):
+            view = memoryview(bytearray(512))
+            await image.read(offset, view)
+            assert bytes(view) == struct.pack(">Q", offset) * 64
+        await image.close()
+        return bytes(file.content)
+
+    assert check(tmp_path / "after", asyncio.run(main())) == 0

@@ -1,0 +1,355 @@
+"""repair: what it mends qemu-img finds in order, the guest's bytes stay, and a crash at any write loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbdimg.errors import ImageError
+from nbdimg.formats.qcow2 import structs
+from nbdimg.formats.qcow2.check import CheckReport, check
+from nbdimg.formats.qcow2.header import Header
+from nbdimg.formats.qcow2.repair import repair
+from nbdimg.storage.file import BlockFile, Buffer
+from nbdimg.storage.memory import MemoryFile
+from nbdimg.storage.posix import PosixFile
+from tests.support.qcow2edit import Edit, qemu_check, qemu_img
+from tests.support.qcow2images import KINDS, MUTATIONS, Mutation, damaged_image, image_of
+
+REPAIRED = [each for each in MUTATIONS if each.is_repaired]
+UNREPAIRED = [each for each in MUTATIONS if not each.is_repaired]
+
+
+def mutation(name: str) -> Mutation:
+    return next(each for each in MUTATIONS if each.name == name)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where images of each kind are made once."""
+    return tmp_path_factory.mktemp("sound")
+
+
+def header_of(file: BlockFile) -> Header:
+    """Raises: ImageError."""
+    head = bytearray(min(file.size, 2 << 20))
+    assert file.try_pread(0, memoryview(head)), "a file that was just written is in memory"
+    return Header.from_bytes(file.path, bytes(head))
+
+
+def repaired(path: Path, *, leaks_only: bool = False) -> CheckReport | None:
+    """What remains; None: the header is refused. The header in memory is the one on disk afterwards."""
+
+    async def main() -> CheckReport | None:
+        file = PosixFile(path, writable=True)
+        try:
+            header = header_of(file)
+            report = await repair(file, header, leaks_only=leaks_only)
+            assert header == header_of(file)
+            return report
+        except ImageError:
+            return None
+        finally:
+            await file.close()
+
+    return asyncio.run(main())
+
+
+def guest(path: Path, snapshot: str | None = None) -> bytes | None:
+    """All bytes that a guest sees; None: qemu-img cannot read them, or needs a key."""
+    if path.read_bytes()[32:36] == b"\0\0\0\2":
+        return None
+    raw = path.with_suffix(".raw")
+    options = ("-l", f"snapshot.name={snapshot}") if snapshot else ()
+    done = qemu_img("convert", "-f", "qcow2", "-O", "raw", *options, path, raw, ok=(0, 1))
+    return raw.read_bytes() if done.returncode == 0 else None
+
+
+def without(content: bytes | None, damaged: range) -> bytes:
+    assert content is not None
+    return content[: damaged.start] + content[damaged.stop :]
+
+
+@pytest.mark.parametrize("each", REPAIRED, ids=lambda each: each.name)
+def test_repair_mendable_damage_leaves_what_qemu_finds_in_order(each: Mutation, sound: Path, tmp_path: Path) -> None:
+    path = damaged_image(each, sound, tmp_path)
+    before = guest(path)
+    report = repaired(path)
+    assert report is not None
+    assert report.is_clean, report
+    theirs = qemu_check(path)
+    assert (theirs.exit_status, theirs.leaks, theirs.corruptions) == (0, 0, 0)
+    assert Edit(path).get(4, 4) == 2 or not Edit(path).get(72) & 3, "dirty and corrupt are clear"
+    if each.damaged:
+        assert without(guest(path), each.damaged) == without(guest(image_of(each.kind, sound)), each.damaged)
+    elif each.kind != "luks":
+        assert before is not None
+        assert guest(path) == before
+
+
+@pytest.mark.parametrize("name", ["data refcount 2", "snapshot data refcount 1", "COPIED set in a shared entry"])
+def test_repair_image_with_snapshots_leaves_their_bytes(name: str, sound: Path, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.qcow2"
+    shutil.copy(image_of("snapshots", sound), path)
+    mutation(name).apply(Edit(path))
+    before = [guest(path, snapshot) for snapshot in ("one", "three")]
+    assert None not in before
+    report = repaired(path)
+    assert report is not None
+    assert report.is_clean, report
+    assert [guest(path, snapshot) for snapshot in ("one", "three")] == before
+
+
+@pytest.mark.parametrize("each", UNREPAIRED, ids=lambda each: each.name)
+def test_repair_damage_beyond_it_makes_nothing_worse(each: Mutation, sound: Path, tmp_path: Path) -> None:
+    path = damaged_image(each, sound, tmp_path)
+    before, found = guest(path), qemu_check(path)
+    allowed = undercounted(path.read_bytes())
+    repaired(path)
+    assert qemu_check(path).exit_status == found.exit_status
+    assert undercounted(path.read_bytes()) <= allowed
+    if before is not None:
+        assert guest(path) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_repair_lost_refcount_table_is_built_anew_for_every_kind(kind: str, sound: Path, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.qcow2"
+    shutil.copy(image_of(kind, sound), path)
+    edit = Edit(path)
+    before = guest(path) if kind not in ("large", "luks") else b""
+    edit.write(edit.refcount_table, bytes(edit.cluster_size * edit.get(56, 4)))
+    report = repaired(path)
+    assert report is not None
+    assert report.is_clean, report
+    assert qemu_check(path).exit_status == 0
+    if before:
+        assert guest(path) == before
+
+
+def test_repair_reports_what_it_fixed(sound: Path, tmp_path: Path) -> None:
+    path = damaged_image(mutation("L2 entry twice"), sound, tmp_path)
+    found = qemu_check(path)
+    report = repaired(path)
+    assert report is not None
+    assert (report.leaks_fixed, report.corruptions_fixed) == (found.leaks, found.corruptions) == (1, 1)
+
+
+# Leaks only
+
+
+@pytest.mark.parametrize("name", ["leaked cluster", "L1 refcount 9", "bitmaps disowned"])
+def test_repair_leaks_only_lowers_refcounts(name: str, sound: Path, tmp_path: Path) -> None:
+    path = damaged_image(mutation(name), sound, tmp_path)
+    before = guest(path)
+    leaks = qemu_check(path).leaks
+    report = repaired(path, leaks_only=True)
+    assert report is not None
+    assert (report.leaks, report.leaks_fixed) == (0, leaks)
+    assert qemu_check(path).exit_status == 0
+    assert guest(path) == before
+
+
+def test_repair_leaks_only_leaves_corruptions(sound: Path, tmp_path: Path) -> None:
+    path = damaged_image(mutation("L2 entry twice"), sound, tmp_path)
+    report = repaired(path, leaks_only=True)
+    assert report is not None
+    assert (report.leaks, report.leaks_fixed, report.corruptions) == (0, 1, 1)
+    assert qemu_check(path).exit_status == 2
+
+
+@pytest.mark.parametrize("leaks_only", [False, True])
+def test_repair_beside_a_broken_reference_frees_nothing(leaks_only: bool, sound: Path, tmp_path: Path) -> None:
+    """The clusters of a lost L2 table look like leaks: they are kept for whoever mends the entry."""
+    path = damaged_image(mutation("L1 entry behind the end"), sound, tmp_path)
+    assert qemu_check(path).leaks > 0
+    content = path.read_bytes()
+    repaired(path, leaks_only=leaks_only)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["bitmap type 2", "snapshot extra too large"])
+def test_repair_image_that_cannot_be_checked_writes_nothing(name: str, sound: Path, tmp_path: Path) -> None:
+    path = damaged_image(mutation(name), sound, tmp_path)
+    _leak_too(Edit(path))
+    content = path.read_bytes()
+    report = repaired(path)
+    assert report is not None
+    assert report.exit_status == 1
+    assert path.read_bytes() == content
+
+
+def _leak_too(edit: Edit) -> None:
+    mutation("leaked cluster").apply(edit)
+
+
+def test_repair_rebuild_that_would_grow_over_a_dangling_entry_is_not_done(sound: Path, tmp_path: Path) -> None:
+    """An entry two clusters behind the end would come to point at the new blocks."""
+    path = damaged_image(mutation("refcount table entry 0"), sound, tmp_path)
+    edit = Edit(path)
+    end = -(-edit.size // edit.cluster_size) * edit.cluster_size
+    edit.put(edit.entry(0), 1 << 63 | end + edit.cluster_size)
+    content = path.read_bytes()
+    report = repaired(path)
+    assert report is not None
+    assert report.exit_status == 2
+    assert path.read_bytes() == content
+
+
+# Order on disk
+
+
+class LogFile(MemoryFile):
+    """Remembers writes by epoch: a barrier ends one."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.epochs: list[list[tuple[int, bytes]]] = [[]]
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        self.epochs[-1].append((offset, bytes(data)))
+        await super().pwrite(offset, data)
+
+    async def fdatasync(self) -> None:
+        if self.epochs[-1]:
+            self.epochs.append([])
+
+
+def crashes(content: bytes, epochs: list[list[tuple[int, bytes]]]) -> Iterator[bytes]:
+    """Each file that a crash may leave: all epochs before one, and some writes of that one; all subsets if few."""
+    done = MemoryFile(content)
+    for epoch in epochs:
+        few = len(epoch) <= 4
+        numbers = range(len(epoch))
+        subsets: Iterator[tuple[int, ...]] = (
+            itertools.chain.from_iterable(itertools.combinations(numbers, count) for count in range(len(epoch) + 1))
+            if few
+            else (tuple(range(count)) for count in range(len(epoch) + 1))
+        )
+        for subset in subsets:
+            state = MemoryFile(done.content)
+            for number in subset:
+                state.try_pwrite(*epoch[number])
+            yield bytes(state.content)
+        for write in epoch:
+            done.try_pwrite(*write)
+    yield bytes(done.content)
+
+
+def in_memory(content: bytes) -> tuple[LogFile, CheckReport]:
+    file = LogFile(content)
+    report = asyncio.run(repair(file, header_of(file), leaks_only=False))
+    return file, report
+
+
+def undercounted(content: bytes) -> int:
+    """Clusters with fewer counts than references (Q1). 0 if the header is refused."""
+    file = MemoryFile(content)
+    try:
+        header = header_of(file)
+    except ImageError:
+        return 0
+    report = asyncio.run(check(file, header))
+    return sum(1 for each in report.findings if each.kind == "corruption" and each.structure == "refcount")
+
+
+def flawed_states(content: bytes, epochs: list[list[tuple[int, bytes]]], size: int | None) -> list[str]:
+    """What is wrong with any crash of a repair: worse than before, not mended by another repair, or other in size."""
+    flaws: list[str] = []
+    allowed = undercounted(content)
+    for number, state in enumerate(crashes(content, epochs)):
+        if undercounted(state) > allowed:
+            flaws.append(f"state {number}: more clusters with too low a refcount than before")
+        file, report = in_memory(state)
+        if not report.is_clean:
+            flaws.append(f"state {number}: {report}")
+        if size is not None and file.size != size:
+            flaws.append(f"state {number}: {file.size} bytes, uninterrupted {size}")
+    return flaws
+
+
+@pytest.mark.parametrize("each", [one for one in REPAIRED if one.kind != "luks"], ids=lambda each: each.name)
+def test_repair_crash_at_any_write_is_mended_by_another(each: Mutation, sound: Path, tmp_path: Path) -> None:
+    """Q1, Q4, Q6."""
+    content = damaged_image(each, sound, tmp_path).read_bytes()
+    file, report = in_memory(content)
+    assert report.is_clean
+    assert sum(map(len, file.epochs)) > 0
+    has_hidden_references = each.name.startswith("1-bit")  # then only what lies behind the file's end is surely free
+    assert flawed_states(content, file.epochs, None if has_hidden_references else file.size) == []
+
+
+@pytest.mark.parametrize("name", ["refcount table entry 0", "L2 entry to a refcount block", "dirty with refcounts 0"])
+def test_repair_crash_at_any_write_is_mended_for_qemu(name: str, sound: Path, tmp_path: Path) -> None:
+    path = damaged_image(mutation(name), sound, tmp_path)
+    content, before = path.read_bytes(), guest(path)
+    for number, state in enumerate(crashes(content, in_memory(content)[0].epochs)):
+        path.write_bytes(bytes(in_memory(state)[0].content))
+        assert qemu_check(path).exit_status == 0, f"state {number}"
+        assert guest(path) == before, f"state {number}"
+
+
+def test_crash_states_of_a_repair_in_the_wrong_order_are_flawed(sound: Path, tmp_path: Path) -> None:
+    """The control: the header names the new refcount table before the table is there."""
+    each = mutation("refcount table spare entry behind the end")
+    content = damaged_image(each, sound, tmp_path).read_bytes()
+    file, _ = in_memory(content)
+    assert flawed_states(content, file.epochs, file.size) == []
+    assert flawed_states(content, file.epochs[::-1], file.size) != []
+
+
+def test_crash_states_without_barriers_are_flawed(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: all writes in one epoch, so that the header's may come without the others."""
+    content = damaged_image(mutation("refcount table spare entry behind the end"), sound, tmp_path).read_bytes()
+    file, _ = in_memory(content)
+    together = [list(itertools.chain.from_iterable(file.epochs))]
+    assert len(together[0]) <= 4
+    assert flawed_states(content, together, file.size) != []
+
+
+def test_repair_dirty_bit_alone_costs_one_write(sound: Path, tmp_path: Path) -> None:
+    content = damaged_image(mutation("dirty"), sound, tmp_path).read_bytes()
+    file, report = in_memory(content)
+    assert report.is_clean
+    assert [write for epoch in file.epochs for write in epoch] == [(72, bytes(8))]
+
+
+def test_repair_sound_image_writes_nothing(sound: Path) -> None:
+    file, report = in_memory(image_of("version 3", sound).read_bytes())
+    assert report.is_clean
+    assert file.epochs == [[]]
+
+
+def test_repair_clears_unknown_autoclear_bits_before_all_else(sound: Path, tmp_path: Path) -> None:
+    path = damaged_image(mutation("leaked cluster"), sound, tmp_path)
+    Edit(path).put(88, 1 << 40)
+    file, _ = in_memory(path.read_bytes())
+    assert file.epochs[0] == [(88, bytes(8))]
+
+
+def test_repair_keeps_the_dirty_bit_while_something_remains(sound: Path, tmp_path: Path) -> None:
+    path = damaged_image(mutation("L2 entry behind the end"), sound, tmp_path)
+    Edit(path).put(72, 3)
+    report = repaired(path)
+    assert report is not None
+    assert report.exit_status == 2
+    assert Edit(path).get(72) == 3
+
+
+def test_repair_refcount_table_beyond_its_limit_is_refused(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = damaged_image(mutation("refcount table entry 0"), sound, tmp_path).read_bytes()
+    monkeypatch.setattr(structs, "REFCOUNT_TABLE_BYTES_MAX", 4096)
+    assert in_memory(content)[1].is_clean
+    file = LogFile(content)
+    header = header_of(file)
+    monkeypatch.setattr(structs, "REFCOUNT_TABLE_BYTES_MAX", 4095)
+    with pytest.raises(ImageError, match="4096 bytes, allowed are 4095"):
+        asyncio.run(repair(file, header, leaks_only=False))
+    assert file.epochs == [[]]

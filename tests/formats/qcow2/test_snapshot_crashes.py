@@ -1,0 +1,233 @@
+"""Changes of internal snapshots that meet errors of the file, or a crash: whole images, with everybody's bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import itertools
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from nbdimg.errors import ImageFailed
+from nbdimg.formats import open_file
+from nbdimg.formats.gate import DenyGate
+from nbdimg.formats.options import OpenOptions
+from nbdimg.formats.qcow2.check import check
+from nbdimg.formats.qcow2.driver import Qcow2Driver
+from nbdimg.formats.qcow2.open import read_header
+from nbdimg.formats.qcow2.snapshot_changes import apply_snapshot, create_snapshot, delete_snapshot
+from nbdimg.formats.qcow2.snapshots import Snapshot, load_snapshots
+from nbdimg.image.image import Image
+from nbdimg.storage.memory import MemoryFile
+from nbdimg.units import KiB
+from tests.support.crash import (
+    Built,
+    Client,
+    CrashState,
+    ExportTarget,
+    RecordingFile,
+    Report,
+    Scenario,
+    Target,
+    run_now,
+)
+from tests.support.faultfile import FaultFile
+from tests.support.qcow2disk import NOW_NS, Disk, content_of, driver_of, opened
+from tests.support.qcow2edit import qemu_check
+
+# Errors of the file
+
+
+@pytest.mark.parametrize("version", ["compat=0.10", "compat=1.1"])
+@pytest.mark.parametrize("verb", ["create", "apply", "delete"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_snapshot_change_that_meets_an_error_at_any_call_leaves_a_whole_image(
+    tmp_path: Path, version: str, verb: str, number: int
+) -> None:
+    disk = Disk.made(tmp_path / "image", version + ",cluster_size=4k", 256 * KiB)
+    disk.write_qemu(1, 0, 100_000)
+    disk.create_qemu("one")
+    disk.write_qemu(2, 50_000, 100_000)
+    content = disk.path.read_bytes()
+    verbs: dict[str, Callable[[Qcow2Driver], Awaitable[Snapshot]]] = {
+        "create": lambda driver: create_snapshot(driver, "two", now_ns=NOW_NS),
+        "apply": lambda driver: apply_snapshot(driver, "one"),
+        "delete": lambda driver: delete_snapshot(driver, "one"),
+    }
+    done = verbs[verb]
+    one, active = disk.snapshots["one"], bytes(disk.active)
+    outcomes: list[str] = []
+
+    async def run(index: int) -> None:
+        memory = MemoryFile(content)
+        file = FaultFile(memory)
+        driver = await opened(file)
+        file.fail_at(index, number)
+        outcome = await outcome_of(done(driver), driver, number)
+        file.heal()
+        image = Image(driver, writable=True)
+        if outcome != "failed":
+            await image.close()
+        disk.path.write_bytes(memory.content)
+        report = qemu_check(disk.path)
+        if outcome == "refused":
+            assert report.exit_status == 0, (index, report)
+        memory = MemoryFile(memory.content)
+        again = await open_file(memory, "qcow2", OpenOptions(DenyGate(), writable=True))
+        found = await content_of(again)
+        assert found == active or (verb == "apply" and outcome != "refused" and found == one), (index, outcome)
+        await again.close()
+        disk.path.write_bytes(memory.content)
+        report = qemu_check(disk.path)
+        assert report.exit_status in ((0, 3) if version != "compat=0.10" or outcome != "failed" else (0, 2, 3)), index
+        names = {each.name: each for each in await load_snapshots(memory, await read_header(memory))}
+        assert set(names) - {"one", "two"} == set()
+        for name in names:
+            past = await open_file(MemoryFile(memory.content), "qcow2", OpenOptions(DenyGate(), snapshot=name))
+            assert await content_of(past) == (one if name == "one" else active), (index, outcome, name)
+        outcomes.append(outcome)
+
+    index = 0
+    while not outcomes or outcomes[-1] != "done":
+        asyncio.run(run(index))
+        index += 1
+    assert "failed" in outcomes
+    assert number != errno.ENOSPC or "refused" in outcomes
+
+
+async def outcome_of(action: Awaitable[Snapshot], driver: Qcow2Driver, number: int) -> str:
+    """ "done", "refused" and taken back, or "failed" with a driver that changes nothing any more."""
+    try:
+        await action
+    except OSError as error:
+        if error.errno != number:
+            raise
+        try:
+            driver.check()
+        except ImageFailed:
+            return "failed"
+        return "refused"
+    return "done"
+
+
+# Crashes
+
+CRASH_SIZE = 192 * KiB
+
+
+def scenario(tmp_path: Path, options: str) -> Scenario:
+    """Every change of snapshots, among a guest's writes. `kept`: what each snapshot must read as, and the disk "before"
+    one was applied.
+    """
+    kept: dict[str, bytes] = {}
+    path = tmp_path / "crash"
+    checked = itertools.count()
+
+    def build(rng: random.Random) -> Built:
+        disk = Disk.made(path, options, CRASH_SIZE if "0.10" in options else CRASH_SIZE * 2 // 3)
+        disk.write_qemu(0x11, 0, 100 * KiB)
+        disk.create_qemu("old")
+        if len(disk.active) < CRASH_SIZE:
+            disk.resize(CRASH_SIZE)
+        disk.write_qemu(0x22, 60 * KiB, 100 * KiB)
+        kept.clear()
+        kept["old"] = disk.snapshots["old"]
+        return Built([path.read_bytes()], bytes(disk.active))
+
+    async def open_(files: Sequence[RecordingFile]) -> Target:
+        return ExportTarget(await open_file(files[0], "qcow2", OpenOptions(DenyGate(), writable=True)))
+
+    async def workload(client: Client, rng: random.Random) -> None:
+        target = client.target
+        assert isinstance(target, ExportTarget)
+        driver = driver_of(target.image)
+        model = bytearray(client.trace.guest)
+
+        async def write(count: int) -> None:
+            for _ in range(count):
+                offset = rng.randrange(len(model) // 4096) * 4096
+                data = client.pattern(offset, 4096)
+                await client.write(offset, data)
+                model[offset : offset + 4096] = data
+
+        async def create() -> None:
+            kept["new"] = bytes(model)
+            await create_snapshot(driver, "new", now_ns=NOW_NS)
+
+        async def apply() -> None:
+            kept["before"] = bytes(model)
+            model[:] = kept["old"]
+            await apply_snapshot(driver, "old")
+
+        async def delete() -> None:
+            await delete_snapshot(driver, "old")
+
+        await write(4)
+        await client.step("create", create)
+        await write(4)
+        await client.flush()
+        old = kept["old"]
+        await client.step("apply", lambda: client.change(0, old, apply, is_durable=True, size=len(old)))
+        await client.step("applied", lambda: write(4))
+        await client.step("delete", delete)
+        await write(3)
+
+    async def check_state(state: CrashState) -> list[str]:
+        file = MemoryFile(state.files[0])
+        header = await read_header(file)
+        problems = []
+        if not header.is_dirty:
+            report = await check(file, header)
+            wrong = [each for each in report.findings if each.kind == "corruption"]
+            flags_only = header.version < 3 and all("COPIED" in each.message for each in wrong)
+            if report.check_errors or (report.corruptions and not flags_only):
+                problems.append(f"{report.corruptions} corruptions: {wrong[:1]}")
+            if next(checked) % 8 == 0:
+                path.write_bytes(state.files[0])
+                said = qemu_check(path)
+                if said.exit_status not in ((0, 3) if header.version >= 3 else (0, 2, 3)):
+                    problems.append(f"{said}")
+        names = {each.name for each in await load_snapshots(file, header)}
+        begun, done = state.expected.steps_begun, state.expected.steps_done
+        if ("new" in names) < ("create" in done) or ("new" in names) > ("create" in begun):
+            problems.append("the new snapshot is there or not, against what was said")
+        if ("old" in names) < ("delete" not in begun) or ("old" in names) > ("delete" not in done):
+            problems.append("the old snapshot is there or not, against what was said")
+        for name in names:
+            image = await open_file(file, "qcow2", OpenOptions(DenyGate(), snapshot=name))
+            if await content_of(image) != kept[name]:
+                problems.append(f"snapshot {name} has changed")
+        if "apply" in begun and "applied" not in begun and not state.is_closed:
+            image = await open_file(file, "qcow2", OpenOptions(DenyGate()))
+            if await content_of(image) not in (kept["old"], kept["before"]):
+                problems.append("the disk is neither what it was nor the snapshot")
+        return problems
+
+    return Scenario("snapshots", build, open_, workload, check_state)
+
+
+CRASHED = {
+    "version 2": "compat=0.10,cluster_size=4k",
+    "version 3": "cluster_size=4k",
+    "lazy": "cluster_size=4k,lazy_refcounts=on",
+    "clusters of 512, 4 bits": "cluster_size=512,refcount_bits=4",
+    "extended": "cluster_size=16k,extended_l2=on",
+}
+
+
+def crashed(tmp_path: Path, options: str, states: int = 120, **keywords: int | bool) -> Report:
+    return run_now(scenario(tmp_path, options), seed=7, states=states, states_of_one=states, nested_cap=2, **keywords)
+
+
+@pytest.mark.parametrize("kind", CRASHED)
+def test_snapshot_changes_survive_a_crash_at_any_point(tmp_path: Path, kind: str) -> None:
+    report = crashed(tmp_path, CRASHED[kind])
+    assert not report.violation_count, f"{report}"
+
+
+def test_snapshot_changes_without_barriers_do_not(tmp_path: Path) -> None:
+    report = crashed(tmp_path, CRASHED["version 3"], states=100, without_barriers=True)
+    assert report.violation_count > 10, f"{report}"
