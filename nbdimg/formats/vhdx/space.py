@@ -1,0 +1,91 @@
+"""Space in the file: taken from the end, which grows ahead of need, or from what blocks gave up in this session.
+
+    used ──free──▶ freed ──capture──▶ leaving ──reclaim: punched──▶ free ──take──▶ used
+
+Space that earlier sessions left unused is not looked for: that would take reading the whole BAT; `compact` finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nbdimg.errors import CorruptImage
+from nbdimg.image.driver import Miss
+from nbdimg.storage.file import BlockFile
+from nbdimg.units import MiB, align_up
+
+GROWTH = 64 * MiB
+"""How far ahead of need the file is extended. It is sparse there, and an orderly end cuts it off again."""
+
+
+class Space:
+    """Offsets and lengths are multiples of 1 MiB.
+
+    Args: structures: (start, stop) of header section, log and regions: nothing is written to them in place.
+    """
+
+    def __init__(self, file: BlockFile, structures: Sequence[tuple[int, int]]) -> None:
+        self._file = file
+        self._structures = tuple(structures)
+        self.end = align_up(file.size, MiB)
+        """Behind the last structure or block that is in use."""
+        self._grown = file.size
+        self._free: list[tuple[int, int]] = []
+        self._freed: list[tuple[int, int]] = []
+        self._leaving: list[tuple[int, int]] = []
+
+    @property
+    def grown(self) -> int:
+        """The file's size."""
+        return self._grown
+
+    @property
+    def is_dirty(self) -> bool:
+        return bool(self._freed or self._leaving)
+
+    def take(self, length: int) -> int | Miss:
+        """The offset of space that reads as zeroes."""
+        for index, (start, stop) in enumerate(self._free):
+            if stop - start >= length:
+                self._free[index : index + 1] = [(start + length, stop)] if stop - start > length else []
+                return start
+        if self.end + length > self._grown:
+            return Miss(self, self.end + length)
+        start, self.end = self.end, self.end + length
+        return start
+
+    async def load(self, key: int) -> None:
+        """Extend the file to hold `key` bytes and some more. Raises: OSError."""
+        if key > self._grown:
+            size = align_up(key, GROWTH)
+            await self._file.truncate(size)
+            self._grown = size
+
+    def free(self, offset: int, length: int) -> None:
+        """The space will be free once what gave it up is durable."""
+        self._freed.append((offset, offset + length))
+
+    def capture(self) -> None:
+        """What has been freed so far leaves with the plan that is being made."""
+        self._leaving += self._freed
+        self._freed = []
+
+    async def reclaim(self) -> None:
+        """The captured plan is durable. What cannot be made to read as zeroes stays unused. Raises: OSError."""
+        while self._leaving:
+            start, stop = self._leaving[-1]
+            if await self._file.punch(start, stop - start) or await self._file.zero(start, stop - start):
+                self._free.append((start, stop))
+            self._leaving.pop()
+
+    def check_target(self, offset: int, length: int) -> None:
+        """Raises: CorruptImage: guest data must not be written there."""
+        stop = offset + length
+        for structure_start, structure_stop in self._structures:
+            if offset < structure_stop and structure_start < stop:
+                raise self._refused(offset, f"outside the structure at {structure_start} to {structure_stop}")
+        if stop > self._grown:
+            raise self._refused(offset, f"to end inside the file's {self._grown} bytes")
+
+    def _refused(self, offset: int, expected: str) -> CorruptImage:
+        return CorruptImage(self._file.path, f"a block lies at offset {offset}, expected it {expected}", offset)
