@@ -79,7 +79,7 @@ class ServerSpec:
             argv = self.peer_argv
             process = PeerServer(lambda path: argv(path, image))
         with process:
-            _wait_accepting(process, process.socket_path)
+            wait_accepting(process, process.socket_path)
             yield Server(self.name, process.pid, f"nbd+unix:///?socket={process.socket_path}")
 
 
@@ -90,7 +90,7 @@ def _has_command_line(package: str) -> bool:
         return False
 
 
-def _wait_accepting(process: ServerProcess, socket_path: str) -> None:
+def wait_accepting(process: ServerProcess, socket_path: str) -> None:
     """A bound socket refuses connections until `listen`: poll past that gap."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:

@@ -45,8 +45,9 @@ ONLY_IN = {
     "backports": {"formats"},
     "compression": {"formats"},
     "crc32c": {"formats"},
+    "isal": {"formats"},
 }
-LAZILY = {"rich", "cryptography", "backports", "compression"}
+LAZILY = {"rich", "cryptography", "backports", "compression", "isal"}
 """Not needed to serve a plain image, and slow to import or not installed: functions import them."""
 DESCRIPTOR_CALLS = {"open", "read", "readv", "write", "writev", "lseek", "fsync", "fdatasync", "sendfile", "splice"}
 RANGE_CALLS = {"pread", "preadv", "pwrite", "pwritev", "truncate", "ftruncate", "posix_fallocate", "copy_file_range"}

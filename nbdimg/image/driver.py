@@ -188,7 +188,7 @@ class FormatDriver(Protocol):
         ...
 
     async def flushed(self) -> None:
-        """The last plan is durable: what it freed may be reused."""
+        """The last plan is durable: what it freed may be reused. Raises: OSError: not now, but after the next one."""
         ...
 
     async def close(self) -> None:

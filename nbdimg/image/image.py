@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -526,7 +527,8 @@ class Image:
 
     async def _barrier(self) -> None:
         await ordering.run(self.driver.flush_plan())
-        await self.driver.flushed()
+        with suppress(OSError):
+            await self.driver.flushed()
 
     async def close(self) -> None:
         """Flush what is dirty and close the files. Raises: ImageFailed: a flush failed; the files are closed."""

@@ -59,6 +59,8 @@ class TableCache:
         self._dirty: dict[int, Slice] = {}
         self._writing: list[Slice] = []
         self._loading: dict[int, asyncio.Future[None]] = {}
+        self.written_count = 0
+        """Plans that have become durable: what was read from disk before the last of them may be old."""
 
     async def load(self, key: int) -> None:
         """Bring a slice in. Raises: OSError, ImageError, for everybody who waits for it."""
@@ -119,6 +121,7 @@ class TableCache:
         return [Write(self._file, slice_.offset, self._encode(slice_.entries)) for slice_ in self._writing]
 
     def written(self) -> None:
+        self.written_count += 1
         for slice_ in self._writing:
             slice_.is_writing = False
         self._writing = []

@@ -60,8 +60,13 @@ def run_in_memory(work: Coroutine[Any, Any, T]) -> T:
 class InlineWorkers:
     """Takes the place of the worker threads: what they would do is done at once."""
 
-    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
-        return function(*arguments)
+    def run(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        try:
+            done.set_result(function(*arguments))
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
 
 @dataclass(frozen=True, slots=True)

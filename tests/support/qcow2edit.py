@@ -65,7 +65,7 @@ def qemu_check(path: Path) -> QemuReport:
         said.get("leaks", 0),
         said.get("corruptions", 0),
         said.get("allocated-clusters", 0),
-        said["total-clusters"],
+        said.get("total-clusters", 0),
         said.get("compressed-clusters", 0),
         said.get("fragmented-clusters", 0),
         said.get("image-end-offset", 0),

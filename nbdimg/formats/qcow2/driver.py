@@ -201,9 +201,10 @@ class Qcow2Driver:
         await run(Plan((Stage((self._incompatible_write(),), (self.file,)),)))
 
     async def settle(self) -> None:
-        """Flush until nothing is left to do: refcounts that a flush counted down are written too."""
+        """Flush until nothing is left to do: refcounts that a flush counted down are written too. They must not lag."""
         counts = self.refcounts
         assert counts is not None
+        assert not self._is_lazy
         while self._fault is None and (counts.is_dirty or self.mapping.is_dirty):
             await run(self.flush_plan())
             await self.flushed()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from nbdimg.errors import CorruptImage, UnsupportedFeature
@@ -84,13 +85,16 @@ class Refcounts:
     # Look-up
 
     async def _fetch(self, key: int) -> None:
-        """Load the whole block of a slice: the search for free clusters wants its neighbours next."""
+        """Load the whole block of a slice: the search for free clusters wants its neighbours next. Nothing is added
+        when a plan became durable meanwhile: a neighbour may have been loaded, changed, written and evicted.
+        """
         block = key // self._block_slices
         offset = self.table[block]
         self._check_block(block, offset)
         content = bytearray(self._header.cluster_size)
+        written_count = self.cache.written_count
         await self._file.pread(offset, memoryview(content))
-        if self.table[block] != offset:
+        if self.table[block] != offset or self.cache.written_count != written_count:
             return
         for index in range(self._block_slices):
             start = index * self._slice_size
@@ -340,9 +344,10 @@ class Refcounts:
         self._freed.append(Freed(cluster, count, punch))
 
     async def reclaim(self) -> None:
-        """The captured plan is durable: what it freed may go. On OSError the rest waits for the next time.
+        """The captured plan is durable: what it freed may go. Space that cannot be punched is free all the same.
 
-        Raises: CorruptImage: a count was 0 while something referred to its cluster.
+        Raises: OSError: counts cannot be read; the rest waits for the next time. CorruptImage: a count was 0 while
+        something referred to its cluster.
         """
         while self._leaving:
             batch = self._leaving[-1]
@@ -369,7 +374,8 @@ class Refcounts:
             if punch:
                 for run_start, run_stop in _runs_of_one(entries, first, last):
                     length = (run_stop - run_start) << self._bits
-                    await self._file.punch((base + run_start) << self._bits, length)
+                    with suppress(OSError):
+                        await self._file.punch((base + run_start) << self._bits, length)
         finally:
             found.pin_count -= 1
         for index in range(first, last):

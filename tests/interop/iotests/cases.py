@@ -387,8 +387,8 @@ ZEROES = (
     Case(
         "250",
         "a discard of very many clusters",
-        [["write -q -P 1 0 1M", "write -q -P 2 150G 1M", "discard -q 512k 1G", "discard -q 149G 1500M"]],
-        ["read -q -P 1 0 512k", _zeroes("512k", "512k"), _zeroes("150G", "1M")],
+        [["write -q -P 1 0 2M", "write -q -P 2 150G 1M", "discard -q 1M 1G", "discard -q 149G 1500M"]],
+        ["read -q -P 1 0 1M", _zeroes("1M", "1M"), _zeroes("150G", "1M")],
         size=300 * GIB,
         options="cluster_size=1M",
     ),
