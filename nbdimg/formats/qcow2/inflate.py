@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from nbdimg.errors import CorruptImage, UnsupportedFeature
 from nbdimg.formats.qcow2 import structs as s
-from nbdimg.formats.qcow2.mapping import compressed_range
+from nbdimg.formats.qcow2.packed import compressed_range
 from nbdimg.formats.qcow2.structs import Compression
 from nbdimg.storage.file import BlockFile, Buffer
 from nbdimg.storage.workers import workers

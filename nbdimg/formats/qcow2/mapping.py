@@ -19,20 +19,17 @@ from dataclasses import dataclass
 from nbdimg.errors import CorruptImage
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.header import Header
-from nbdimg.formats.qcow2.packed import decode_offsets, encode_offsets
+from nbdimg.formats.qcow2.l1 import L1Table
+from nbdimg.formats.qcow2.packed import compressed_clusters, decode_offsets, encode_offsets
 from nbdimg.formats.qcow2.refcount import Refcounts, Run
 from nbdimg.formats.qcow2.structs import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from nbdimg.image.driver import Allocation, Extent, ExtentKind, Miss, Unmap
 from nbdimg.image.tables import Slice, TableCache
 from nbdimg.storage.file import BlockFile
-from nbdimg.storage.ordering import Write
 from nbdimg.units import MiB, div_ceil
 
 L2_BYTES_MAX = 64 * MiB
 """Resident L2 slices of one image: with 64 KiB clusters they map 512 GiB, with 2 MiB clusters 16 TiB."""
-
-L1_PIECE = s.SECTOR_SIZE
-"""The L1 table is written in pieces of this."""
 
 _DATA = ExtentKind.DATA
 
@@ -61,54 +58,6 @@ class Store:
     is_external: bool
     is_plain: bool
     has_backing: bool
-
-
-class L1Table:
-    """The active L1 table, or a snapshot's: host offsets of L2 tables with COPIED flags."""
-
-    def __init__(self, file: BlockFile, offset: int, entries: array[int]) -> None:
-        self._file = file
-        self.offset = offset
-        self.entries = entries
-        self.is_moving = False
-        """Whether the captured plan writes the table to a new place, where the header is to find it (Q6)."""
-        self._has_moved = False
-        self._dirty: set[int] = set()
-        self._writing: set[int] = set()
-
-    def set(self, index: int, entry: int) -> None:
-        self.entries[index] = entry
-        self._dirty.add(index * 8 // L1_PIECE)
-
-    def move(self, offset: int, entries: array[int]) -> None:
-        """The table, with these entries, is at `offset` from the next plan on."""
-        self.offset, self.entries = offset, entries
-        self._has_moved = True
-
-    @property
-    def is_dirty(self) -> bool:
-        return bool(self._dirty) or self._has_moved
-
-    def capture(self) -> list[Write]:
-        self._writing |= self._dirty
-        self._dirty = set()
-        self.is_moving |= self._has_moved
-        self._has_moved = False
-        if self.is_moving:
-            return [Write(self._file, self.offset, encode_offsets(self.entries))]
-        per_piece = L1_PIECE // 8
-        return [
-            Write(
-                self._file,
-                self.offset + piece * L1_PIECE,
-                encode_offsets(self.entries[piece * per_piece : (piece + 1) * per_piece]),
-            )
-            for piece in sorted(self._writing)
-        ]
-
-    def written(self) -> None:
-        self._writing.clear()
-        self.is_moving = False
 
 
 class Mapping:
@@ -593,24 +542,3 @@ class Mapping:
         slice_.entries[index] = ZERO if self._store.has_backing or to is Unmap.KEEP else 0
         if old:
             self._free(old, punch=True)
-
-
-def compressed_clusters(entry: int, cluster_bits: int) -> tuple[int, int]:
-    """First and last host cluster that a compressed cluster's data touches.
-
-    With 64 KiB clusters x = 54: the entry 0x4040_0000_0001_ff00 names byte 0x1ff00 and one further sector, so 512 more
-    bytes than the rest of its first sector: up to 0x201ff, clusters 1 and 2.
-    """
-    offset, length = compressed_range(entry, cluster_bits)
-    return offset >> cluster_bits, (offset + length - 1) >> cluster_bits
-
-
-def compressed_range(entry: int, cluster_bits: int) -> tuple[int, int]:
-    """(host offset, length) of a compressed cluster's data; behind its end there may be other data.
-
-    Spec: qcow2.rst "Compressed Clusters Descriptor".
-    """
-    shift = 62 - (cluster_bits - 8)
-    offset = entry & ((1 << shift) - 1)
-    sectors = entry >> shift & ((1 << (cluster_bits - 8)) - 1)
-    return offset, (sectors + 1) * s.SECTOR_SIZE - (offset & (s.SECTOR_SIZE - 1))

@@ -14,8 +14,9 @@ from nbdimg.formats.qcow2.crypt import EncryptedFile, NoKey, legacy_cipher
 from nbdimg.formats.qcow2.driver import U64, Qcow2Driver
 from nbdimg.formats.qcow2.header import KNOWN_AUTOCLEAR, Header, cluster_bits_of
 from nbdimg.formats.qcow2.inflate import InflatedFile
+from nbdimg.formats.qcow2.l1 import L1Table
 from nbdimg.formats.qcow2.legacy import LegacyMapping, LegacySubclusterMapping
-from nbdimg.formats.qcow2.mapping import L1Table, Mapping, Store
+from nbdimg.formats.qcow2.mapping import Mapping, Store
 from nbdimg.formats.qcow2.packed import decode_offsets
 from nbdimg.formats.qcow2.refcount import Refcounts, load_table
 from nbdimg.formats.qcow2.repair import repair

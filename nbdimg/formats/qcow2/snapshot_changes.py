@@ -37,8 +37,8 @@ from typing import TypeVar
 from nbdimg.errors import ConfigError, CorruptImage, ImageError, UnsupportedFeature, escaped
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.driver import Qcow2Driver
-from nbdimg.formats.qcow2.mapping import L1Table, compressed_clusters
-from nbdimg.formats.qcow2.packed import decode_offsets, encode_offsets
+from nbdimg.formats.qcow2.l1 import L1Table
+from nbdimg.formats.qcow2.packed import compressed_clusters, decode_offsets, encode_offsets
 from nbdimg.formats.qcow2.refcount import Refcounts, Run
 from nbdimg.formats.qcow2.snapshots import (
     TABLE_BYTES_MAX,

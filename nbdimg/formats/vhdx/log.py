@@ -224,25 +224,13 @@ class Scanner:
         """
         heads = self._heads()
         best: Entry | None = None
-        position = 0
         for entry in sorted(self._valid.values(), key=lambda each: each.position):
-            if entry.position < position:
-                continue
             head = heads[entry.position]
             tail = self._valid.get(head.tail)
-            is_within = (
-                tail is not None
-                and heads[tail.position] is head
-                and entry.sequence_number <= tail.sequence_number <= head.sequence_number
-            )
-            if not is_within:
+            if tail is None or heads[tail.position] is not head or tail.sequence_number < entry.sequence_number:
                 continue
             if best is None or head.sequence_number > best.sequence_number:
                 best = head
-            end = (head.position + head.length) % self._length
-            if end <= entry.position:
-                break
-            position = end
         return Sequence(tuple(self._run(best)), self._length) if best else None
 
     def _next(self, entry: Entry) -> Entry | None:
@@ -276,10 +264,10 @@ def scan(ring: Buffer, header: Header) -> Scanner:
     assert len(ring) == header.log_length
     scanner, view = Scanner(header), memoryview(ring)
     scanner.feed(view)
-    for start in range(0, len(view), _SECTOR):
-        if not scanner.is_open:
-            break
+    start = 0
+    while scanner.is_open:
         scanner.feed(view[start : start + _SECTOR])
+        start += _SECTOR
     return scanner
 
 

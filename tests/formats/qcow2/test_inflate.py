@@ -13,7 +13,7 @@ import pytest
 
 from nbdimg.errors import CorruptImage
 from nbdimg.formats.qcow2.inflate import InflatedFile
-from nbdimg.formats.qcow2.mapping import compressed_clusters, compressed_range
+from nbdimg.formats.qcow2.packed import compressed_clusters, compressed_range
 from nbdimg.storage.memory import MemoryFile
 from tests.support.faultfile import FaultFile
 

@@ -1,0 +1,61 @@
+"""The L1 table in memory, and which pieces of it wait to be written."""
+
+from __future__ import annotations
+
+from array import array
+
+from nbdimg.formats.qcow2 import structs as s
+from nbdimg.formats.qcow2.packed import encode_offsets
+from nbdimg.storage.file import BlockFile
+from nbdimg.storage.ordering import Write
+
+L1_PIECE = s.SECTOR_SIZE
+"""The L1 table is written in pieces of this."""
+
+
+class L1Table:
+    """The active L1 table, or a snapshot's: host offsets of L2 tables with COPIED flags."""
+
+    def __init__(self, file: BlockFile, offset: int, entries: array[int]) -> None:
+        self._file = file
+        self.offset = offset
+        self.entries = entries
+        self.is_moving = False
+        """Whether the captured plan writes the table to a new place, where the header is to find it (Q6)."""
+        self._has_moved = False
+        self._dirty: set[int] = set()
+        self._writing: set[int] = set()
+
+    def set(self, index: int, entry: int) -> None:
+        self.entries[index] = entry
+        self._dirty.add(index * 8 // L1_PIECE)
+
+    def move(self, offset: int, entries: array[int]) -> None:
+        """The table, with these entries, is at `offset` from the next plan on."""
+        self.offset, self.entries = offset, entries
+        self._has_moved = True
+
+    @property
+    def is_dirty(self) -> bool:
+        return bool(self._dirty) or self._has_moved
+
+    def capture(self) -> list[Write]:
+        self._writing |= self._dirty
+        self._dirty = set()
+        self.is_moving |= self._has_moved
+        self._has_moved = False
+        if self.is_moving:
+            return [Write(self._file, self.offset, encode_offsets(self.entries))]
+        per_piece = L1_PIECE // 8
+        return [
+            Write(
+                self._file,
+                self.offset + piece * L1_PIECE,
+                encode_offsets(self.entries[piece * per_piece : (piece + 1) * per_piece]),
+            )
+            for piece in sorted(self._writing)
+        ]
+
+    def written(self) -> None:
+        self._writing.clear()
+        self.is_moving = False
