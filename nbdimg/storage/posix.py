@@ -27,8 +27,10 @@ INLINE_WRITE_MAX = 1 * MiB
 SLOW_WRITE_S = 0.020
 """An inline write that takes longer was throttled by the kernel."""
 
-SLOW_WRITE_PAUSE_S = 1.0
-"""How long writes then go to workers."""
+SLOW_WRITE_PAUSES = 10
+"""For so many times as long as it took, writes then go to workers: a throttled writer holds the loop up for at most a
+tenth of the time, and one that was merely preempted loses little.
+"""
 
 _PAGE_MASK = os.sysconf("SC_PAGE_SIZE") - 1
 
@@ -92,8 +94,9 @@ class PosixFile:
         if started < self._inline_writes_from:
             return False
         written = os.pwrite(self.descriptor, data, offset)
-        if perf_counter() - started > SLOW_WRITE_S:
-            self._inline_writes_from = started + SLOW_WRITE_PAUSE_S
+        took = perf_counter() - started
+        if took > SLOW_WRITE_S:
+            self._inline_writes_from = started + took * SLOW_WRITE_PAUSES
         return written == length
 
     def _has_edges(self, start: int, stop: int) -> bool:
