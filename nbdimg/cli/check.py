@@ -18,10 +18,13 @@ import typer
 from nbdimg.cli.output import ProgressReport, print_json, progress, shown
 from nbdimg.errors import ConfigError, ImageError, escaped
 from nbdimg.formats import DRIVERS, check_format, probed_format
+from nbdimg.formats.findings import CheckReport
 from nbdimg.formats.qcow2.check import check as check_qcow2
-from nbdimg.formats.qcow2.findings import CheckReport
 from nbdimg.formats.qcow2.open import read_header
 from nbdimg.formats.qcow2.repair import repair as repair_qcow2
+from nbdimg.formats.vhdx.check import VhdxReport
+from nbdimg.formats.vhdx.check import check as check_vhdx
+from nbdimg.formats.vhdx.repair import repair as repair_vhdx
 from nbdimg.server.loop import run_loop
 from nbdimg.storage.locks import lock_image
 from nbdimg.storage.posix import PosixFile
@@ -80,6 +83,10 @@ async def _checked(
     try:
         lock_image(file.descriptor, file.path, writable=repair is not None)
         format = format or await probed_format(file)
+        if format == "vhdx":
+            if repair is None:
+                return format, await check_vhdx(file, progress=report)
+            return format, await repair_vhdx(file, leaks_only=repair == "leaks", progress=report)
         if format != "qcow2":
             return format, None
         header = await read_header(file)
@@ -107,12 +114,17 @@ def _print(path: str, result: CheckReport) -> None:
         (result.corruptions_fixed, "corruptions repaired"),
         (result.leaks_fixed, "leaks repaired"),
         (result.corruptions, "corruptions"),
-        (result.leaks, "leaked clusters"),
+        (result.leaks, "leaked MiB" if isinstance(result, VhdxReport) else "leaked clusters"),
         (result.check_errors, "errors that ended the check"),
     )
     said = [f"{count} {what}" for count, what in counts if count] or ["no errors found"]
     print(f"{shown(path)}: {', '.join(said)}")
-    if result.total_clusters:
+    if isinstance(result, VhdxReport):
+        print(
+            f"{result.allocated_clusters} of {result.total_clusters} blocks allocated, {result.fragmented_clusters} "
+            f"fragmented; the log is {result.log}; in use up to byte {result.image_end_offset}"
+        )
+    elif result.total_clusters:
         share = 100 * result.allocated_clusters / result.total_clusters
         print(
             f"{result.allocated_clusters} of {result.total_clusters} clusters allocated ({share:.1f} %), "

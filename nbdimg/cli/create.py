@@ -7,6 +7,7 @@ import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, NoReturn, cast
 
 import typer
@@ -24,11 +25,13 @@ from nbdimg.formats.qcow2.layout import (
     Preallocation,
     check,
 )
+from nbdimg.formats.vhdx import create as vhdx
+from nbdimg.formats.vhdx.parent import read_parent
 from nbdimg.server.loop import run_loop
 from nbdimg.units import parse_size
 
-_FORMATS = ("raw", "qcow2")
-_SUFFIXES = {".qcow2": "qcow2", ".raw": "raw", ".img": "raw"}
+_FORMATS = ("raw", "qcow2", "vhdx")
+_SUFFIXES = {".qcow2": "qcow2", ".vhdx": "vhdx", ".avhdx": "vhdx", ".raw": "raw", ".img": "raw"}
 _VERSIONS = {"2": 2, "0.10": 2, "v2": 2, "3": 3, "1.1": 3, "v3": 3}
 _DEFAULTS = CreateOptions()
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
@@ -38,10 +41,13 @@ def create(
     path: Annotated[str, typer.Argument(metavar="PATH", help="The new file; one that exists is never overwritten.")],
     size: Annotated[
         str | None,
-        typer.Argument(metavar="SIZE", help="Bytes, or with K, M, G, T, P, E (default: the size of the backing file)."),
+        typer.Argument(
+            metavar="SIZE", help="Bytes, or with K, M, G, T, P, E (default: the size of the backing file or parent)."
+        ),
     ] = None,
     format: Annotated[
-        str | None, typer.Option(metavar="|".join(_FORMATS), help="By the suffix .qcow2, .raw or .img when not given.")
+        str | None,
+        typer.Option(metavar="|".join(_FORMATS), help="By the suffix .qcow2, .vhdx, .raw or .img if not given."),
     ] = None,
     compat: Annotated[
         str | None, typer.Option(metavar="2|3", help="The qcow2 version, also as 0.10 or 1.1 (default: 3).")
@@ -84,13 +90,41 @@ def create(
     encrypt_key_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Encrypt with LUKS; the passphrase, from a file.")
     ] = None,
+    subformat: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(vhdx.SUBFORMATS), help="The kind of vhdx (default: dynamic, or as --parent says)."
+        ),
+    ] = None,
+    block_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES", help="Of a vhdx, a power of two from 1M to 256M (default: 32M, with a parent 2M)."
+        ),
+    ] = None,
+    log_size: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Of a vhdx, a multiple of 1M, to 256M (default: 1M).")
+    ] = None,
+    logical_sector_size: Annotated[
+        int | None, typer.Option(metavar="512|4096", help="Of a vhdx (default: 512, or the parent's).")
+    ] = None,
+    physical_sector_size: Annotated[
+        int | None, typer.Option(metavar="512|4096", help="Of a vhdx (default: 4096, or the parent's).")
+    ] = None,
+    parent: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="The vhdx that the new one differs from; never to be changed from now on."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Make a new, empty image.
 
-    SIZE is rounded up to whole sectors of 512 bytes. With SIZE the backing file is not opened.
+    SIZE is rounded up to whole sectors, of 512 bytes but for a vhdx. With SIZE the backing file is not opened.
     """
     format = _format(path, format)
+    asked_vhdx = _AskedVhdx(subformat, block_size, log_size, logical_sector_size, physical_sector_size, parent)
+    if format != "vhdx" and asked_vhdx != _AskedVhdx():
+        raise ConfigError(f"a {format} image has no {asked_vhdx.first_option}; did you mean --format vhdx?")
     options = CreateOptions(
         version=_version(compat),
         cluster_size=_DEFAULTS.cluster_size if cluster_size is None else parse_size(cluster_size),
@@ -107,6 +141,11 @@ def create(
     )
     if format == "raw" and options != _DEFAULTS:
         raise ConfigError("a raw image has no options but its size; did you mean --format qcow2?")
+    if format == "vhdx":
+        if options != _DEFAULTS:
+            raise ConfigError("a vhdx image has none of the options of qcow2; did you mean --format qcow2?")
+        _create_vhdx(path, size, asked_vhdx, as_json)
+        return
     check(0, options)
     asked = _size(path, size, options)
     with _sigterm_unwinds():
@@ -186,6 +225,56 @@ def _create_qcow2(path: str, size: int, options: CreateOptions) -> Layout:
         return qcow2.create(path, size, options, progress=report)
 
 
+@dataclass(frozen=True, slots=True)
+class _AskedVhdx:
+    """What the command line says of a vhdx; None: nothing."""
+
+    subformat: str | None = None
+    block_size: str | None = None
+    log_size: str | None = None
+    logical_sector_size: int | None = None
+    physical_sector_size: int | None = None
+    parent: str | None = None
+
+    @property
+    def first_option(self) -> str:
+        """The first that was given."""
+        name = next(each.name for each in fields(self) if getattr(self, each.name) is not None)
+        return f"--{name.replace('_', '-')}"
+
+
+def _create_vhdx(path: str, size: str | None, asked: _AskedVhdx, as_json: bool) -> None:
+    kind = asked.subformat or ("differencing" if asked.parent else "dynamic")
+    asked_size = None if size is None else parse_size(size)
+    parent = None if asked.parent is None else run_loop(read_parent(asked.parent))
+    options = vhdx.CreateOptions(
+        subformat=cast(vhdx.Subformat, kind),
+        block_size=None if asked.block_size is None else parse_size(asked.block_size),
+        log_size=vhdx.LOG_SIZE if asked.log_size is None else parse_size(asked.log_size),
+        logical_sector_size=asked.logical_sector_size,
+        physical_sector_size=asked.physical_sector_size,
+        parent=parent,
+    )
+    with _sigterm_unwinds(), progress(quiet_s=0.0 if kind == "fixed" else QUIET_S) as report:
+        made = vhdx.create(path, asked_size, options, progress=report)
+    said = {
+        "path": path,
+        "format": "vhdx",
+        "size": made.geometry.size,
+        "file_size": made.file_size,
+        "subformat": kind,
+        "block_size": made.geometry.block_size,
+        "log_size": made.log_length,
+        "logical_sector_size": made.geometry.sector_size,
+        "physical_sector_size": made.physical_sector_size,
+        "parent": asked.parent,
+    }
+    if as_json:
+        print_json(**said)
+    else:
+        _say(said, made.geometry.size if asked_size is None else asked_size)
+
+
 def _report(path: str, options: CreateOptions, made: Layout) -> dict[str, Any]:
     """What was made, for --json; sizes in bytes."""
     return {
@@ -212,9 +301,13 @@ def _say(report: dict[str, Any], asked: int) -> None:
     size = report["size"]
     rounded = f" (rounded up from {asked} to whole sectors)" if size != asked else ""
     kind = f"encrypted {report['format']}" if report.get("encrypted") else report["format"]
+    if "subformat" in report:
+        kind = f"{report['subformat']} {kind}"
     line = f"{shown(report['path'])}: {kind} image of {size} bytes{rounded}"
     if report.get("backing"):
         line += f", backed by {report['backing']} ({report['backing_format']})"
+    if report.get("parent"):
+        line += f", whose parent is {shown(report['parent'])}"
     if report.get("data_file"):
         line += f", its data in {report['data_file']}"
     print(line)

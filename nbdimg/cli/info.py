@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from nbdimg.cli.output import print_json, shown, sized
-from nbdimg.errors import UnsupportedFeature, escaped
+from nbdimg.errors import ImageError, UnsupportedFeature, escaped
 from nbdimg.formats import DRIVERS, check_format, probed_format
 from nbdimg.formats.gate import ConfinedGate
 from nbdimg.formats.qcow2.bitmaps import BitmapEntry
@@ -21,6 +21,7 @@ from nbdimg.formats.qcow2.luks import LuksHeader
 from nbdimg.formats.qcow2.open import read_header
 from nbdimg.formats.qcow2.snapshots import Snapshot
 from nbdimg.formats.qcow2.structs import Compression, Crypt
+from nbdimg.formats.vhdx import info as vhdx
 from nbdimg.image.gate import Reference
 from nbdimg.server.loop import run_loop
 from nbdimg.storage.posix import PosixFile
@@ -74,6 +75,12 @@ async def _chain(
     while True:
         said, header = await _described(file, format)
         yield said
+        if isinstance(header, vhdx.Info):
+            if not header.metadata.has_parent:
+                return
+            file = await _vhdx_parent(gate, file, header)
+            files.push_async_callback(file.close)
+            continue
         if header is None or header.backing_name is None:
             return
         offset = header.backing_name_offset
@@ -89,7 +96,20 @@ async def _chain(
         files.push_async_callback(file.close)
 
 
-async def _described(file: PosixFile, format: str) -> tuple[dict[str, Any], Header | None]:
+async def _vhdx_parent(gate: ConfinedGate, file: PosixFile, found: vhdx.Info) -> PosixFile:
+    """The first that can be opened of the names of a parent."""
+    locator = found.metadata.locator
+    assert locator is not None
+    refusal: ImageError | None = None
+    for name in found.parent_names:
+        try:
+            return await gate.open(Reference(file.path, "parent locator", name, locator.offset, is_writable=False))
+        except ImageError as error:
+            refusal = refusal or error
+    raise refusal or UnsupportedFeature(file.path, "the parent locator holds no path", locator.offset)
+
+
+async def _described(file: PosixFile, format: str) -> tuple[dict[str, Any], Header | vhdx.Info | None]:
     """Sizes in bytes."""
     common = {
         "path": file.path,
@@ -98,6 +118,9 @@ async def _described(file: PosixFile, format: str) -> tuple[dict[str, Any], Head
         "size_on_disk": os.fstat(file.descriptor).st_blocks * _BLOCK_SIZE,
         "file_size": file.size,
     }
+    if format == "vhdx":
+        said = await vhdx.describe(file)
+        return {**common, "size": said.metadata.virtual_size, **_vhdx_fields(said)}, said
     if format != "qcow2":
         return common, None
     header = await read_header(file)
@@ -125,6 +148,37 @@ def _fields(found: Info) -> dict[str, Any]:
         "snapshots": [_snapshot(each, header.size) for each in found.snapshots],
         "bitmaps": [_bitmap(each) for each in found.bitmaps],
         "stale_bitmaps": found.has_stale_bitmaps,
+    }
+
+
+def _vhdx_fields(found: vhdx.Info) -> dict[str, Any]:
+    header, metadata, locator = found.headers.current, found.metadata, found.metadata.locator
+    return {
+        "subformat": found.subformat,
+        "block_size": metadata.block_size,
+        "logical_sector_size": metadata.logical_sector_size,
+        "physical_sector_size": metadata.physical_sector_size,
+        "disk_id": str(metadata.disk_id),
+        "creator": found.creator,
+        "sequence_number": header.sequence_number,
+        "header_slot": found.headers.slot + 1,
+        "valid_headers": 1 if found.headers.other is None else 2,
+        "file_write_guid": str(header.file_write_guid),
+        "data_write_guid": str(header.data_write_guid),
+        "log_guid": str(header.log_guid),
+        "log_version": header.log_version,
+        "header_version": header.version,
+        "log_offset": header.log_offset,
+        "log_length": header.log_length,
+        "log": found.log,
+        "log_problem": found.log_problem,
+        "regions": [
+            {"id": str(each.guid), "offset": each.offset, "length": each.length, "required": each.is_required}
+            for each in found.regions.entries
+        ],
+        "damaged_region_tables": [slot + 1 for slot in found.regions.damaged_slots],
+        "parent_locator": None if locator is None else locator.values,
+        "user_items": [{"id": str(each.id), "length": each.length} for each in found.user_items],
     }
 
 
@@ -173,6 +227,8 @@ def _lines(said: dict[str, Any]) -> Iterator[str]:
     yield f"format:        {said['format']}" + (f" version {said['compat']}" if "compat" in said else "")
     yield f"virtual size:  {sized(said['size'])}"
     yield f"size on disk:  {sized(said['size_on_disk'])}"
+    if said["format"] == "vhdx":
+        yield from _vhdx_lines(said)
     if "compat" not in said:
         return
     yield f"cluster size:  {said['cluster_size']}"
@@ -215,3 +271,26 @@ def _encryption_lines(found: dict[str, Any] | None) -> Iterator[str]:
         f"{index} ({slot['iterations']} iterations)" for index, slot in enumerate(found["slots"]) if slot["active"]
     ]
     yield f"key slots:     {', '.join(active) or 'none'}"
+
+
+def _vhdx_lines(said: dict[str, Any]) -> Iterator[str]:
+    yield f"subformat:     {said['subformat']}"
+    yield f"block size:    {said['block_size']}"
+    yield f"sectors:       {said['logical_sector_size']} logical, {said['physical_sector_size']} physical"
+    yield f"disk id:       {said['disk_id']}"
+    yield f"creator:       {shown(said['creator'])}"
+    yield f"header:        {said['header_slot']} of {said['valid_headers']}, sequence number {said['sequence_number']}"
+    yield f"file write:    {said['file_write_guid']}"
+    yield f"data write:    {said['data_write_guid']}"
+    yield f"log:           {said['log']}, {said['log_length']} bytes at {said['log_offset']}"
+    if said["log_problem"] is not None:
+        yield f"log problem:   {shown(said['log_problem'])}; what follows is without what it holds"
+    for each in said["regions"]:
+        required = "" if each["required"] else ", not required"
+        yield f"region:        {each['id']}, {each['length']} bytes at {each['offset']}{required}"
+    for copy in said["damaged_region_tables"]:
+        yield f"damaged:       region table {copy}"
+    for key, value in (said["parent_locator"] or {}).items():
+        yield f"parent:        {shown(key)} = {shown(value)}"
+    for each in said["user_items"]:
+        yield f"user item:     {each['id']}, {each['length']} bytes"

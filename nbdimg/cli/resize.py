@@ -9,6 +9,7 @@ import typer
 from nbdimg.cli.output import ProgressReport, print_json, progress, shown, sized
 from nbdimg.errors import ConfigError, escaped
 from nbdimg.formats import DRIVERS, open_image, read_key_file, resize_image
+from nbdimg.formats.vhdx.driver import VhdxDriver
 from nbdimg.server.loop import run_loop
 from nbdimg.units import align_up, parse_size
 
@@ -43,7 +44,7 @@ def resize(
 ) -> None:
     """Change the size of the guest's disk; what is new reads as zeroes.
 
-    SIZE is rounded up to whole sectors of 512 bytes, but for raw images.
+    SIZE is rounded up to whole sectors, of 512 bytes but for some vhdx images; for raw ones it is taken as it is.
     """
     key = None if key_file is None else read_key_file(key_file)
     with progress() as report:
@@ -74,7 +75,8 @@ async def _resized(
         if size < 0:
             raise ConfigError(f"{path}: the image has {old} bytes, which {escaped(text)} would make {size}")
         if image.driver.name != "raw":
-            size = align_up(size, _SECTOR_SIZE)
+            driver = image.driver
+            size = align_up(size, driver.sector_size if isinstance(driver, VhdxDriver) else _SECTOR_SIZE)
         await resize_image(image, size, may_shrink=may_shrink, progress=report)
         return image.driver.name, old, size
     finally:

@@ -17,6 +17,8 @@ from nbdimg.formats.qcow2.crypt import read_key_file
 from nbdimg.formats.qcow2.resize import resize as qcow2_resize
 from nbdimg.formats.qcow2.snapshots import load_snapshots
 from nbdimg.formats.vhdx import open as vhdx
+from nbdimg.formats.vhdx.create import create as vhdx_create
+from nbdimg.formats.vhdx.resize import resize as vhdx_resize
 from nbdimg.image.gate import OpenGate, Reference
 from nbdimg.image.image import HeadGuard, Image
 from nbdimg.storage.file import BlockFile
@@ -28,7 +30,11 @@ DRIVERS: dict[str, Callable[[BlockFile, OpenOptions], Awaitable[Opened]]] = {
     "qcow2": qcow2.open_driver,
     "vhdx": vhdx.open_driver,
 }
-CREATORS: dict[str, Callable[[str, int], object]] = {"raw": raw.create, "qcow2": qcow2_create}
+CREATORS: dict[str, Callable[[str, int], object]] = {
+    "raw": raw.create,
+    "qcow2": qcow2_create,
+    "vhdx": vhdx_create,
+}
 
 
 class Resizer(Protocol):
@@ -39,7 +45,7 @@ class Resizer(Protocol):
     ) -> None: ...
 
 
-RESIZERS: dict[str, Resizer] = {"raw": raw.resize, "qcow2": qcow2_resize}
+RESIZERS: dict[str, Resizer] = {"raw": raw.resize, "qcow2": qcow2_resize, "vhdx": vhdx_resize}
 
 
 __all__ = [

@@ -16,7 +16,7 @@ import pytest
 from nbdimg.cli import check as verb
 from nbdimg.cli import output
 from nbdimg.cli.main import run
-from nbdimg.formats.qcow2.findings import CheckReport
+from nbdimg.formats.findings import CheckReport
 from tests.support.peers import require_program
 from tests.support.qcow2edit import Edit, qemu_check, qemu_img, qemu_io
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from nbdimg.cli.output import JSON_VERSION
 from nbdimg.cli.main import run
+from nbdimg.cli.output import JSON_VERSION
 from nbdimg.formats.qcow2 import luks
 from nbdimg.units import GiB, KiB, MiB
 from tests.support.peers import require_program
@@ -243,8 +243,11 @@ def test_create_on_a_terminal_shows_progress_and_then_the_line() -> None:
     ("arguments", "pattern"),
     [
         (["a.qcow2"], "a.qcow2: SIZE is missing, only a backing file can stand in for it"),
-        (["a", "1M"], r"a: the suffix does not say the format, expected \.qcow2, \.raw, \.img or the option --format"),
-        (["a", "1M", "--format", "vhdx"], "unknown format 'vhdx', expected raw or qcow2"),
+        (
+            ["a", "1M"],
+            r"a: the suffix does not say the format, expected \.qcow2, \.vhdx, .* or the option --format",
+        ),
+        (["a", "1M", "--format", "vdi"], "unknown format 'vdi', expected raw or qcow2 or vhdx"),
         (["a.qcow2", "big"], "'big' is not a size: .*"),
         (["a.qcow2", "1M", "--compat", "4"], "--compat is '4', expected 2, .*"),
         (["a.qcow2", "1M", "--cluster-size", "1000"], "cluster size is 1000, expected a power of two .*"),

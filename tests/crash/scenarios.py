@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from nbdimg.formats.raw import RawDriver
 from nbdimg.image.image import Image
-from tests.crash import qcow2
+from tests.crash import qcow2, vhdx
 from tests.crash.workloads import three_clients
 from tests.support.crash import Built, ExportTarget, RecordingFile, Scenario, Target, written
 
@@ -27,4 +27,4 @@ async def open_raw(files: Sequence[RecordingFile]) -> Target:
 
 RAW = Scenario("raw", build_raw, open_raw, three_clients)
 
-FORMATS: dict[str, Sequence[Scenario]] = {"raw": (RAW,), "qcow2": qcow2.SCENARIOS}
+FORMATS: dict[str, Sequence[Scenario]] = {"raw": (RAW,), "qcow2": qcow2.SCENARIOS, "vhdx": vhdx.SCENARIOS}

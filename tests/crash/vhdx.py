@@ -56,17 +56,18 @@ class ParentGate:
 
 
 class Judge:
-    """Others on a state that has no log: qemu-img on a file without a parent, 7-Zip on one with it, where the size is
-    whole MiB. They are asked for one state in PEER_EVERY.
+    """Others on a state that has no log: qemu-img on a file without a parent, 7-Zip on one with it (which cannot read
+    behind the end of a shorter parent, and is not asked then). They are asked for one state in PEER_EVERY.
     """
 
-    def __init__(self, parent: bytes) -> None:
+    def __init__(self, parent: bytes, *, is_silent: bool) -> None:
         self._parent = parent
+        self._is_silent = is_silent
         self._count = 0
         self.asked = 0
 
     async def __call__(self, state: CrashState) -> list[str]:
-        if not state.is_recovered:
+        if self._is_silent or not state.is_recovered:
             return []
         self._count += 1
         if self._count % PEER_EVERY:
@@ -104,7 +105,12 @@ class Judge:
 
 
 async def opened(file: RecordingFile | MemoryFile, parent: bytes, *, writable: bool) -> Image:
-    return await open_file(file, "vhdx", OpenOptions(ParentGate(parent), writable=writable))
+    """The file grows by no more than is asked for: all of it is in memory, in each state."""
+    image = await open_file(file, "vhdx", OpenOptions(ParentGate(parent), writable=writable))
+    space = driver_of(image)._space
+    if space is not None:
+        space._growth = M
+    return image
 
 
 def driver_of(image: Image) -> VhdxDriver:
@@ -113,20 +119,25 @@ def driver_of(image: Image) -> VhdxDriver:
 
 
 def scenario(
-    name: str, built: Built, workload: Workload, *, parent: bytes = b"", entry_length_max: int | None = None
+    name: str,
+    built: Built,
+    workload: Workload,
+    *,
+    parent: Built | None = None,
+    entry_length_max: int | None = None,
 ) -> Scenario:
     """entry_length_max: of a log entry, so small that a flush takes several."""
+    below = parent.files[0] if parent else b""
+    is_shorter = parent is not None and len(parent.guest) < len(built.guest)
 
     async def open_it(files: Sequence[RecordingFile]) -> Target:
-        driver = driver_of(image := await opened(files[0], parent, writable=True))
-        assert driver._space is not None
+        driver = driver_of(image := await opened(files[0], below, writable=True))
         assert driver._journal is not None
-        driver._space._growth = M
         if entry_length_max is not None:
             driver._journal._entry_length_max = entry_length_max
         return ExportTarget(image)
 
-    return Scenario(f"vhdx, {name}", lambda rng: built, open_it, workload, Judge(parent))
+    return Scenario(f"vhdx, {name}", lambda rng: built, open_it, workload, Judge(below, is_silent=is_shorter))
 
 
 # Images
@@ -143,8 +154,8 @@ def plain(size: int, *, filled: Sequence[int], flags: int = 0) -> Built:
     return Built([bytes(builder.content)], bytes(guest))
 
 
-def overlay(size: int, parent_size: int, *, is_used: bool) -> tuple[Built, bytes]:
-    """(a child, its parent's file). `is_used`: the child has one block with sectors of its own, and one unmapped."""
+def overlay(size: int, parent_size: int, *, is_used: bool) -> tuple[Built, Built]:
+    """(a child, its parent). `is_used`: the child has one block with sectors of its own, and one unmapped."""
     below = pattern(parent_size, gap=5)
     parent = Builder(parent_size)
     parent.add_guest(below)
@@ -158,7 +169,7 @@ def overlay(size: int, parent_size: int, *, is_used: bool) -> tuple[Built, bytes
             guest[first * SECTOR : stop * SECTOR] = own[first * SECTOR : stop * SECTOR]
         child.set_block(1, UNMAPPED)
         guest[M : 2 * M] = bytes(M)
-    return Built([bytes(child.content)], bytes(guest)), bytes(parent.content)
+    return Built([bytes(child.content)], bytes(guest)), Built([bytes(parent.content)], below)
 
 
 # What guests do

@@ -18,8 +18,8 @@ from __future__ import annotations
 from array import array
 
 from nbdimg.errors import CorruptImage, ImageError, UnsupportedFeature
+from nbdimg.formats.findings import CheckReport, Finding
 from nbdimg.formats.qcow2 import structs as s
-from nbdimg.formats.qcow2.findings import CheckReport, Finding
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.packed import RefcountCodec, decode_offsets
 from nbdimg.formats.qcow2.references import MEMORY_MAX, PIECE_SIZE, Progress, References

@@ -12,16 +12,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from io import FileIO
 
 from nbdimg.errors import ConfigError, UnsupportedFeature
+from nbdimg.formats.newfile import naming, new_file, write_at
 from nbdimg.formats.qcow2 import luks
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.layout import PIECE_SIZE, CreateOptions, Layout, check, layout
 from nbdimg.storage import system
-from nbdimg.storage.file import Buffer
 from nbdimg.storage.locks import lock_image
 from nbdimg.units import GiB
 
@@ -51,7 +51,7 @@ def create(
     path = os.fspath(path)
     check(size, options)
     with ExitStack() as files, ExitStack() as undo:
-        image = _new_file(path, files, undo)
+        image = new_file(path, files, undo)
         luks_header = b"" if options.luks_passphrase is None else luks.create(path, options.luks_passphrase)
         planned = layout(size, options, len(luks_header))
         head = _head(path, planned)
@@ -59,7 +59,7 @@ def create(
         if options.data_file_name is not None:
             data_file = _data_file(data_file_path(path, options.data_file_name), planned, options, image, files, undo)
         _Writer(image, data_file, planned, options, progress).write(luks_header, head)
-        with _naming(path):
+        with naming(path):
             system.sync_directory(os.path.dirname(path) or ".")
         undo.pop_all()
     return planned
@@ -77,35 +77,13 @@ def _head(path: str, planned: Layout) -> bytes:
         raise ConfigError(str(error)) from None
 
 
-@contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Calls on a descriptor fail without a name: put it in, for the user's sake."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = path
-        raise
-
-
-def _new_file(path: str, files: ExitStack, undo: ExitStack) -> FileIO:
-    """Made by this call or not at all; closed by `files`, removed by `undo`."""
-    try:
-        file = files.enter_context(FileIO(path, "x+"))
-    except FileExistsError:
-        raise FileExistsError(errno.EEXIST, "the file exists, and no file is ever overwritten", path) from None
-    undo.callback(os.unlink, path)
-    lock_image(file.fileno(), path, writable=True)
-    return file
-
-
 def _data_file(
     path: str, planned: Layout, options: CreateOptions, image: FileIO, files: ExitStack, undo: ExitStack
 ) -> FileIO:
     """The data file, new or not, as long as the image's size."""
     size = planned.header.size
     try:
-        file = _new_file(path, files, undo)
+        file = new_file(path, files, undo)
         length = 0
     except FileExistsError:
         file = files.enter_context(FileIO(path, "r+"))
@@ -116,7 +94,7 @@ def _data_file(
         _check_existing_data_file(path, file, length, size, options)
     if length < size:
         undo.callback(file.truncate, length)
-        with _naming(path):
+        with naming(path):
             file.truncate(size)
     return file
 
@@ -168,19 +146,19 @@ class _Writer:
         """Both stages. The space comes first: what is too large fails early, and tables have space of their own too."""
         image, planned = self._image, self._planned
         if self._data_file is not None:
-            with _naming(str(self._data_file.name)):
+            with naming(str(self._data_file.name)):
                 self._preallocate(self._data_file, planned.header.size)
                 system.fdatasync(self._data_file.fileno())
-        with _naming(str(image.name)):
+        with naming(str(image.name)):
             image.truncate(planned.file_size)
             self._preallocate(image, planned.file_size)
             for offset, data in planned.pieces():
-                _write_at(image, offset, data)
+                write_at(image, offset, data)
                 self._advance(len(data))
-            _write_at(image, planned.luks_offset, luks_header)
-            _write_at(image, s.SECTOR_SIZE, head[s.SECTOR_SIZE :].rstrip(b"\0"))
+            write_at(image, planned.luks_offset, luks_header)
+            write_at(image, s.SECTOR_SIZE, head[s.SECTOR_SIZE :].rstrip(b"\0"))
             system.fdatasync(image.fileno())
-            _write_at(image, 0, head[: s.SECTOR_SIZE])
+            write_at(image, 0, head[: s.SECTOR_SIZE])
             system.fdatasync(image.fileno())
 
     def _preallocate(self, file: FileIO, length: int) -> None:
@@ -196,17 +174,10 @@ class _Writer:
             zeroes = memoryview(bytes(PIECE_SIZE))
             for offset in range(0, length, PIECE_SIZE):
                 here = min(PIECE_SIZE, length - offset)
-                _write_at(file, offset, zeroes[:here])
+                write_at(file, offset, zeroes[:here])
                 self._advance(here)
 
     def _advance(self, length: int) -> None:
         self._done += length
         if self._progress is not None:
             self._progress(self._done, self._total)
-
-
-def _write_at(file: FileIO, offset: int, data: Buffer) -> None:
-    view = memoryview(data)
-    file.seek(offset)
-    while view:
-        view = view[file.write(view) :]

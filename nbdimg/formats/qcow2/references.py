@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from operator import ne
 
 from nbdimg.errors import UnsupportedFeature
+from nbdimg.formats.findings import CheckReport
 from nbdimg.formats.qcow2 import structs as s
-from nbdimg.formats.qcow2.findings import CheckReport
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.packed import RefcountCodec, decode_offsets
 from nbdimg.storage.file import BlockFile

@@ -26,9 +26,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nbdimg.errors import UnsupportedFeature
+from nbdimg.formats.findings import CheckReport
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.check import Survey, check, differences, last_used
-from nbdimg.formats.qcow2.findings import CheckReport
 from nbdimg.formats.qcow2.header import KNOWN_AUTOCLEAR, Header
 from nbdimg.formats.qcow2.packed import decode_offsets, encode_offsets
 from nbdimg.formats.qcow2.references import BEYOND_MAX, PIECE_SIZE, Progress

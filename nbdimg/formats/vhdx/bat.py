@@ -21,7 +21,13 @@ from enum import IntEnum
 
 from nbdimg.errors import CorruptImage
 from nbdimg.formats.vhdx.space import Space
-from nbdimg.formats.vhdx.structs import ENTRY_OFFSET_MASK, ENTRY_RESERVED_MASK, ENTRY_STATE_MASK, PAGE_SIZE
+from nbdimg.formats.vhdx.structs import (
+    ENTRY_OFFSET_MASK,
+    ENTRY_RESERVED_MASK,
+    ENTRY_STATE_MASK,
+    FILE_OFFSET_MAX,
+    PAGE_SIZE,
+)
 from nbdimg.image.driver import Allocation, Extent, ExtentKind, Miss, Unmap
 from nbdimg.image.tables import Slice, TableCache
 from nbdimg.storage.file import BlockFile
@@ -152,8 +158,8 @@ class Bat:
             raise self._malformed(index, entry, "state 0 to 3, 6 or 7 and the reserved bits 0")
         if state == State.PARTIALLY_PRESENT and not self._geometry.has_parent:
             state = State.FULLY_PRESENT
-        if state >= State.FULLY_PRESENT and offset < MiB:
-            raise self._malformed(index, entry, "an offset of at least 1 MiB where data is present")
+        if state >= State.FULLY_PRESENT and not MiB <= offset <= FILE_OFFSET_MAX:
+            raise self._malformed(index, entry, "an offset of 1 MiB to 256 TiB where data is present")
         return state, offset
 
     def _malformed(self, index: int, entry: int, expected: str) -> CorruptImage:
@@ -209,9 +215,10 @@ class Bat:
         entry = page.entries[index % PAGE_ENTRIES]
         if entry & ENTRY_STATE_MASK < State.FULLY_PRESENT:
             return 0
-        if entry & ENTRY_OFFSET_MASK < MiB:
-            raise self._malformed(index, entry, "an offset of at least 1 MiB where a sector bitmap is present")
-        return entry & ENTRY_OFFSET_MASK
+        offset = entry & ENTRY_OFFSET_MASK
+        if not MiB <= offset <= FILE_OFFSET_MAX:
+            raise self._malformed(index, entry, "an offset of 1 MiB to 256 TiB where a sector bitmap is present")
+        return offset
 
     def _bitmap_page(self, bitmap_offset: int, sector: int) -> Slice | Miss:
         """The page with the bit of a sector of its chunk."""
@@ -230,7 +237,8 @@ class Bat:
             return bitmap_offset
         if not bitmap_offset:
             index = self._geometry.payload_index(block)
-            raise self._malformed(index, State.PARTIALLY_PRESENT, "a sector bitmap for a partially present block")
+            entry = host | State.PARTIALLY_PRESENT
+            raise self._malformed(index, entry, "a sector bitmap for a partially present block")
         start = block << self._block_bits
         first = (offset - start) >> self._sector_bits
         base = position * self._block_sectors
@@ -287,6 +295,8 @@ class Bat:
             if isinstance(taken, Miss):
                 return taken
             host, is_zeroed = taken, True
+        else:
+            self._space.check_target(host, self._block_size)
         first, last = 0, self._block_sectors
         if is_partial:
             first = (offset - start) >> self._sector_bits
@@ -336,6 +346,7 @@ class Bat:
             for key in range(taken // PAGE_SIZE, (taken + BITMAP_SIZE) // PAGE_SIZE):
                 self.bitmaps.add(key, key * PAGE_SIZE, array("B", bytes(PAGE_SIZE)))
             bitmap_offset = taken
+        self._space.check_target(bitmap_offset, BITMAP_SIZE)
         first = bitmap_offset // PAGE_SIZE + (position * self._block_sectors >> 15)
         last = bitmap_offset // PAGE_SIZE + ((position + 1) * self._block_sectors - 1 >> 15)
         missing = next((key for key in range(first, last + 1) if key not in self.bitmaps.slices), None)
@@ -350,13 +361,10 @@ class Bat:
         page, slot = token.page, self._geometry.payload_index(token.block) % PAGE_ENTRIES
         if token.bitmap_pages:
             self._set_sectors(token)
-        old, entry = page.entries[slot], token.offset | token.state
-        if old != entry:
+        entry = token.offset | token.state
+        if page.entries[slot] != entry:
             page.entries[slot] = entry
             self.pages.changed(page)
-            if token.is_new and old & ENTRY_OFFSET_MASK:
-                assert self._space is not None
-                self._space.free(old & ENTRY_OFFSET_MASK, self._block_size)
 
     def _unpin(self, token: Token) -> None:
         for each in (token.page, *token.bitmap_pages):
@@ -398,11 +406,11 @@ class Bat:
         if self._geometry.is_fixed or to is Unmap.KEEP or offset > start or stop < end:
             return offset
         assert self._space is not None
-        page.entries[index % PAGE_ENTRIES] = State.ZERO if to is Unmap.ZERO else State.UNMAPPED
-        self.pages.changed(page)
         if state >= State.FULLY_PRESENT:
             self._space.check_target(host, self._block_size)
             self._space.free(host, self._block_size)
+        page.entries[index % PAGE_ENTRIES] = State.ZERO if to is Unmap.ZERO else State.UNMAPPED
+        self.pages.changed(page)
         return end
 
 

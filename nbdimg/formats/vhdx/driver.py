@@ -83,7 +83,8 @@ class VhdxDriver:
         assert self._journal is not None
         first = Stage((), (self.file,))
         self._space.capture()
-        pages = [*self.bat.pages.capture(), *self.bat.bitmaps.capture()]
+        entries = sorted(self.bat.pages.capture(), key=lambda write: write.offset, reverse=True)
+        pages = [*self.bat.bitmaps.capture(), *entries]
         if not pages:
             return Plan((first,))
         flushed_offset = align_down(self._space.grown, MiB)

@@ -21,8 +21,10 @@ Spec: [MS-VHDX] 2.2.2, 2.3.
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 import uuid
+from dataclasses import dataclass, field
 
 from nbdimg.errors import UnsupportedFeature
 from nbdimg.formats.vhdx.header import Headers, next_header, write_header
@@ -31,6 +33,13 @@ from nbdimg.formats.vhdx.structs import LOG_SECTOR_SIZE, NO_GUID
 from nbdimg.storage.file import BlockFile
 from nbdimg.storage.ordering import Plan, Stage, Write, merged, run
 from nbdimg.units import align_down
+
+
+@dataclass(frozen=True, slots=True)
+class _Session:
+    log_guid: uuid.UUID = field(default_factory=uuid.uuid4)
+    file_write_guid: uuid.UUID = field(default_factory=uuid.uuid4)
+    data_write_guid: uuid.UUID = field(default_factory=uuid.uuid4)
 
 
 class Journal:
@@ -43,8 +52,10 @@ class Journal:
         self._offset = headers.current.log_offset
         if not self._length:
             raise UnsupportedFeature(file.path, "it has no log (LogLength is 0), so it can only be opened read-only")
+        self._entry_length_max = self._length // 2
         self._position = 0
         self._sequence_number = random.getrandbits(62) + 1
+        self._session = _Session()
         self._planned: tuple[int, int] | None = None
         self._beginning: asyncio.Task[None] | None = None
         self.has_begun = False
@@ -58,13 +69,17 @@ class Journal:
         await asyncio.shield(self._beginning)
 
     async def _begin(self) -> None:
-        log_guid = uuid.uuid4()
+        """The same again when it failed: a header that names the log's entry may have reached the disk."""
+        session = self._session
         size = align_down(self._file.size, 1 << 20)
-        entry = build_entry(self._sequence_number, 0, log_guid, (), size, size)
+        entry = build_entry(self._sequence_number, 0, session.log_guid, (), size, size)
         writes = (Write(self._file, offset, data) for offset, data in self._ring_writes(0, entry))
         await run(Plan((Stage(tuple(writes), (self._file,)),)))
         header = next_header(
-            self._headers.current, file_write_guid=uuid.uuid4(), data_write_guid=uuid.uuid4(), log_guid=log_guid
+            self._headers.current,
+            file_write_guid=session.file_write_guid,
+            data_write_guid=session.data_write_guid,
+            log_guid=session.log_guid,
         )
         self._headers = await write_header(self._file, self._headers, header)
         self._headers = await write_header(self._file, self._headers, next_header(header))
@@ -78,8 +93,8 @@ class Journal:
     @property
     def _pages_max(self) -> int:
         """Pages that an entry of half the log holds (V6): 1 MiB takes 126."""
-        count = self._length // 2 // LOG_SECTOR_SIZE
-        while entry_length(count, 0) > self._length // 2:
+        count = self._entry_length_max // LOG_SECTOR_SIZE
+        while entry_length(count, 0) > self._entry_length_max:
             count -= 1
         return count
 
@@ -88,7 +103,11 @@ class Journal:
 
         Args: pages: 4 KiB each. flushed_offset: the file's size, durable by then. last_offset: where its last structure
         ends.
+
+        Raises: OSError: the last plan failed and had several entries; where they go, its own may be all that there is.
         """
+        if self._planned is not None and self._planned[1] - self._sequence_number > 1:
+            raise OSError(errno.EIO, "some of several log entries were not written")
         position, number = self._position, self._sequence_number
         log_guid = self._headers.current.log_guid
         stages: list[Stage] = []
@@ -118,3 +137,4 @@ class Journal:
         self._headers = await write_header(self._file, self._headers, header)
         self._headers = await write_header(self._file, self._headers, next_header(header))
         self.has_begun = False
+        self._session = _Session()

@@ -94,6 +94,12 @@ def _parent(file: BlockFile, metadata: Metadata) -> Backing | None:
     references = tuple(
         Reference(file.path, "parent locator", name, locator.offset, is_writable=False) for name in candidates(locator)
     )
+    if not references:
+        raise CorruptImage(
+            file.path,
+            f"the parent locator's paths name no file, expected one at least (offset {locator.offset})",
+            locator.offset,
+        )
 
     def verify(parent: FormatDriver) -> None:
         if not isinstance(parent, VhdxDriver):

@@ -7,7 +7,9 @@ Space that earlier sessions left unused is not looked for: that would take readi
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 
 from nbdimg.errors import CorruptImage
 from nbdimg.image.driver import Miss
@@ -27,12 +29,14 @@ class Space:
     def __init__(self, file: BlockFile, structures: Sequence[tuple[int, int]]) -> None:
         self._file = file
         self._structures = tuple(structures)
-        self.end = align_up(file.size, MiB)
+        self.end = align_up(max([file.size, *(stop for _, stop in structures)]), MiB)
         """Behind the last structure or block that is in use."""
         self._grown = file.size
+        self._growth = GROWTH
         self._free: list[tuple[int, int]] = []
         self._freed: list[tuple[int, int]] = []
         self._leaving: list[tuple[int, int]] = []
+        self._growing = asyncio.Lock()
 
     @property
     def grown(self) -> int:
@@ -56,10 +60,11 @@ class Space:
 
     async def load(self, key: int) -> None:
         """Extend the file to hold `key` bytes and some more. Raises: OSError."""
-        if key > self._grown:
-            size = align_up(key, GROWTH)
-            await self._file.truncate(size)
-            self._grown = size
+        async with self._growing:
+            if key > self._grown:
+                size = align_up(key, self._growth)
+                await self._file.truncate(size)
+                self._grown = size
 
     def free(self, offset: int, length: int) -> None:
         """The space will be free once what gave it up is durable."""
@@ -71,12 +76,12 @@ class Space:
         self._freed = []
 
     async def reclaim(self) -> None:
-        """The captured plan is durable. What cannot be made to read as zeroes stays unused. Raises: OSError."""
+        """The captured plan is durable. What cannot be made to read as zeroes stays unused."""
         while self._leaving:
-            start, stop = self._leaving[-1]
-            if await self._file.punch(start, stop - start) or await self._file.zero(start, stop - start):
-                self._free.append((start, stop))
-            self._leaving.pop()
+            start, stop = self._leaving.pop()
+            with suppress(OSError):
+                if await self._file.punch(start, stop - start) or await self._file.zero(start, stop - start):
+                    self._free.append((start, stop))
 
     def check_target(self, offset: int, length: int) -> None:
         """Raises: CorruptImage: guest data must not be written there."""

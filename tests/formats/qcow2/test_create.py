@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdimg.errors import ConfigError, ImageLocked
+from nbdimg.formats import newfile
 from nbdimg.formats.qcow2 import create as create_module
 from nbdimg.formats.qcow2 import luks
 from nbdimg.formats.qcow2.create import create, data_file_path
@@ -630,6 +631,7 @@ class Disk:
             disk.enter("sync", os.readlink(f"/proc/self/fd/{descriptor}"))
 
         monkeypatch.setattr(create_module, "FileIO", LoggedFile)
+        monkeypatch.setattr(newfile, "FileIO", LoggedFile)
         monkeypatch.setattr(system, "fdatasync", fdatasync)
 
     def enter(self, call: str, name: str, offset: int = 0, data: bytes = b"") -> None:

@@ -1,0 +1,58 @@
+"""`nbdimg compact`: give the space back that an image no longer needs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nbdimg.cli.output import ProgressReport, print_json, progress, shown, sized
+from nbdimg.errors import UnsupportedFeature
+from nbdimg.formats import DRIVERS, check_format, probed_format
+from nbdimg.formats.vhdx.compact import Compacted
+from nbdimg.formats.vhdx.compact import compact as compact_vhdx
+from nbdimg.server.loop import run_loop
+from nbdimg.storage.locks import lock_image
+from nbdimg.storage.posix import PosixFile
+
+
+def compact(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="A vhdx image that no other program has open.")],
+    format: Annotated[
+        str | None, typer.Option(metavar="|".join(DRIVERS), help="The image's format (default: by its magic number).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Make a vhdx file smaller: blocks of zeroes are dropped, others moved together, the end cut off.
+
+    The disk is the same afterwards, and the image may still be a parent. It can be ended at any time.
+    """
+    check_format(format)
+    with progress() as report:
+        done = run_loop(_compacted(image, format, report))
+    if as_json:
+        print_json(
+            path=image,
+            format="vhdx",
+            file_size=done.size,
+            old_file_size=done.old_size,
+            dropped_blocks=done.dropped_count,
+            moved_blocks=done.moved_count,
+        )
+    else:
+        print(
+            f"{shown(image)}: {sized(done.size)}, before {sized(done.old_size)}; "
+            f"{done.dropped_count} blocks dropped, {done.moved_count} moved"
+        )
+
+
+async def _compacted(path: str, format: str | None, report: ProgressReport | None) -> Compacted:
+    file = PosixFile(path, writable=True)
+    try:
+        lock_image(file.descriptor, file.path, writable=True)
+        format = format or await probed_format(file)
+        if format != "vhdx":
+            raise UnsupportedFeature(file.path, f"it is a {format} image, expected vhdx")
+        return await compact_vhdx(file, progress=report)
+    finally:
+        await file.close()

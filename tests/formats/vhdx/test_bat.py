@@ -1,0 +1,416 @@
+"""Where blocks are: the table's geometry, its states in the three kinds of file, and the bits of sector bitmaps."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbdimg.errors import CorruptImage
+from nbdimg.formats import open_file
+from nbdimg.formats.options import OpenOptions
+from nbdimg.formats.vhdx.bat import Geometry, bit_run, fill_bits
+from nbdimg.image.driver import ExtentKind
+from nbdimg.image.gate import Reference
+from nbdimg.image.image import Image
+from nbdimg.storage.memory import MemoryFile
+from nbdimg.storage.posix import PosixFile
+from tests.formats.vhdx.craft import M
+from tests.support.vhdximages import (
+    BAT_OFFSET,
+    FULL,
+    IS_FIXED,
+    NOT_PRESENT,
+    PARTIAL,
+    UNDEFINED,
+    UNMAPPED,
+    ZERO,
+    Builder,
+)
+
+TiB = 1 << 40
+DATA = b"\x22" * M
+PARENT = b"\x11" * (8 * M)
+
+
+def geometry(size: int, block_size: int, sector_size: int = 512, *, has_parent: bool = False) -> Geometry:
+    return Geometry(size, block_size, sector_size, has_parent, is_fixed=False)
+
+
+# Geometry: literal values, worked out from [MS-VHDX] 2.5
+
+
+@pytest.mark.parametrize(
+    ("sector_size", "block_size", "ratio"),
+    [
+        (512, M, 4096),
+        (512, 2 * M, 2048),
+        (512, 8 * M, 512),
+        (512, 32 * M, 128),
+        (512, 256 * M, 16),
+        (4096, M, 32768),
+        (4096, 32 * M, 1024),
+        (4096, 256 * M, 128),
+    ],
+)
+def test_chunk_ratio_of_block_and_sector_size(sector_size: int, block_size: int, ratio: int) -> None:
+    assert geometry(TiB, block_size, sector_size).chunk_ratio == ratio
+
+
+@pytest.mark.parametrize(
+    ("size", "block_size", "sector_size", "entries", "entries_with_parent"),
+    [
+        (512, M, 512, 1, 4097),
+        (M, M, 512, 1, 4097),
+        (M + 512, M, 512, 2, 4097),
+        (4096 * M, M, 512, 4096, 4097),
+        (4097 * M, M, 512, 4098, 8194),
+        (4096 * M, 32 * M, 512, 128, 129),
+        (4097 * M, 32 * M, 512, 130, 258),
+        (TiB, 32 * M, 512, 32768 + 255, 256 * 129),
+        (TiB, 32 * M, 4096, 32768 + 31, 32 * 1025),
+        (64 * TiB, M, 512, (1 << 26) + 16383, 16384 * 4097),
+        (64 * TiB, 256 * M, 4096, 262144 + 2047, 2048 * 129),
+    ],
+)
+def test_entry_count_of_a_disk(
+    size: int, block_size: int, sector_size: int, entries: int, entries_with_parent: int
+) -> None:
+    assert geometry(size, block_size, sector_size).entry_count == entries
+    assert geometry(size, block_size, sector_size, has_parent=True).entry_count == entries_with_parent
+
+
+def test_indexes_of_blocks_and_bitmaps_are_interleaved() -> None:
+    found = geometry(TiB, 32 * M)
+    assert [found.payload_index(block) for block in (0, 127, 128, 255, 256, 300)] == [0, 127, 129, 256, 258, 302]
+    assert [found.bitmap_index(chunk) for chunk in (0, 1, 2)] == [128, 257, 386]
+
+
+def test_last_block_may_be_short() -> None:
+    assert [geometry(size, 2 * M).block_count for size in (512, 2 * M, 2 * M + 512, 5 * M)] == [1, 1, 2, 3]
+
+
+# Bits
+
+
+@given(st.binary(min_size=1, max_size=12), st.data())
+def test_bit_run_agrees_with_a_list_of_bits(content: bytes, data: st.DataObject) -> None:
+    bits = [content[index >> 3] >> (index & 7) & 1 for index in range(8 * len(content))]
+    first = data.draw(st.integers(0, len(bits) - 1))
+    count_max = data.draw(st.integers(1, len(bits) - first))
+    run = 0
+    while run < count_max and bits[first + run] == bits[first]:
+        run += 1
+    assert bit_run(array("B", content), first, count_max) == (bool(bits[first]), run)
+
+
+@given(st.binary(min_size=1, max_size=12), st.booleans(), st.data())
+def test_fill_bits_changes_its_bits_alone(content: bytes, value: bool, data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, 8 * len(content)))
+    stop = data.draw(st.integers(first, 8 * len(content)))
+    filled = array("B", content)
+    fill_bits(filled, first, stop, value)
+    for index in range(8 * len(content)):
+        expected = value if first <= index < stop else bool(content[index >> 3] >> (index & 7) & 1)
+        assert bool(filled[index >> 3] >> (index & 7) & 1) is expected, index
+
+
+def test_bits_are_counted_from_the_lowest_of_each_byte() -> None:
+    assert bit_run(array("B", b"\x0e\x00"), 1, 8) == (True, 3)
+    assert bit_run(array("B", b"\x00\x80"), 0, 16) == (False, 15)
+    bits = array("B", bytes(3))
+    fill_bits(bits, 6, 17, True)
+    assert bits.tobytes() == b"\xc0\xff\x01"
+
+
+# States
+
+
+class OneGate:
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    async def open(self, reference: Reference) -> MemoryFile:
+        return MemoryFile(self._content, "parent.vhdx", writable=False)
+
+
+def parent_of(guest: bytes, sector_size: int = 512) -> bytes:
+    builder = Builder(len(guest), sector_size=sector_size)
+    builder.add_guest(guest)
+    return bytes(builder.content)
+
+
+async def opened(content: bytes | bytearray, parent: bytes = b"", *, writable: bool = False) -> Image:
+    file = MemoryFile(content, "disk.vhdx", writable=writable)
+    return await open_file(file, "vhdx", OpenOptions(OneGate(parent), writable=writable))
+
+
+async def bytes_of(image: Image, offset: int, length: int) -> bytes:
+    view = memoryview(bytearray(b"\xaa" * length))
+    for segment in await image.read(offset, view):
+        if segment.is_hole:
+            start = segment.offset - offset
+            view[start : start + segment.length] = bytes(segment.length)
+    return bytes(view)
+
+
+def kind_of(kind: str) -> Builder:
+    match kind:
+        case "fixed":
+            return Builder(8 * M, flags=IS_FIXED)
+        case "child":
+            return Builder(8 * M, parent=".\\parent.vhdx")
+        case _:
+            return Builder(8 * M)
+
+
+@pytest.mark.parametrize(
+    ("state", "has_offset", "kind", "expected"),
+    [
+        (state, has_offset, kind, expected)
+        for kind in ("dynamic", "fixed", "child")
+        for state, has_offset, expected in (
+            (NOT_PRESENT, False, "parent" if kind == "child" else "zeroes"),
+            (NOT_PRESENT, True, "parent" if kind == "child" else "zeroes"),
+            (UNDEFINED, False, "zeroes"),
+            (UNDEFINED, True, "zeroes"),
+            (ZERO, False, "zeroes"),
+            (ZERO, True, "zeroes"),
+            (UNMAPPED, False, "zeroes"),
+            (UNMAPPED, True, "zeroes"),
+            (FULL, True, "data"),
+            (PARTIAL, True, "mixed" if kind == "child" else "data"),
+        )
+    ],
+)
+def test_block_reads_as_its_state_says(state: int, has_offset: bool, kind: str, expected: str) -> None:
+    builder = kind_of(kind)
+    if kind == "child" and state == PARTIAL:
+        builder.add_partial(2, DATA, ((1, 3), (2047, 2048)))
+    else:
+        offset = builder.append(DATA, M)
+        builder.set_block(2, (offset if has_offset else 0) | state)
+    below = PARENT[2 * M : 3 * M]
+    wanted = {
+        "parent": below,
+        "zeroes": bytes(M),
+        "data": DATA,
+        "mixed": below[:512] + DATA[:1024] + below[: M - 2048] + DATA[:512],
+    }[expected]
+
+    async def main() -> None:
+        image = await opened(builder.content, parent_of(PARENT))
+        assert await bytes_of(image, 2 * M, M) == wanted
+        beside = PARENT[:M] if kind == "child" else bytes(M)
+        assert await bytes_of(image, M, M) == beside
+        assert await bytes_of(image, 3 * M, M) == beside
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "child"])
+@pytest.mark.parametrize("reserved", [4, 5, 8 | FULL, 0x80000 | FULL, 8])
+def test_reserved_states_and_bits_are_refused_with_a_sentence(kind: str, reserved: int) -> None:
+    builder = kind_of(kind)
+    entry = builder.append(DATA, M) | reserved
+    builder.set_block(5, entry)
+
+    async def main() -> None:
+        image = await opened(builder.content, parent_of(PARENT))
+        assert len(await bytes_of(image, 4 * M, M)) == M
+        with pytest.raises(CorruptImage) as caught:
+            await bytes_of(image, 5 * M + 512, 512)
+        at = BAT_OFFSET + 8 * 5
+        assert str(caught.value) == (
+            f"disk.vhdx: BAT entry 5 is {entry:#018x}, expected state 0 to 3, 6 or 7 and the reserved bits 0 "
+            f"(offset {at})"
+        )
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("offset", [0, (1 << 48) + M, 1 << 63, (1 << 64) - M])
+def test_data_outside_of_what_a_file_has_is_refused(tmp_path: Path, offset: int) -> None:
+    """In a file of the system's: an offset from 2^63 on is none that a call would take."""
+    builder = Builder(8 * M)
+    builder.set_block(1, offset | FULL)
+    path = tmp_path / "disk.vhdx"
+    path.write_bytes(builder.content)
+
+    async def main() -> None:
+        file = PosixFile(path, writable=True)
+        image = await open_file(file, "vhdx", OpenOptions(OneGate(b""), writable=True))
+        with pytest.raises(
+            CorruptImage, match=r"BAT entry 1 is 0x[0-9a-f]{16}, expected an offset of 1 MiB to 256 TiB"
+        ):
+            await bytes_of(image, M, 512)
+        with pytest.raises(CorruptImage, match="BAT entry 1"):
+            await image.write(M, b"x")
+        await image.close()
+
+    asyncio.run(main())
+    assert path.read_bytes()[4 * M :] == builder.content[4 * M :]
+
+
+def test_partially_present_block_without_a_bitmap_is_refused() -> None:
+    builder = kind_of("child")
+    offset = builder.append(DATA, M)
+    builder.set_block(1, offset | PARTIAL)
+
+    async def main() -> None:
+        image = await opened(builder.content, parent_of(PARENT))
+        expected = f"BAT entry 1 is {offset | PARTIAL:#018x}, expected a sector bitmap for a partially present block"
+        with pytest.raises(CorruptImage, match=expected):
+            await bytes_of(image, M, 512)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("sector_size", [512, 4096])
+def test_bit_of_a_sector_lies_where_the_specification_says(sector_size: int) -> None:
+    """Block 3, sector 9: bit 3 x sectors of a block + 9 of its chunk's bitmap."""
+    sectors = M // sector_size
+    builder = Builder(8 * M, sector_size=sector_size, parent=".\\parent.vhdx")
+    bitmap = builder.append(b"", M)
+    builder.set_entry(builder.ratio, bitmap | FULL)
+    block = builder.append(DATA, M)
+    builder.set_block(3, block | PARTIAL)
+    bit = 3 * sectors + 9
+    assert (builder.ratio, bit) == ((4096, 6153) if sector_size == 512 else (32768, 777))
+    builder.content[bitmap + bit // 8] = 1 << bit % 8
+
+    async def main() -> None:
+        image = await opened(builder.content, parent_of(PARENT, sector_size))
+        content = await bytes_of(image, 3 * M, M)
+        assert content.count(b"\x22" * sector_size) == 1
+        assert content.index(0x22) == 9 * sector_size
+        extents = await image.map(3 * M, M, 10)
+        assert [(each.kind, each.length, each.depth) for each in extents] == [
+            (ExtentKind.DATA, 9 * sector_size, 2),
+            (ExtentKind.DATA, sector_size, 1),
+            (ExtentKind.DATA, M - 10 * sector_size, 2),
+        ]
+
+    asyncio.run(main())
+
+
+def test_block_behind_a_bitmap_entry_is_found(tmp_path: Path) -> None:
+    """256 MiB blocks: block 16 is the second chunk's first, with entry 17; the file is sparse."""
+    builder = Builder(17 * 256 * M, 256 * M, parent=".\\parent.vhdx")
+    assert builder.ratio == 16
+    bitmap = builder.append(b"", M)
+    builder.set_entry(33, bitmap | FULL)
+    builder.content[bitmap] = 0b10
+    builder.set_entry(17, len(builder.content) | PARTIAL)
+    builder.set_entry(16, (1 << 40) | 5)
+    path = tmp_path / "child.vhdx"
+    with path.open("wb") as file:
+        file.write(builder.content)
+        file.write(b"\x22" * 4096)
+        file.truncate(len(builder.content) + 256 * M)
+
+    async def main() -> None:
+        file = PosixFile(path, writable=False)
+        image = await open_file(file, "vhdx", OpenOptions(OneGate(parent_of(PARENT))))
+        assert await bytes_of(image, 16 * 256 * M, 2048) == bytes(512) + b"\x22" * 512 + bytes(1024)
+        await image.close()
+
+    asyncio.run(main())
+
+
+# What must not be written to
+
+
+CHANGES: dict[str, Callable[[Image, int], Awaitable[None]]] = {
+    "write": lambda image, offset: image.write(offset, b"x" * 512),
+    "trim": lambda image, offset: image.trim(M, M),
+    "zero": lambda image, offset: image.zero(M, M, may_unmap=True, is_fast_only=False),
+}
+
+
+@pytest.mark.parametrize("target", [M, 2 * M, 3 * M])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("state", [FULL, PARTIAL])
+def test_block_inside_a_structure_is_not_written_trimmed_or_zeroed(target: int, change: str, state: int) -> None:
+    """B1."""
+    builder = kind_of("child" if state == PARTIAL else "dynamic")
+    if state == PARTIAL:
+        builder.add_partial(1, DATA, ((0, 4),))
+    builder.set_block(1, target | state)
+
+    async def main() -> None:
+        image = await opened(builder.content, parent_of(PARENT), writable=True)
+        for offset in (M, M + 4096):
+            with pytest.raises(
+                CorruptImage, match=f"a block lies at offset {target}.*, expected it outside the struct"
+            ):
+                await CHANGES[change](image, offset)
+        await image.close()
+        file = image.driver.file
+        assert isinstance(file, MemoryFile)
+        for start in (M, 2 * M, 3 * M):
+            same = slice(start + (4096 if start == M else 0), start + M)
+            assert file.content[same] == builder.content[same]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("target", [M, 2 * M, 3 * M, 40 * M])
+def test_sector_bitmap_inside_a_structure_or_behind_the_file_is_not_written(target: int) -> None:
+    builder = kind_of("child")
+    builder.set_entry(4096, target | FULL)
+
+    async def main() -> None:
+        image = await opened(builder.content, parent_of(PARENT), writable=True)
+        with pytest.raises(CorruptImage, match=f"a block lies at offset {target}, expected it"):
+            await image.write(0, b"x" * 512)
+        await image.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("state", [NOT_PRESENT, UNDEFINED, ZERO, UNMAPPED])
+@pytest.mark.parametrize("kind", ["dynamic", "child"])
+def test_what_a_block_without_data_points_to_is_left_alone(state: int, kind: str) -> None:
+    """It may be garbage, or another block's by now: only a check of all entries could tell."""
+    builder = kind_of(kind)
+    victim = builder.add_full(0, DATA)
+    for block, target in ((1, victim), (2, 2 * M)):
+        builder.set_block(block, target | state)
+
+    async def main() -> None:
+        image = await opened(builder.content, parent_of(PARENT), writable=True)
+        for _ in range(3):
+            await image.write(M, b"x" * (2 * M))
+            await image.flush()
+            await image.trim(3 * M, 5 * M)
+            await image.flush()
+        await image.close()
+        file = image.driver.file
+        assert isinstance(file, MemoryFile)
+        assert file.content[2 * M : 3 * M] == builder.content[2 * M : 3 * M]
+        again = await opened(file.content, parent_of(PARENT))
+        assert await bytes_of(again, 0, 4 * M) == DATA + b"x" * (2 * M) + bytes(M)
+
+    asyncio.run(main())
+
+
+def test_refused_trim_leaves_the_block_as_it_was() -> None:
+    builder = Builder(4 * M)
+    builder.set_block(0, (2 * M) | FULL)
+
+    async def main() -> None:
+        image = await opened(builder.content, writable=True)
+        before = await bytes_of(image, 0, M)
+        with pytest.raises(CorruptImage):
+            await image.trim(0, M)
+        await image.flush()
+        assert await bytes_of(image, 0, M) == before
+        await image.close()
+
+    asyncio.run(main())

@@ -1,0 +1,73 @@
+"""A server that runs from a configuration file, and what it says about reloading it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.support.rss import wait_until
+from tests.support.server import START_TIMEOUT_S, ServerProcess
+
+RELOAD_LIMIT_S = 20.0
+
+
+class ConfiguredServer(ServerProcess):
+    """`nbdimg serve --config FILE` in FILE's directory, ready when the constructor returns.
+
+    `text` is the file's content, with a Unix socket `s` beside it as the listener unless it has its own.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        text: str,
+        *,
+        file: Path | None = None,
+        options: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.file = file or directory / "nbdimg.toml"
+        self.socket_path = str(directory / "s")
+        self._reload_count = 0
+        if file is None:
+            self.write(text)
+        argv = [sys.executable, "-m", "nbdimg", "serve", f"--config={self.file}", *options]
+        super().__init__(argv, env)
+        if not wait_until(lambda: not self.is_running() or os.path.exists(self.socket_path), START_TIMEOUT_S):
+            self.kill()
+        if not self.is_running():
+            raise RuntimeError(f"the server ended with {self.process.returncode}: {self.stderr()}")
+
+    def write(self, text: str) -> None:
+        """Exchange the file, as editors and deployment tools do."""
+        listen = "" if "listen =" in text else f'listen = ["nbd+unix:///?socket={self.socket_path}"]\n'
+        new = self.file.with_suffix(".new")
+        new.write_text(listen + text)
+        new.replace(self.file)
+
+    def reload(self, text: str) -> str:
+        """Exchange the file, send SIGHUP, and wait; returns what the server says."""
+        self.write(text)
+        return self.hang_up()
+
+    def hang_up(self) -> str:
+        self.process.send_signal(signal.SIGHUP)
+        return self.wait_reloaded()
+
+    def wait_reloaded(self) -> str:
+        """What the server says about the next reload."""
+        self._reload_count += 1
+        assert wait_until(lambda: len(self.reloads()) >= self._reload_count, RELOAD_LIMIT_S), self.stderr()
+        return self.reloads()[self._reload_count - 1]
+
+    def reloads(self) -> list[str]:
+        lines = self.stderr().splitlines(keepends=True)
+        return [line.strip() for line in lines if line.endswith("\n") and ("reloaded: " in line)]
+
+
+def export(name: str, path: str | os.PathLike[str], *more: str) -> str:
+    """A raw export, as text of a configuration."""
+    return "\n".join(["[[exports]]", f'name = "{name}"', f'path = "{path}"', 'format = "raw"', *more, ""])
