@@ -2,18 +2,112 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from dataclasses import dataclass, field
+from typing import Literal
 
+from nbdimg.errors import ConfigError, escaped
 from nbdimg.limits import Limits
 from nbdimg.uri import DEFAULT_PORT, NbdUri
 
 DEFAULT_LISTENER = NbdUri(host="127.0.0.1", port=DEFAULT_PORT)
+
+IDENTITY_KINDS = ("dns", "uri", "email", "cn", "spki-sha256", "psk")
+"""What an identity may begin with, before its colon."""
+
+UNIX_ID_MAX = 2**32 - 2
+"""The largest uid or gid; the one above it means "none"."""
+
+
+@dataclass(frozen=True, slots=True)
+class AccessRule:
+    """Who may open an export. A rule matches a client that meets every condition given; of the values of one condition,
+    one is enough. A rule without conditions matches everybody.
+
+    `identities` are whole names, compared exactly (DNS names without regard to case); there are no wildcards:
+
+        dns:NAME, uri:URI, email:ADDRESS    a subject alternative name of the client's verified certificate
+        cn:NAME                             the common name in its subject
+        spki-sha256:HEX                     SHA-256 of its public key (DER SubjectPublicKeyInfo): survives renewal
+        psk:NAME                            the name of a pre-shared key
+
+    `networks`: source addresses as ADDRESS or ADDRESS/BITS; a Unix client has none. `uids`, `gids`: effective user and
+    primary group of a client at a Unix socket.
+
+    Raises: ConfigError: a value that is not of these forms.
+    """
+
+    identities: tuple[str, ...] = ()
+    networks: tuple[str, ...] = ()
+    uids: tuple[int, ...] = ()
+    gids: tuple[int, ...] = ()
+    is_read_only: bool = False
+
+    def __post_init__(self) -> None:
+        for identity in self.identities:
+            _check_identity(identity)
+        for network in self.networks:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as error:
+                raise ConfigError(f"network {escaped(network)}: {error}; expected ADDRESS or ADDRESS/BITS") from None
+        for name, values in (("uid", self.uids), ("gid", self.gids)):
+            for value in values:
+                if not 0 <= value <= UNIX_ID_MAX:
+                    raise ConfigError(f"{name} is {value}, expected 0 to {UNIX_ID_MAX}")
+
+
+def _check_identity(identity: str) -> None:
+    kind, colon, value = identity.partition(":")
+    if kind not in IDENTITY_KINDS or not colon or not value:
+        raise ConfigError(f"identity {escaped(identity)}: expected KIND:VALUE with KIND {', '.join(IDENTITY_KINDS)}")
+    if "*" in value and kind == "dns":
+        raise ConfigError(f"identity {escaped(identity)}: names are compared whole, a wildcard matches nothing")
+    if kind == "spki-sha256" and not re.fullmatch("[0-9a-f]{64}", value):
+        raise ConfigError(f"identity {escaped(identity)}: expected 64 lower-case hexadecimal digits")
+
+
+@dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """TLS for all listeners, from PEM files: `certificate_path` is the server's chain, its own certificate first.
+
+    `key_path` None: the key is in the certificate's file. With `client_ca_path` every client must show a certificate
+    that this authority issued for client authentication, and `crl_path` (needs it) refuses revoked ones. `psk_path`:
+    pre-shared keys, lines of NAME:HEX; then a certificate may be left out. `mode` is that of `nbd:` listeners; `nbds:`
+    listeners always require TLS. In mode "selective" exports with `is_tls_only` need TLS, others do not.
+
+    Raises: ConfigError: files that do not go together.
+    """
+
+    certificate_path: str | None = None
+    key_path: str | None = None
+    client_ca_path: str | None = None
+    crl_path: str | None = None
+    psk_path: str | None = None
+    mode: Literal["off", "required", "selective"] = "required"
+    min_version: Literal["1.2", "1.3"] = "1.3"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("off", "required", "selective"):
+            raise ConfigError(f"the TLS mode is {escaped(self.mode)}, expected off, required or selective")
+        if self.min_version not in ("1.2", "1.3"):
+            raise ConfigError(f"the lowest TLS version is {escaped(self.min_version)}, expected 1.2 or 1.3")
+        if self.certificate_path is None:
+            if self.psk_path is None:
+                raise ConfigError("TLS needs a certificate file or a file of pre-shared keys")
+            if self.key_path is not None or self.client_ca_path is not None:
+                raise ConfigError("a TLS key file or client CA file needs a certificate file beside it")
+        if self.crl_path is not None and self.client_ca_path is None:
+            raise ConfigError("a revocation list needs the client CA file that issued it")
 
 
 @dataclass(frozen=True, slots=True)
 class ExportConfig:
     """One image. `format` None means: by its magic. `block_size_min` in bytes. `key_path`: a file that holds the
     passphrase of an encrypted image. `roots`: directories besides the image's own in which what it refers to may lie.
+    `access`: the rules of which one must match a client; without rules all who connect may open it; a client
+    may write when a rule that matches it is not read-only. `is_tls_only` counts in the TLS mode "selective" alone.
     """
 
     path: str
@@ -24,6 +118,8 @@ class ExportConfig:
     block_size_min: int = 1
     key_path: str | None = None
     roots: tuple[str, ...] = ()
+    access: tuple[AccessRule, ...] = ()
+    is_tls_only: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,3 +129,4 @@ class ServerConfig:
     limits: Limits = field(default_factory=Limits)
     allows_plaintext: bool = False
     """Whether an address that other machines reach may be listened on without TLS."""
+    tls: TlsConfig | None = None

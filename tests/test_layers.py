@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "formats": {"image", "storage", *LEAVES},
     "export": {"wire", "image", *LEAVES},
     "config": {*LEAVES},
+    "configfile": {"config", "export", "formats", "wire", *LEAVES},
     "server": {"export", "wire", "image", "formats", "config", *LEAVES},
-    "cli": {"", "server", "export", "wire", "image", "formats", "storage", "config", *LEAVES},
+    "cli": {"", "server", "export", "wire", "image", "formats", "storage", "config", "configfile", *LEAVES},
     "__main__": {"cli"},
     "": {"server", "formats", "config", *LEAVES},
 }

@@ -20,6 +20,8 @@ import typer
 from nbdimg import __version__
 from nbdimg.cli.bitmap import bitmap
 from nbdimg.cli.check import check
+from nbdimg.cli.compact import compact
+from nbdimg.cli.config import config
 from nbdimg.cli.create import create
 from nbdimg.cli.info import info
 from nbdimg.cli.map import map_
@@ -51,11 +53,13 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(create)
 app.command(context_settings={"ignore_unknown_options": True})(resize)  # -1M is a size
+app.command()(compact)
 app.command()(info)
 app.command("map")(map_)
 app.command()(check)
 app.add_typer(snapshot)
 app.add_typer(bitmap)
+app.add_typer(config)
 
 
 def _print_version(is_asked: bool) -> None:

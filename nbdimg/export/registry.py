@@ -1,12 +1,25 @@
-"""The exports of a server by name: what a handshake looks up."""
+"""The exports of a server by name, and what of them one client sees: what a handshake looks up."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from nbdimg.errors import ConfigError
+from nbdimg.export.access import Client, Right, Rule, right_of
 from nbdimg.export.export import Export
+from nbdimg.wire.constants import TransmissionFlag
 from nbdimg.wire.handshake import ExportInfo
+
+_CHANGE_FLAGS = TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On what terms an export is given out. Without rules everybody who connects may open it."""
+
+    rules: tuple[Rule, ...] = ()
+    is_tls_only: bool = False
 
 
 class Registry:
@@ -17,32 +30,78 @@ class Registry:
     def __init__(self) -> None:
         self.is_shutting_down = False
         self._exports: dict[str, Export] = {}
+        self._terms: dict[str, Terms] = {}
 
     def __iter__(self) -> Iterator[Export]:
         return iter(list(self._exports.values()))
 
-    def add(self, export: Export) -> None:
+    def add(self, export: Export, terms: Terms | None = None) -> None:
         """Raises: ConfigError: the name is taken."""
         if export.name in self._exports:
             raise ConfigError(f"two exports are named {export.name!r}; name one of them NAME=IMAGE")
         self._exports[export.name] = export
+        self._terms[export.name] = terms or Terms()
 
     def remove(self, name: str) -> Export:
         """Take an export out of sight; its connections go on. Raises: KeyError."""
+        self._terms.pop(name)
         return self._exports.pop(name)
 
-    def lookup(self, name: str) -> Export | None:
-        """The export that `name` or an alias means."""
-        if name in self._exports:
-            return self._exports[name]
+    def lookup(self, name: str, is_visible: Callable[[Export], bool] = lambda _: True) -> Export | None:
+        """The export that `name` or an alias means among those that are visible."""
+        exact = self._exports.get(name)
+        if exact is not None and is_visible(exact):
+            return exact
         if name == "":
-            images = [export for export in self._exports.values() if not export.is_snapshot]
+            images = [export for export in self if not export.is_snapshot and is_visible(export)]
             return images[0] if len(images) == 1 else None
-        return self._exports.get(name.removeprefix("/"))
+        alias = self._exports.get(name.removeprefix("/"))
+        return alias if alias is not None and is_visible(alias) else None
+
+    def terms(self, name: str) -> Terms:
+        """Raises: KeyError."""
+        return self._terms[name]
+
+    def set_terms(self, name: str, terms: Terms) -> None:
+        """For handshakes from now on; what is connected stays. Raises: KeyError."""
+        self._terms[self._exports[name].name] = terms
+
+
+class View:
+    """The directory that one client sees. `client` is replaced when TLS has told who it is.
+
+    Args: on_refused: called with an export that was asked for and is hidden from the client.
+    """
+
+    __slots__ = ("_on_refused", "_registry", "client", "is_shutting_down")
+
+    def __init__(self, registry: Registry, client: Client, on_refused: Callable[[Export], None]) -> None:
+        self.client = client
+        self.is_shutting_down = registry.is_shutting_down
+        self._registry = registry
+        self._on_refused = on_refused
 
     def find(self, name: str) -> ExportInfo | None:
-        export = self.lookup(name)
-        return export.info if export else None
+        """None for an export that is not there, and likewise for one that the client has no right to."""
+        export = self._registry.lookup(name, lambda export: self._right(export) is not Right.NONE)
+        if export is not None:
+            return self._info(export)
+        hidden = self._registry.lookup(name)
+        if hidden is not None:
+            self._on_refused(hidden)
+        return None
 
     def listed(self) -> Sequence[ExportInfo]:
-        return [export.info for export in self._exports.values()]
+        return [self._info(export) for export in self._registry if self._right(export) is not Right.NONE]
+
+    def _right(self, export: Export) -> Right:
+        return right_of(self.client, self._registry.terms(export.name).rules)
+
+    def _info(self, export: Export) -> ExportInfo:
+        """The export as this client sees it."""
+        info = export.info
+        is_tls_only = self._registry.terms(export.name).is_tls_only
+        if self._right(export) is Right.READ:
+            flags = (info.flags & ~_CHANGE_FLAGS) | TransmissionFlag.READ_ONLY
+            return replace(info, flags=flags, is_tls_only=is_tls_only)
+        return replace(info, is_tls_only=is_tls_only)

@@ -1,9 +1,12 @@
 """One client: its socket, its handshake, its deadlines, its end.
 
+     ┌─▶ TLS ──┐
+     │         ▼
     HANDSHAKE ──GO──▶ TRANSMISSION ──DISC, end of input──▶ FINISHING ──all answered──▶ closed
         │                  │                                   │
         └── ProtocolError, deadline, broken socket ────────────┴─────────────────────▶ closed at once
 
+At STARTTLS the socket and the outbox are exchanged for those of TLS; nothing else differs.
 Deadlines are looked at by the server's sweep (`check_deadlines`), not by a timer for each event.
 """
 
@@ -12,19 +15,25 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from nbdimg.errors import ProtocolError, escaped
-from nbdimg.server.outbox import Outbox
+from nbdimg.export.access import Client
+from nbdimg.export.export import Export
+from nbdimg.export.registry import View
+from nbdimg.server.outbox import Outbox, TlsOutbox
 from nbdimg.server.shared import Shared
+from nbdimg.server.tls import TlsSocket
 from nbdimg.server.transmission import Transmission
 from nbdimg.units import KiB
-from nbdimg.wire.handshake import Handshake, State
+from nbdimg.wire.constants import TransmissionFlag
+from nbdimg.wire.handshake import ExportInfo, Handshake, State, TlsMode
 
 logger = logging.getLogger("nbdimg")
 
-HANDSHAKE_RECEIVE_SIZE = 16 * KiB
-"""Bytes taken at once during the handshake."""
+HANDSHAKE_RECEIVE_SIZE = 64 * KiB
+"""Bytes taken at once during the handshake; under TLS room for two records at least."""
 
 DRAIN_QUIET_S = 0.25
 """While the server drains, a connection with nothing in flight is closed after this much silence."""
@@ -39,19 +48,37 @@ class Watch(NamedTuple):
 
 
 class Connection:
-    """Owns `sock`, which is non-blocking and already accepted. `peer` names the client in messages."""
+    """Owns `sock`, which is non-blocking and already accepted. `peer` names the client in messages, `client` is what
+    is known of it before it says anything. `mode` is the listener's.
+    """
 
-    def __init__(self, sock: socket.socket, peer: str, shared: Shared, on_closed: Callable[[Connection], None]) -> None:
-        self._sock = sock
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: str,
+        client: Client,
+        mode: TlsMode,
+        shared: Shared,
+        on_closed: Callable[[Connection], None],
+    ) -> None:
+        self._plain_sock = sock
+        self._sock: socket.socket | TlsSocket = sock
         self.descriptor = sock.fileno()
         self._peer = peer
         self._shared = shared
+        self._limits = shared.limits
         self._on_closed = on_closed
+        self._view = View(shared.registry, client, self._on_refused)
+        self._mode = mode
+        self._tls: TlsSocket | None = None
+        self._is_encrypted = False
         self.outbox = Outbox(sock, shared, self._on_room, self._on_broken)
         self._handshake: Handshake | None = Handshake(
-            shared.registry, options_max=shared.limits.options, option_bytes_max=shared.limits.option_bytes
+            self._view, mode, options_max=self._limits.options, option_bytes_max=self._limits.option_bytes
         )
         self._transmission: Transmission | None = None
+        self.export: Export | None = None
+        self._granted: ExportInfo | None = None
         self._is_closed = False
         self._is_reading = False
         self._is_finishing = False
@@ -90,6 +117,8 @@ class Connection:
         try:
             if self._transmission is not None:
                 self._receive_requests(self._transmission)
+            elif self._tls is not None and not self._is_encrypted:
+                self._advance_tls(self._tls)
             else:
                 self._receive_options()
         except (BlockingIOError, InterruptedError):
@@ -128,11 +157,39 @@ class Connection:
         self.outbox.put_or_queue(handshake.receive(options))
         if handshake.state is State.DONE:
             self._begin_transmission(handshake)
+        elif handshake.state is State.TLS:
+            self._begin_tls()
         elif handshake.state is State.CLOSED:
-            self.finish_input()
-            self.close_if_done()
-        elif self.outbox.pending_bytes >= self._shared.limits.output_bytes:
+            self._end_of_input()
+        elif self.outbox.pending_bytes >= self._limits.output_bytes:
             self.pause()
+
+    def _begin_tls(self) -> None:
+        """Once STARTTLS is answered, which goes out in clear, and before the client's next byte."""
+        if self.outbox.pending_bytes:
+            self.pause()
+            return
+        if self._shared.tls is None:
+            self.protocol_error(ProtocolError("STARTTLS, and TLS was switched off meanwhile"))
+            return
+        self._tls = self._shared.tls.wrap(self._plain_sock)
+        self._sock = self._tls
+        self.outbox = TlsOutbox(self._tls, self._shared, self._on_room, self._on_broken)
+
+    def _advance_tls(self, tls: TlsSocket) -> None:
+        handshake = self._handshake
+        assert handshake is not None
+        try:
+            identities = tls.advance()
+        finally:
+            self.outbox.send_pending()
+        if identities is None or self._is_closed:
+            return
+        self._is_encrypted = True
+        self._view.client = replace(self._view.client, identities=identities)
+        handshake.tls_started()
+        if tls.has_input():
+            self._receive_options()
 
     def _begin_transmission(self, handshake: Handshake) -> None:
         session = handshake.session
@@ -141,6 +198,8 @@ class Connection:
         if export is None:
             raise ProtocolError(f"export {escaped(session.export.name)} was removed during the handshake")
         self._handshake = None
+        self.export = export
+        self._granted = session.export
         self._transmission = Transmission(self, self._shared, session, export, handshake.leftover)
         self._transmission.is_draining = self._is_draining
         if handshake.leftover:
@@ -148,6 +207,8 @@ class Connection:
 
     def _end_of_input(self) -> None:
         """The client has closed its side; it may still read: all that it asked is answered (rule 16)."""
+        if self._handshake is not None and self._mode is TlsMode.REQUIRED and self._tls is None:
+            self._say(logging.WARNING, "left without TLS, which is required here")
         self.finish_input()
         self.close_if_done()
 
@@ -167,6 +228,8 @@ class Connection:
         if self._transmission is not None:
             self._transmission.on_room()
         else:
+            if self._handshake is not None and self._handshake.state is State.TLS and self._tls is None:
+                self._begin_tls()
             self.unpause()
         self.close_if_done()
 
@@ -179,12 +242,25 @@ class Connection:
         self._say(logging.WARNING, str(error))
         self.close()
 
+    def _on_refused(self, export: Export) -> None:
+        """A hidden export was asked for, which the client was told is not there."""
+        self._say(logging.WARNING, f"may not open export {escaped(export.name)}")
+
     def _say(self, level: int, message: str) -> None:
         self._shared.log.say(level, f"{self._peer}: {message}")
 
+    def is_welcome(self) -> bool:
+        """Whether a handshake now would give the client what it has; access rules change."""
+        if self._granted is None:
+            return True
+        offered = self._view.find(self._granted.name)
+        if offered is None or (offered.flags & ~self._granted.flags & TransmissionFlag.READ_ONLY):
+            return False
+        return self._is_encrypted or not (offered.is_tls_only and self._mode is TlsMode.SELECTIVE)
+
     def begin_drain(self) -> None:
         """The server stops: requests that come from now on are refused, those in flight are answered."""
-        self._is_draining = True
+        self._is_draining = self._view.is_shutting_down = True
         if self._transmission is None:
             self.close()
         else:
@@ -192,7 +268,7 @@ class Connection:
 
     def check_deadlines(self, now: float) -> None:
         """Close the connection if its client has let a deadline pass. Called every so often."""
-        limits = self._shared.limits
+        limits = self._limits
         transmission = self._transmission
         if transmission is None:
             if now - self._started_s >= limits.handshake_timeout_s:

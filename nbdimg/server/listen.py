@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import logging
 import os
 import socket
 import stat
-import sys
+from struct import Struct
 
 from nbdimg.errors import ConfigError, ListenError
+from nbdimg.export.access import Client
 from nbdimg.uri import NbdUri
 
 BACKLOG = 1024
@@ -23,24 +25,40 @@ KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 60, 10, 6
 USER_TIMEOUT_MS = 120_000
 """A peer that has vanished is noticed in two minutes, not in the kernel's two hours."""
 
+logger = logging.getLogger("nbdimg")
+
+_PEER_CREDENTIALS = Struct("=iII")
+"""Linux's struct ucred: pid, uid, gid."""
+
 _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
 
 
+def address_of(uri: NbdUri) -> tuple[str, int]:
+    """Where `uri` listens, whatever it demands there: two listeners cannot have the same."""
+    return (uri.socket, -1) if uri.socket is not None else (uri.host or "", uri.port)
+
+
 def check_exposure(uri: NbdUri, *, is_allowed: bool) -> None:
-    """Raises: ConfigError: the address is reachable from other machines, in plain text, without leave."""
-    if uri.socket is not None or is_allowed:
+    """For a listener in plain text. With leave, that it is reachable is logged.
+
+    Raises: ConfigError: the address is reachable from other machines, without leave.
+    """
+    if uri.socket is not None:
         return
     host = uri.host or ""
     try:
         is_loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
         is_loopback = host == "localhost"
-    if not is_loopback:
+    if is_loopback:
+        return
+    if not is_allowed:
         raise ConfigError(
             f"{uri} is reachable from other machines and NBD without TLS is plain text: "
-            "listen on 127.0.0.1, ::1 or a Unix socket, or allow it with --insecure-plaintext"
+            "use TLS, listen on 127.0.0.1, ::1 or a Unix socket, or allow it with --insecure-plaintext"
         )
+    logger.warning("%s: in plain text, anybody on the way can read and change what is transferred", uri)
 
 
 def listen(uri: NbdUri) -> tuple[list[socket.socket], NbdUri]:
@@ -124,11 +142,13 @@ def prepare(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
 
 
-def peer_name(sock: socket.socket, address: object) -> str:
-    """The client in log lines: its address, or a Unix client's process."""
+def peer_of(sock: socket.socket, address: object) -> tuple[str, Client]:
+    """The client in log lines (its address, or a Unix client's process), and in access rules."""
     if sock.family == socket.AF_UNIX:
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        pid = int.from_bytes(credentials[:4], sys.byteorder)
-        return f"unix pid {pid}"
+        pid, uid, gid = _PEER_CREDENTIALS.unpack(
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+        )
+        return f"unix pid {pid}", Client(uid=uid, gid=gid)
     assert isinstance(address, tuple)
-    return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
+    name = f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
+    return name, Client(address=ipaddress.ip_address(address[0]))

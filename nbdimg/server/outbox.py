@@ -7,19 +7,30 @@ all that became ready in the same turn of the loop. Bytes leave in the order in 
 
 from __future__ import annotations
 
-import socket
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
+from typing import Any, Protocol
 
 from nbdimg.limits import ARENA_SIZE
 from nbdimg.server.shared import Shared
+from nbdimg.server.tls import TlsSocket
 
 PARTS_MAX = 256
 """Parts in one sendmsg; the kernel takes 1024."""
 
 Part = bytes | memoryview
 Sent = Callable[[], None]
+
+
+class Sink(Protocol):
+    """Where bytes leave: a socket, or TLS over one."""
+
+    def fileno(self) -> int: ...
+
+    def send(self, data: memoryview, /) -> int: ...
+
+    def sendmsg(self, buffers: Any, /) -> int: ...
 
 
 class Outbox:
@@ -42,7 +53,7 @@ class Outbox:
     )
 
     def __init__(
-        self, sock: socket.socket, shared: Shared, on_room: Callable[[], None], on_error: Callable[[OSError], None]
+        self, sock: Sink, shared: Shared, on_room: Callable[[], None], on_error: Callable[[OSError], None]
     ) -> None:
         self._sock = sock
         self._shared = shared
@@ -144,6 +155,9 @@ class Outbox:
         if self._pending:
             self._wait()
             return
+        self._all_left()
+
+    def _all_left(self) -> None:
         if self._is_waiting:
             self._is_waiting = False
             self.stalled_since_s = None
@@ -181,3 +195,65 @@ class Outbox:
         for _, on_sent in waiting:
             if on_sent is not None:
                 on_sent()
+
+
+class TlsOutbox(Outbox):
+    """The same under TLS, where bytes that were taken may still wait as ciphertext: they count as pending."""
+
+    __slots__ = ("_backlog_size", "_tls")
+
+    def __init__(
+        self, tls: TlsSocket, shared: Shared, on_room: Callable[[], None], on_error: Callable[[OSError], None]
+    ) -> None:
+        super().__init__(tls, shared, on_room, on_error)
+        self._tls = tls
+        self._backlog_size = 0
+
+    def send_turn(self) -> None:
+        fill, self.fill = self.fill, 0
+        if not fill or self.is_broken:
+            return
+        view = self._arena_view[:fill]
+        taken = 0
+        if not self._pending:
+            try:
+                while taken < fill:
+                    taken += self._tls.send(view[taken:])
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                self._broken(error)
+                return
+        if taken < fill:
+            self._keep(bytes(view[taken:]), None)
+        self._count_backlog()
+        if self.pending_bytes:
+            self._wait()
+
+    def send_pending(self) -> None:
+        self._is_scheduled = False
+        left = self._shared.limits.turn_bytes
+        sent_before = self._tls.sent_bytes
+        try:
+            while self._pending and left > 0 and not self.is_broken:
+                taken = self._tls.sendmsg([part for part, _ in islice(self._pending, PARTS_MAX)])
+                left -= taken
+                self._drop(taken)
+            self._tls.flush()
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._broken(error)
+            return
+        self._count_backlog()
+        if self._is_waiting and self._tls.sent_bytes > sent_before:
+            self.stalled_since_s = self._shared.loop.time()
+        if self.pending_bytes:
+            self._wait()
+            return
+        self._all_left()
+
+    def _count_backlog(self) -> None:
+        size = self._tls.backlog_size
+        self.pending_bytes += size - self._backlog_size
+        self._backlog_size = size

@@ -12,16 +12,19 @@ import logging
 import os
 import select
 import socket
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 from nbdimg.errors import NbdimgError
+from nbdimg.export.export import Export
 from nbdimg.export.registry import Registry
 from nbdimg.limits import Limits
 from nbdimg.server.connection import Connection
-from nbdimg.server.listen import listen, peer_name, prepare
+from nbdimg.server.listen import listen, peer_of, prepare
 from nbdimg.server.shared import Shared
+from nbdimg.server.tls import Tls
 from nbdimg.uri import NbdUri
+from nbdimg.wire.handshake import TlsMode
 
 logger = logging.getLogger("nbdimg")
 
@@ -35,6 +38,22 @@ SWEEPS_PER_TIMEOUT = 20
 """Deadlines are looked at this often within the shortest of them: 5 % late at most."""
 
 SWEEP_INTERVAL_MAX_S = 0.25
+
+
+class _Listener(NamedTuple):
+    """What `uri` asked for. `path` and `inode`: the Unix socket's file that was made for it."""
+
+    uri: NbdUri
+    sockets: list[socket.socket]
+    path: str | None = None
+    inode: int = 0
+
+
+class _Departure(NamedTuple):
+    """Connections that must go before exports are closed; `is_over` when they are gone or shall wait no longer."""
+
+    connections: set[Connection]
+    is_over: asyncio.Event
 
 
 def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -56,24 +75,66 @@ class Server:
         self._hangups = select.poll()
         self._is_empty = asyncio.Event()
         self._is_empty.set()
-        self._listeners: list[socket.socket] = []
-        self._paths: list[tuple[str, int]] = []
-        shortest_s = min(self._limits.handshake_timeout_s, self._limits.request_timeout_s, self._limits.stall_timeout_s)
-        self._sweep_interval_s = min(shortest_s / SWEEPS_PER_TIMEOUT, SWEEP_INTERVAL_MAX_S)
+        self._listeners: list[_Listener] = []
+        self._departures: list[_Departure] = []
+        self._is_hasty = False
+        self._sweep_interval_s = _sweep_interval(self._limits)
         self._sweeper = self._loop.call_later(self._sweep_interval_s, self._sweep)
         self._loop.set_exception_handler(_report)
 
     def listen(self, uri: NbdUri) -> NbdUri:
         """Accept connections at `uri` from now on. Returns it with the real port. Raises: ListenError."""
         sockets, actual = listen(uri)
-        for sock in sockets:
-            self._listeners.append(sock)
-            self._loop.add_reader(sock.fileno(), self._accept, sock)
-        if uri.socket is not None:
-            self._paths.append((uri.socket, os.stat(uri.socket).st_ino))
+        inode = 0 if uri.socket is None else os.stat(uri.socket).st_ino
+        self._start_accepting(_Listener(uri, sockets, uri.socket, inode))
         return actual
 
-    def _accept(self, listener: socket.socket) -> None:
+    def adopt(self, sock: socket.socket, uri: NbdUri) -> None:
+        """Accept connections at a socket that listens already, and whose file, if it has one, is another's."""
+        self._start_accepting(_Listener(uri, [sock]))
+
+    def is_listening(self, uri: NbdUri) -> bool:
+        """Whether `listen` was given it."""
+        return any(each.uri == uri for each in self._listeners)
+
+    def unlisten(self, uri: NbdUri) -> None:
+        """Accept no more at what `listen` was given; its connections go on."""
+        (listener,) = [each for each in self._listeners if each.uri == uri][:1]
+        self._listeners.remove(listener)
+        self._stop_accepting(listener)
+
+    def _start_accepting(self, listener: _Listener) -> None:
+        self._listeners.append(listener)
+        for sock in listener.sockets:
+            self._loop.add_reader(sock.fileno(), self._accept, sock, listener.uri.is_tls)
+
+    def _stop_accepting(self, listener: _Listener) -> None:
+        for sock in listener.sockets:
+            self._loop.remove_reader(sock.fileno())
+            sock.close()
+        if listener.path is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(listener.path).st_ino == listener.inode:
+                    os.unlink(listener.path)
+
+    def set_limits(self, limits: Limits) -> None:
+        """For connections from now on, and for all of them together."""
+        self._limits = limits
+        self._shared.limits = limits
+        self._shared.pool.limit = limits.total_bytes
+        self._sweep_interval_s = min(self._sweep_interval_s, _sweep_interval(limits))
+
+    def set_tls(self, tls: Tls | None) -> None:
+        """For connections from now on; those that are up keep what they began with."""
+        self._shared.tls = tls
+
+    def _tls_mode(self, is_tls: bool) -> TlsMode:
+        """That of a listener with scheme nbds (`is_tls`), which stays closed without credentials, or nbd."""
+        if is_tls:
+            return TlsMode.REQUIRED
+        return TlsMode.OFF if self._shared.tls is None else self._shared.tls.mode
+
+    def _accept(self, listener: socket.socket, is_tls: bool) -> None:
         for _ in range(ACCEPTS_PER_TURN):
             try:
                 sock, address = listener.accept()
@@ -82,18 +143,18 @@ class Server:
             except OSError as error:
                 self._shared.log.say(logging.ERROR, f"cannot accept a connection: {error.strerror}")
                 self._loop.remove_reader(listener.fileno())
-                self._loop.call_later(ACCEPT_PAUSE_S, self._accept_again, listener)
+                self._loop.call_later(ACCEPT_PAUSE_S, self._accept_again, listener, is_tls)
                 return
-            self._adopt(sock, address)
+            self._adopt(sock, address, is_tls)
 
-    def _accept_again(self, listener: socket.socket) -> None:
+    def _accept_again(self, listener: socket.socket, is_tls: bool) -> None:
         if listener.fileno() >= 0:
-            self._loop.add_reader(listener.fileno(), self._accept, listener)
+            self._loop.add_reader(listener.fileno(), self._accept, listener, is_tls)
 
-    def _adopt(self, sock: socket.socket, address: object) -> None:
+    def _adopt(self, sock: socket.socket, address: object, is_tls: bool) -> None:
         try:
             prepare(sock)
-            peer = peer_name(sock, address)
+            peer, client = peer_of(sock, address)
         except OSError:
             sock.close()
             return
@@ -103,7 +164,7 @@ class Server:
             )
             sock.close()
             return
-        connection = Connection(sock, peer, self._shared, self._forget)
+        connection = Connection(sock, peer, client, self._tls_mode(is_tls), self._shared, self._forget)
         self._connections[connection.descriptor] = connection
         self._hangups.register(connection.descriptor, 0)
         self._is_empty.clear()
@@ -112,6 +173,10 @@ class Server:
     def _forget(self, connection: Connection) -> None:
         del self._connections[connection.descriptor]
         self._hangups.unregister(connection.descriptor)
+        for departure in self._departures:
+            departure.connections.discard(connection)
+            if not departure.connections:
+                departure.is_over.set()
         if not self._connections:
             self._is_empty.set()
 
@@ -140,17 +205,46 @@ class Server:
             await asyncio.wait_for(self._is_empty.wait(), self._limits.drain_timeout_s)
 
     def _close_listeners(self) -> None:
-        for sock in self._listeners:
-            self._loop.remove_reader(sock.fileno())
-            sock.close()
+        for listener in self._listeners:
+            self._stop_accepting(listener)
         self._listeners.clear()
-        for path, inode in self._paths:
-            try:
-                if os.stat(path).st_ino == inode:
-                    os.unlink(path)
-            except FileNotFoundError:
-                pass
-        self._paths.clear()
+
+    async def retire(self, exports: Collection[Export]) -> Sequence[NbdimgError | OSError]:
+        """Close exports that the registry no longer has: their clients go in peace within `drain_timeout_s`.
+
+        Returns what went wrong with images; they are closed all the same.
+        """
+        await self._dismiss([each for each in self._connections.values() if each.export in exports])
+        # Whoever runs now may work for a connection that is gone; what starts later cannot be of these exports.
+        if tasks := set(self._shared.tasks):
+            await asyncio.wait(tasks)
+        return await _close_all(exports)
+
+    async def dismiss_unwelcome(self) -> None:
+        """Make those go, likewise, to whom a handshake would no longer give what they have."""
+        await self._dismiss([each for each in self._connections.values() if not each.is_welcome()])
+
+    async def _dismiss(self, leaving: Collection[Connection]) -> None:
+        if self._is_hasty:
+            for connection in leaving:
+                connection.close()
+        if not leaving or self._is_hasty:
+            return
+        departure = _Departure(set(leaving), asyncio.Event())
+        self._departures.append(departure)
+        for connection in leaving:
+            connection.begin_drain()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(departure.is_over.wait(), self._limits.drain_timeout_s)
+        self._departures.remove(departure)
+        for connection in list(departure.connections):
+            connection.close()
+
+    def hasten(self) -> None:
+        """Give clients of retired exports no more time, now and later."""
+        self._is_hasty = True
+        for departure in self._departures:
+            departure.is_over.set()
 
     async def close(self) -> Sequence[NbdimgError | OSError]:
         """Cut what is connected, wait for requests that run, flush and close the images.
@@ -163,10 +257,19 @@ class Server:
         self._sweeper.cancel()
         while self._shared.tasks:
             await asyncio.wait(self._shared.tasks)
-        failures: list[NbdimgError | OSError] = []
-        for export in self._registry:
-            try:
-                await export.close()
-            except (NbdimgError, OSError) as error:
-                failures.append(error)
-        return failures
+        return await _close_all(list(self._registry))
+
+
+def _sweep_interval(limits: Limits) -> float:
+    shortest_s = min(limits.handshake_timeout_s, limits.request_timeout_s, limits.stall_timeout_s)
+    return min(shortest_s / SWEEPS_PER_TIMEOUT, SWEEP_INTERVAL_MAX_S)
+
+
+async def _close_all(exports: Collection[Export]) -> Sequence[NbdimgError | OSError]:
+    failures: list[NbdimgError | OSError] = []
+    for export in exports:
+        try:
+            await export.close()
+        except (NbdimgError, OSError) as error:
+            failures.append(error)
+    return failures

@@ -12,6 +12,7 @@ from nbdimg.limits import ARENA_SIZE, RECEIVE_SIZE, Limits
 from nbdimg.server.buffers import BufferPool
 from nbdimg.server.log import LimitedLog
 from nbdimg.server.spin import Spinner
+from nbdimg.server.tls import Tls
 
 
 class Shared:
@@ -21,6 +22,7 @@ class Shared:
         self.loop = loop
         self.registry = registry
         self.limits = limits
+        self.tls: Tls | None = None
         self.log = LimitedLog()
         self.spinner = Spinner(loop)
         self.scratch = memoryview(bytearray(RECEIVE_SIZE))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from nbdimg.errors import ConfigError
+from nbdimg.export.access import Client
 from nbdimg.export.export import Export
-from nbdimg.export.registry import Registry
+from nbdimg.export.registry import Registry, View
 from nbdimg.formats.raw import RawDriver
 from nbdimg.image.image import Image
 from nbdimg.storage.memory import MemoryFile
@@ -23,6 +24,11 @@ def registry(*names: str) -> Registry:
     return made
 
 
+def view(exports: Registry) -> View:
+    """What a client sees that no rule names."""
+    return View(exports, Client(), lambda export: None)
+
+
 def test_lookup_by_name_and_with_a_slash() -> None:
     exports = registry("a", "b")
     for name in ("a", "/a"):
@@ -35,22 +41,22 @@ def test_lookup_by_name_and_with_a_slash() -> None:
 def test_lookup_of_another_name_finds_nothing(name: str) -> None:
     exports = registry("a", "b")
     assert exports.lookup(name) is None
-    assert exports.find(name) is None
+    assert view(exports).find(name) is None
 
 
 def test_single_export_answers_to_the_empty_name() -> None:
     exports = registry("a")
-    found = exports.find("")
+    found = view(exports).find("")
     assert found is not None
     assert found.name == "a"
     exports.add(export("b"))
-    assert exports.find("") is None
+    assert view(exports).find("") is None
 
 
 def test_empty_registry_answers_to_nothing() -> None:
     assert Registry().lookup("") is None
     assert Registry().lookup("/") is None
-    assert list(Registry().listed()) == []
+    assert list(view(Registry()).listed()) == []
 
 
 def test_name_with_a_slash_of_its_own_wins_over_the_alias() -> None:
@@ -79,7 +85,7 @@ def test_remove_takes_the_export_out_and_frees_its_name() -> None:
     removed = exports.remove("a")
     assert removed.name == "a"
     assert exports.lookup("a") is None
-    assert [info.name for info in exports.listed()] == ["b"]
+    assert [info.name for info in view(exports).listed()] == ["b"]
     exports.add(export("a"))
     with pytest.raises(KeyError):
         exports.remove("c")
@@ -87,7 +93,7 @@ def test_remove_takes_the_export_out_and_frees_its_name() -> None:
 
 def test_listed_keeps_the_order_of_adding_and_iteration_survives_a_removal() -> None:
     exports = registry("b", "a", "c")
-    assert [info.name for info in exports.listed()] == ["b", "a", "c"]
+    assert [info.name for info in view(exports).listed()] == ["b", "a", "c"]
     for found in exports:
         exports.remove(found.name)
     assert list(exports) == []

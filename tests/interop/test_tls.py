@@ -7,6 +7,7 @@ another host name, which must all fail.
 from __future__ import annotations
 
 import random
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,8 +135,9 @@ def test_qemu_with_tls_1_2_is_served_where_that_is_allowed_and_refused_elsewhere
     only_1_2 = ",priority=NORMAL:-VERS-ALL:+VERS-TLS1.2"
     assert run("qemu-img", "info", *qemu_options(server, "source", site.client, only_1_2)).returncode != 0
     received = tmp_path / "received.raw"
+    copied = shutil.copy(site.source, tmp_path / "copied.raw")
     options = site.options("--tls-min-version=1.2", "--read-only")
-    with NbdimgServer(f"source={site.source}", options=options, listen=["nbds://127.0.0.1:0"]) as older:
+    with NbdimgServer(f"source={copied}", options=options, listen=["nbds://127.0.0.1:0"]) as older:
         arguments = qemu_options(older, "source", site.client, only_1_2)
         checked("qemu-img", "convert", *arguments, "-O", "raw", str(received))
     checked("cmp", str(received), str(site.source))

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tests.support.rawclient import try_connect
 from tests.support.rss import wait_until
 from tests.support.server import START_TIMEOUT_S, ServerProcess
 
@@ -36,7 +37,7 @@ class ConfiguredServer(ServerProcess):
             self.write(text)
         argv = [sys.executable, "-m", "nbdimg", "serve", f"--config={self.file}", *options]
         super().__init__(argv, env)
-        if not wait_until(lambda: not self.is_running() or os.path.exists(self.socket_path), START_TIMEOUT_S):
+        if not wait_until(lambda: not self.is_running() or answers(self.socket_path), START_TIMEOUT_S):
             self.kill()
         if not self.is_running():
             raise RuntimeError(f"the server ended with {self.process.returncode}: {self.stderr()}")
@@ -66,6 +67,14 @@ class ConfiguredServer(ServerProcess):
     def reloads(self) -> list[str]:
         lines = self.stderr().splitlines(keepends=True)
         return [line.strip() for line in lines if line.endswith("\n") and ("reloaded: " in line)]
+
+
+def answers(path: str) -> bool:
+    """Whether somebody listens at a Unix socket; its file is there a moment earlier."""
+    client = try_connect(path)
+    if client is not None:
+        client.close()
+    return client is not None
 
 
 def export(name: str, path: str | os.PathLike[str], *more: str) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from nbdimg.errors import ImageError
-from nbdimg.formats import findings, references
+from nbdimg.formats import findings
+from nbdimg.formats.qcow2 import references
 from nbdimg.formats.qcow2.check import CheckReport, Survey, check
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.storage.file import BlockFile

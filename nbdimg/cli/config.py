@@ -1,0 +1,63 @@
+"""`nbdimg config`: look at a configuration file without serving it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from nbdimg.cli.output import print_json, shown
+from nbdimg.config import ServerConfig
+from nbdimg.configfile import ConfigFileError, FileConfig, load_config
+from nbdimg.errors import ConfigError
+from nbdimg.server.service import check_config
+
+EXIT_USAGE = 2
+
+config = typer.Typer(name="config", help="Configuration files.", no_args_is_help=True)
+
+
+@config.callback()
+def _config() -> None:
+    """Configuration files."""
+
+
+@config.command()
+def check(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A configuration for nbdimg serve --config.")],
+    as_json: Annotated[bool, typer.Option("--json", help="The result, or all problems, as JSON.")] = False,
+) -> int:
+    """Say all that is wrong with a configuration, as the environment changes it. Opens no image.
+
+    The exit status is 0 when it can be served, 2 otherwise.
+    """
+    try:
+        loaded = load_config(file)
+        check_config(loaded.server)
+    except ConfigError as error:
+        problems = error.problems if isinstance(error, ConfigFileError) else (f"{file}: {error}",)
+        if as_json:
+            print_json(path=file, problems=problems)
+        else:
+            for problem in problems:
+                print(f"nbdimg: {problem}", file=sys.stderr)
+        return EXIT_USAGE
+    if as_json:
+        print_json(path=file, problems=(), config=_described(loaded))
+    else:
+        print(f"{shown(file)}: {_summary(loaded.server)}")
+    return 0
+
+
+def _summary(server: ServerConfig) -> str:
+    listeners = ", ".join(shown(str(uri)) for uri in server.listeners)
+    return f"{len(server.exports)} exports at {listeners}"
+
+
+def _described(loaded: FileConfig) -> dict[str, Any]:
+    """What would be served, in the words of the program's own settings; times in seconds, sizes in bytes."""
+    described = dataclasses.asdict(loaded.server)
+    described["listeners"] = [str(uri) for uri in loaded.server.listeners]
+    return {**described, "reload": loaded.reload}

@@ -1,0 +1,149 @@
+"""The configuration file: TOML, environment and command line become one `ServerConfig`, checked in one pass.
+
+    defaults  <  file  <  environment  <  command line
+
+A problem names the file, the line, the key's path, the value and what is allowed; all of a file are found at once. The
+dataclasses of `config.py` are mapped by hand and not by a validation library: that knows no lines, echoes values (here
+one may be a secret), and takes longer to import than the rest of the program.
+
+Secrets stand in files of their own. A key that looks like one, and a file name that looks like the secret itself, are
+refused without being shown.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nbdimg.config import DEFAULT_LISTENER, ExportConfig, ServerConfig, TlsConfig
+from nbdimg.configfile.environment import from_environment
+from nbdimg.configfile.limits import limit_contradictions
+from nbdimg.configfile.lines import key_lines
+from nbdimg.configfile.mapping import RELOADS, mapped
+from nbdimg.configfile.reader import Reader
+from nbdimg.errors import ConfigError
+from nbdimg.uri import NbdUri
+
+__all__ = ["ConfigFileError", "FileConfig", "Overrides", "config_without_file", "load_config"]
+
+FILE_SIZE_MAX = 16 << 20
+"""Bytes of a configuration file; more is some other file."""
+
+
+class ConfigFileError(ConfigError):
+    """What is wrong with a configuration; `problems` holds one sentence for each, the message the first."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        more = f" (and {len(problems) - 1} more: nbdimg config check FILE)" if len(problems) > 1 else ""
+        super().__init__(problems[0] + more)
+        self.problems = tuple(problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Overrides:
+    """What the command line says; None: nothing. `limits` by the names of `Limits`."""
+
+    listeners: tuple[NbdUri, ...] | None = None
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    allows_plaintext: bool | None = None
+    tls: TlsConfig | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileConfig:
+    """A configuration and when to read it again, one of RELOADS."""
+
+    server: ServerConfig
+    reload: str = RELOADS[0]
+
+
+def load_config(
+    path: str | os.PathLike[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    overrides: Overrides | None = None,
+    default_listeners: tuple[NbdUri, ...] = (DEFAULT_LISTENER,),
+) -> FileConfig:
+    """Read a file. Relative names in it are meant from its own directory.
+
+    Args:
+        environment: None: the process's.
+        default_listeners: where nothing says otherwise.
+
+    Raises: ConfigFileError: it cannot be read, is no TOML, or has a key or value that is not allowed.
+    """
+    name = os.fspath(path)
+    text = _read(name)
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigFileError([_syntax_problem(name, text, error)]) from None
+    reader = Reader(name, content, key_lines(text))
+    config = FileConfig(*mapped(reader))
+    return _finished(reader.problems(), config, environment, overrides, default_listeners)
+
+
+def config_without_file(
+    exports: tuple[ExportConfig, ...],
+    *,
+    environment: Mapping[str, str] | None = None,
+    overrides: Overrides | None = None,
+    default_listeners: tuple[NbdUri, ...] = (DEFAULT_LISTENER,),
+) -> ServerConfig:
+    """The configuration of exports that the command line names. Raises: ConfigFileError: the environment is wrong."""
+    config = FileConfig(ServerConfig(exports, listeners=()))
+    return _finished([], config, environment, overrides, default_listeners).server
+
+
+def _finished(
+    problems: list[str],
+    config: FileConfig,
+    environment: Mapping[str, str] | None,
+    overrides: Overrides | None,
+    default_listeners: tuple[NbdUri, ...],
+) -> FileConfig:
+    """Environment and command line over `config`, whose listeners are empty when it names none."""
+    found = from_environment(os.environ if environment is None else environment, problems)
+    given = overrides or Overrides()
+    server = config.server
+    limits = {**found.limits, **given.limits}
+    if limits:
+        server = replace(server, limits=replace(server.limits, **limits))
+    listeners = given.listeners or found.listeners or server.listeners or default_listeners
+    allows_plaintext = next(
+        (each for each in (given.allows_plaintext, found.allows_plaintext) if each is not None), server.allows_plaintext
+    )
+    server = replace(server, listeners=listeners, allows_plaintext=allows_plaintext, tls=given.tls or server.tls)
+    problems += limit_contradictions(server.limits)
+    if problems:
+        raise ConfigFileError(problems)
+    return FileConfig(server, found.reload or config.reload)
+
+
+def _read(name: str) -> str:
+    try:
+        with open(name, "rb") as file:
+            content = file.read(FILE_SIZE_MAX + 1)
+    except OSError as error:
+        raise ConfigFileError([f"{name}: {error.strerror}"]) from None
+    if len(content) > FILE_SIZE_MAX:
+        raise ConfigFileError([f"{name}: more than {FILE_SIZE_MAX} bytes are no configuration"])
+    try:
+        return content.decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigFileError([f"{name}:{line}: byte {content[error.start]:#04x} is not UTF-8"]) from None
+
+
+def _syntax_problem(name: str, text: str, error: tomllib.TOMLDecodeError) -> str:
+    match = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", str(error), re.DOTALL)
+    if match is None:
+        return f"{name}: not TOML: {error}"
+    what = {"Cannot overwrite a value": "this key is given twice"}.get(match[1], match[1])
+    if match[2] is None:
+        return f"{name}:{text.count(chr(10)) + 1}: not TOML: {what} at the end of the file"
+    return f"{name}:{match[2]}: not TOML: {what} (column {match[3]})"

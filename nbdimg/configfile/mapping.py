@@ -1,0 +1,161 @@
+"""From tables to the dataclasses of `config.py`, with what contradicts itself across keys."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+from nbdimg.config import AccessRule, ExportConfig, ServerConfig, TlsConfig
+from nbdimg.configfile.limits import LIMIT_NAMES, LIMITS
+from nbdimg.configfile.reader import Reader, Table
+from nbdimg.configfile.values import (
+    Parse,
+    block_size,
+    boolean,
+    count,
+    export_name,
+    list_of,
+    listener_uri,
+    one_of,
+    path_in,
+    string,
+    wire_string,
+)
+from nbdimg.errors import ConfigError, escaped
+from nbdimg.export.export import default_name
+from nbdimg.formats import DRIVERS
+from nbdimg.limits import Limits
+from nbdimg.uri import NbdUri
+
+RELOADS = ("signal", "watch")
+"""When a file is read again: at SIGHUP alone, or also when it has changed."""
+
+TOP_KEYS = ("listen", "insecure_plaintext", "reload", "limits", "tls", "exports")
+TLS_KEYS = ("certificate_file", "key_file", "client_ca_file", "crl_file", "psk_file", "mode", "min_version")
+EXPORT_KEYS = (
+    *("name", "path", "format", "read_only", "description", "min_block_size", "key_file", "allow_references"),
+    *("tls", "access"),
+)
+ACCESS_KEYS = ("identities", "networks", "uids", "gids", "read_only")
+
+
+def mapped(reader: Reader) -> tuple[ServerConfig, str]:
+    """The configuration, without listeners when the file names none, and one of RELOADS. Problems are in `reader`."""
+    top = reader.table((), reader.content, TOP_KEYS)
+    tls = _tls(top.table("tls", TLS_KEYS)) if "tls" in top else None
+    listeners: tuple[NbdUri, ...] = top.get("listen", list_of(_listener_in(reader.directory)), ())
+    for uri in listeners:
+        if uri.is_tls and tls is None and "tls" not in top:
+            top.report(f"{uri} needs TLS, expected a table [tls] with a certificate_file or psk_file", "listen")
+        if listeners.count(uri) > 1:
+            top.report(f"{uri} is given twice", "listen")
+            break
+    config = ServerConfig(
+        exports=_exports(top, reader.directory, tls),
+        listeners=listeners,
+        limits=_limits(top.table("limits", tuple(LIMITS))),
+        allows_plaintext=top.get("insecure_plaintext", boolean, False),
+        tls=tls,
+    )
+    return config, top.get("reload", one_of(*RELOADS), RELOADS[0])
+
+
+def _listener_in(directory: str) -> Parse[NbdUri]:
+    def parse(value: object) -> NbdUri:
+        uri = listener_uri(value)
+        return uri if uri.socket is None else replace(uri, socket=os.path.join(directory, uri.socket))
+
+    return parse
+
+
+def _limits(table: Table) -> Limits:
+    defaults = Limits()
+    values = {name: table.get(key, LIMITS[key], getattr(defaults, name)) for key, name in LIMIT_NAMES.items()}
+    return Limits(**values)
+
+
+def _tls(table: Table) -> TlsConfig | None:
+    values: dict[str, Any] = {
+        "mode": table.get("mode", one_of("off", "required", "selective"), "required"),
+        "min_version": table.get("min_version", one_of("1.2", "1.3"), "1.3"),
+        "certificate_path": table.path("certificate_file"),
+        "key_path": table.path("key_file"),
+        "client_ca_path": table.path("client_ca_file"),
+        "crl_path": table.path("crl_file"),
+        "psk_path": table.path("psk_file"),
+    }
+    try:
+        return TlsConfig(**values)
+    except ConfigError as error:
+        table.report(str(error))
+        return None
+
+
+def _exports(top: Table, directory: str, tls: TlsConfig | None) -> tuple[ExportConfig, ...]:
+    """Each with a name. Names and writers are compared here, where lines are known."""
+    exports: list[ExportConfig] = []
+    lines: list[int] = []
+    for table in top.tables("exports", EXPORT_KEYS):
+        export = _export(table, directory)
+        if export is None:
+            continue
+        for earlier, line in zip(exports, lines, strict=True):
+            if earlier.name == export.name:
+                table.report(f"the name {escaped(export.name or '')} is taken by the export in line {line}", "name")
+            if earlier.path == export.path and not (earlier.is_read_only and export.is_read_only):
+                table.report(
+                    f"{escaped(export.path)} is exported in line {line} already, expected read_only = true in both",
+                    "path",
+                )
+        if "tls" in table and (tls.mode != "selective" if tls else "tls" not in top):
+            table.report('this has a meaning only with tls.mode = "selective"', "tls")
+        exports.append(export)
+        lines.append(table.line())
+    return tuple(exports)
+
+
+def _export(table: Table, directory: str) -> ExportConfig | None:
+    path = table.path("path")
+    if path is None:
+        if "path" not in table:
+            table.report("path is missing, expected the name of an image")
+        return None
+    return ExportConfig(
+        path=path,
+        name=table.get("name", export_name, default_name(path, ())),
+        format=table.get("format", one_of(*DRIVERS), None),
+        is_read_only=table.get("read_only", boolean, False),
+        description=table.get("description", wire_string, ""),
+        block_size_min=table.get("min_block_size", block_size, 1),
+        key_path=table.path("key_file"),
+        roots=table.get("allow_references", list_of(path_in(directory)), ()),
+        access=tuple(_access(each) for each in table.tables("access", ACCESS_KEYS)),
+        is_tls_only=table.get("tls", boolean, True),
+    )
+
+
+def _access(table: Table) -> AccessRule:
+    """One key at a time, so that a value which the rule refuses is reported at its key."""
+    rule = AccessRule()
+    conditions: tuple[tuple[str, Parse[Any]], ...] = (
+        ("identities", string),
+        ("networks", string),
+        ("uids", count(0)),
+        ("gids", count(0)),
+    )
+    for key, each in conditions:
+        rule = table.get(key, _condition(rule, key, list_of(each)), rule)
+    return replace(rule, is_read_only=table.get("read_only", boolean, False))
+
+
+def _condition(rule: AccessRule, key: str, parse: Parse[tuple[Any, ...]]) -> Parse[AccessRule]:
+    """`rule` with one condition more."""
+
+    def condition(value: object) -> AccessRule:
+        if not (values := parse(value)):
+            raise ConfigError("an empty list matches nobody, leave the key out to match everybody")
+        more: dict[str, Any] = {key: values}
+        return replace(rule, **more)
+
+    return condition

@@ -1,0 +1,365 @@
+"""A changed configuration, applied to a running server.
+
+load ──▶ difference ──▶ prepare: open images and sockets ──▶ commit, in one turn ──▶ settle: drain, close, reopen
+          │                        │
+          └── ConfigError          └── ImageError, ListenError         what was prepared is closed again,
+                                                                       and the server is as it was
+
+(R1) Up to the commit nothing that a client can see changes; the commit itself cannot fail.
+(R2) Exports, listeners and connections that the difference does not name are not touched.
+(R3) An image that an export which leaves holds is tried without its lock while preparing, and opened when it has
+     been given back. Should that fail, the old export is opened again: only its clients have noticed.
+(R4) One reload at a time; what is asked for meanwhile follows once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+from nbdimg.config import ExportConfig, ServerConfig
+from nbdimg.errors import ConfigError, ListenError, NbdimgError
+from nbdimg.export.export import Export
+from nbdimg.limits import Limits
+from nbdimg.server.listen import address_of
+from nbdimg.server.service import Service, check_config, close_exports, named, open_exports, with_names
+from nbdimg.server.systemd import Notifier
+from nbdimg.server.terms import check_listener
+from nbdimg.server.tls import Tls
+from nbdimg.uri import NbdUri
+
+WATCH_INTERVAL_S = 2.0
+"""How often a watched file is looked at; the standard library has no inotify, and one stat costs a microsecond."""
+
+IN_PLACE = frozenset({"description", "access", "is_tls_only"})
+"""Fields of ExportConfig that change while the image stays open."""
+
+Stamp = tuple[str, int, int, int, int]
+
+logger = logging.getLogger("nbdimg")
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What leads from one configuration to another. Pairs are (old, new)."""
+
+    added: tuple[ExportConfig, ...] = ()
+    removed: tuple[ExportConfig, ...] = ()
+    reopened: tuple[tuple[ExportConfig, ExportConfig], ...] = ()
+    adjusted: tuple[tuple[ExportConfig, ExportConfig], ...] = ()
+    listeners_added: tuple[NbdUri, ...] = ()
+    listeners_removed: tuple[NbdUri, ...] = ()
+    has_new_limits: bool = False
+    has_new_tls: bool = False
+
+    def __bool__(self) -> bool:
+        return self != Difference()
+
+    def __str__(self) -> str:
+        counts = (
+            (len(self.added), "exports added"),
+            (len(self.removed), "removed"),
+            (len(self.reopened), "reopened"),
+            (len(self.adjusted), "adjusted"),
+            (len(self.listeners_added), "listeners added"),
+            (len(self.listeners_removed), "listeners removed"),
+        )
+        parts = [f"{count} {what}" for count, what in counts if count]
+        parts += ["new limits"] * self.has_new_limits + ["new TLS settings"] * self.has_new_tls
+        return ", ".join(parts) or "nothing changed"
+
+
+def difference(old: ServerConfig, new: ServerConfig) -> Difference:
+    """Both with names. Exports are the same by name, listeners by all that they are."""
+    before = {named(each): each for each in old.exports}
+    after = {named(each): each for each in new.exports}
+    changed = [(before[name], after[name]) for name in before if name in after and before[name] != after[name]]
+    return Difference(
+        added=tuple(each for name, each in after.items() if name not in before),
+        removed=tuple(each for name, each in before.items() if name not in after),
+        reopened=tuple(pair for pair in changed if not _is_in_place(*pair)),
+        adjusted=tuple(pair for pair in changed if _is_in_place(*pair)),
+        listeners_added=tuple(each for each in new.listeners if each not in old.listeners),
+        listeners_removed=tuple(each for each in old.listeners if each not in new.listeners),
+        has_new_limits=old.limits != new.limits,
+        has_new_tls=old.tls != new.tls,
+    )
+
+
+def _is_in_place(old: ExportConfig, new: ExportConfig) -> bool:
+    return {each.name for each in fields(old) if getattr(old, each.name) != getattr(new, each.name)} <= IN_PLACE
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """What is open and not yet to be seen: `ready` now, `later` when the images that leave have been given back."""
+
+    ready: list[tuple[ExportConfig, list[Export]]]
+    later: list[ExportConfig]
+
+
+class Reloader:
+    """Applies what `load` returns to a running service.
+
+    Args:
+        load: reads the configuration in `path`, and whether to watch it; runs in a thread.
+            Raises: NbdimgError, OSError.
+        seen: the file's stamp before the service's configuration was read. TLS files are watched likewise.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        load: Callable[[], tuple[ServerConfig, bool]],
+        notifier: Notifier,
+        path: str,
+        *,
+        is_watching: bool = False,
+        seen: Stamp | None = None,
+        watch_interval_s: float = WATCH_INTERVAL_S,
+    ) -> None:
+        self._service = service
+        self._load = load
+        self._notifier = notifier
+        self._path = path
+        self._is_watching = is_watching
+        self._seen = {path: seen, **_stamps(_tls_files(service.config))}
+        self._watch_interval_s = watch_interval_s
+        self._is_wanted = asyncio.Event()
+        self._is_closing = False
+        self._worker = asyncio.create_task(self._serve_requests())
+        self._watcher = asyncio.create_task(self._watch())
+
+    def request(self) -> None:
+        """Reload soon. May be called from a signal's callback."""
+        self._is_wanted.set()
+
+    async def close(self) -> None:
+        """Begin no further reload, and see one that is under way to its end, without waiting for clients that leave."""
+        self._is_closing = True
+        self._is_wanted.set()
+        self._service.server.hasten()
+        self._watcher.cancel()
+        await asyncio.wait((self._worker, self._watcher))
+
+    async def _serve_requests(self) -> None:
+        while True:
+            await self._is_wanted.wait()
+            if self._is_closing or self._service.registry.is_shutting_down:
+                return
+            self._is_wanted.clear()
+            try:
+                await self.reload()
+            except Exception as error:
+                logger.error("internal error while reloading: %r", error)
+                logger.debug("the failure's traceback", exc_info=error)
+
+    async def _watch(self) -> None:
+        """A file that is away for a moment is not a change; what takes its place is."""
+        while True:
+            await asyncio.sleep(self._watch_interval_s)
+            if self._is_watching:
+                seen = self._seen
+                now = await asyncio.to_thread(_stamps, list(seen))
+                if self._seen is seen and any(now[path] not in (None, seen[path]) for path in seen):
+                    self._seen = {path: now[path] or seen[path] for path in seen}
+                    self.request()
+
+    async def reload(self) -> bool:
+        """Load and apply. False: the configuration was refused, which the log and the service manager were told."""
+        self._notifier.reloading()
+        try:
+            seen = await asyncio.to_thread(stamp, self._path)
+            config, is_watching = await asyncio.to_thread(self._load)
+            self._seen = {self._path: seen, **await asyncio.to_thread(_stamps, _tls_files(config))}
+            found = await self.apply(with_names(config))
+        except (NbdimgError, OSError) as error:
+            reason = str(error) if isinstance(error, NbdimgError) else f"{error.filename}: {error.strerror}"
+            logger.error("nothing was reloaded: %s", reason)
+            self._tell(f"the last reload was refused: {reason}")
+            return False
+        self._is_watching = is_watching
+        logger.info("reloaded: %s", found)
+        self._tell(status(self._service))
+        return True
+
+    def _tell(self, text: str) -> None:
+        """Ready again; not when the server has begun to stop meanwhile, and has said so."""
+        if not self._service.registry.is_shutting_down:
+            self._notifier.ready(text)
+
+    async def apply(self, new: ServerConfig) -> Difference:
+        """TLS files are read again whether `new` differs or not: certificates are renewed in place.
+
+        Raises: ConfigError, ImageError, ListenError, OSError: `new` cannot be; nothing has changed.
+        """
+        service = self._service
+        check_config(new)
+        for uri in service.inherited:
+            check_listener(uri, new)
+        tls = None if new.tls is None else Tls(new.tls)
+        found = difference(service.config, new)
+        prepared = await self._prepare(found, new.limits)
+        try:
+            if service.registry.is_shutting_down:
+                raise ConfigError("the server stops")
+            self._open_listeners(found)
+        except (ConfigError, ListenError):
+            await _discard(prepared)
+            raise
+        leaving = self._commit(found, prepared, new)
+        service.server.set_tls(tls)
+        await self._settle(found, prepared, leaving, new.limits)
+        return found
+
+    async def _prepare(self, found: Difference, limits: Limits) -> _Prepared:
+        prepared = _Prepared([], [])
+        held = {_image_of(each) for each in (*found.removed, *(old for old, _ in found.reopened))}
+        try:
+            for each in (*found.added, *(new for _, new in found.reopened)):
+                if _image_of(each) in held:
+                    await close_exports(await open_exports(each, limits, is_trial=True))
+                    prepared.later.append(each)
+                else:
+                    prepared.ready.append((each, await open_exports(each, limits)))
+            self._check_names(found, prepared)
+        except BaseException:
+            await _discard(prepared)
+            raise
+        return prepared
+
+    def _check_names(self, found: Difference, prepared: _Prepared) -> None:
+        """Raises: ConfigError: two exports would have one name, as `a@b` and the snapshot b of a."""
+        service = self._service
+        leaving = {export.name for name in _leaving_names(found) for export in service.exports.get(name, [])}
+        names = [each.name for each in service.registry if each.name not in leaving]
+        names += [export.name for _, exports in prepared.ready for export in exports]
+        names += [named(each) for each in prepared.later]
+        twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()
+        for name in twice:
+            raise ConfigError(f"two exports would be named {name!r}, expected each name once")
+
+    def _open_listeners(self, found: Difference) -> None:
+        """What takes the address of one that leaves takes its place at once.
+
+        Raises: ListenError: all is as it was.
+        """
+        server = self._service.server
+        inherited = {address_of(each) for each in self._service.inherited}
+        leaving = {address_of(each): each for each in found.listeners_removed}
+        opened: list[NbdUri] = []
+        try:
+            for uri in found.listeners_added:
+                address = address_of(uri)
+                if address in inherited:
+                    continue
+                if address in leaving:
+                    server.unlisten(leaving[address])
+                server.listen(uri)
+                opened.append(uri)
+        except ListenError:
+            for uri in opened:
+                server.unlisten(uri)
+            for uri in leaving.values():
+                if address_of(uri) not in inherited and not server.is_listening(uri):
+                    server.listen(uri)
+            raise
+
+    def _commit(self, found: Difference, prepared: _Prepared, new: ServerConfig) -> list[Export]:
+        """Exports out of sight, others in their place. Returns those that leave."""
+        service = self._service
+        leaving = [export for name in _leaving_names(found) for export in service.remove(name)]
+        for config, exports in prepared.ready:
+            service.add(config, exports)
+        for _, config in found.adjusted:
+            service.adjust(config)
+        if found.has_new_limits:
+            service.server.set_limits(new.limits)
+            for export in service.registry:
+                export.info = replace(export.info, payload_max=new.limits.payload_size)
+        for uri in found.listeners_removed:
+            if service.server.is_listening(uri):
+                service.server.unlisten(uri)
+        service.config = new
+        return leaving
+
+    async def _settle(self, found: Difference, prepared: _Prepared, leaving: Sequence[Export], limits: Limits) -> None:
+        server = self._service.server
+        if any((old.access, old.is_tls_only) != (new.access, new.is_tls_only) for old, new in found.adjusted):
+            await server.dismiss_unwelcome()
+        for failure in await server.retire(leaving):
+            logger.error("%s", failure)
+        for config in prepared.later:
+            if not await self._add_late(config, limits):
+                await self._restore(config, found, limits)
+
+    async def _restore(self, failed: ExportConfig, found: Difference, limits: Limits) -> None:
+        """The export that had the image of `failed`, as it was."""
+        service = self._service
+        exports = [each for each in service.config.exports if each.name != failed.name]
+        for old in (*found.removed, *(old for old, _ in found.reopened)):
+            if _image_of(old) == _image_of(failed) and named(old) not in service.exports:
+                if await self._add_late(old, limits):
+                    exports.append(old)
+                break
+        service.config = replace(service.config, exports=tuple(exports))
+
+    async def _add_late(self, config: ExportConfig, limits: Limits) -> bool:
+        try:
+            exports = await open_exports(config, limits)
+            try:
+                self._service.add(config, exports)
+            except ConfigError:
+                await close_exports(exports)
+                raise
+        except (NbdimgError, OSError) as error:
+            logger.error("%s could not be opened again: %s", named(config), error)
+            return False
+        return True
+
+
+def _image_of(config: ExportConfig) -> str:
+    """The same for two names of one file."""
+    return os.path.realpath(config.path)
+
+
+def _leaving_names(found: Difference) -> list[str]:
+    return [named(each) for each in (*found.removed, *(old for old, _ in found.reopened))]
+
+
+async def _discard(prepared: _Prepared) -> None:
+    for _, exports in prepared.ready:
+        await close_exports(exports)
+
+
+def stamp(path: str) -> Stamp | None:
+    """What differs when a file was written or exchanged, also by way of a symbolic link to its directory, as
+    Kubernetes exchanges a ConfigMap's. None: it is not there.
+    """
+    try:
+        real = os.path.realpath(path)
+        found = os.stat(real)
+    except OSError:
+        return None
+    return real, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _stamps(paths: Sequence[str]) -> dict[str, Stamp | None]:
+    return {path: stamp(path) for path in paths}
+
+
+def _tls_files(config: ServerConfig) -> list[str]:
+    tls = config.tls
+    if tls is None:
+        return []
+    paths = (tls.certificate_path, tls.key_path, tls.client_ca_path, tls.crl_path, tls.psk_path)
+    return [path for path in paths if path is not None]
+
+
+def status(service: Service) -> str:
+    """One line for the service manager."""
+    count = len(service.config.exports)
+    return f"serving {count} export{'' if count == 1 else 's'}"

@@ -1,0 +1,131 @@
+"""What systemd hands over, and what it wants to be told: inherited sockets, and the state of the service.
+
+Without systemd's environment variables all of it does nothing. Source: sd_listen_fds(3), sd_notify(3),
+sd_watchdog_enabled(3); the protocol is three variables and a datagram socket, so no library is needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import MutableMapping
+from time import CLOCK_MONOTONIC, clock_gettime_ns
+from typing import NamedTuple
+
+from nbdimg.errors import ConfigError
+from nbdimg.uri import NbdUri
+
+FIRST_DESCRIPTOR = 3
+"""SD_LISTEN_FDS_START."""
+
+TLS_SUFFIX = "tls"
+"""A socket whose name ends so requires TLS: `FileDescriptorName=nbd-tls`."""
+
+ADMIN_NAME = "admin"
+"""Sockets of this name are not for NBD clients."""
+
+logger = logging.getLogger("nbdimg")
+
+
+class Inherited(NamedTuple):
+    """A listening socket that this process was started with."""
+
+    socket: socket.socket
+    uri: NbdUri
+    name: str
+
+
+def inherited_sockets(environment: MutableMapping[str, str] | None = None) -> list[Inherited]:
+    """The sockets of LISTEN_FDS, if they are meant for this process; the variables are removed, as nobody else may
+    take them.
+
+    Raises: ConfigError: one is no listening stream socket, or the variables are no numbers.
+    """
+    environment = os.environ if environment is None else environment
+    pid, count, names = (environment.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES"))
+    if not count or pid != str(os.getpid()):
+        return []
+    if not count.isdecimal():
+        raise ConfigError(f"LISTEN_FDS is {count!r}, expected a number")
+    listed = names.split(":") if names else []
+    named = listed + ["unknown"] * (int(count) - len(listed))
+    return [_inherited(FIRST_DESCRIPTOR + index, named[index]) for index in range(int(count))]
+
+
+def _inherited(descriptor: int, name: str) -> Inherited:
+    what = f"descriptor {descriptor} ({name}) of LISTEN_FDS"
+    try:
+        os.set_inheritable(descriptor, False)
+        sock = socket.socket(fileno=descriptor)
+    except OSError as error:
+        raise ConfigError(f"{what} is no socket: {error.strerror}") from None
+    is_listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    is_known = sock.family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM
+    if not is_known or not is_listening:
+        raise ConfigError(f"{what} must be a listening Unix or TCP stream socket (Accept=no)")
+    sock.setblocking(False)
+    return Inherited(sock, _uri_of(sock, is_tls=name.endswith(TLS_SUFFIX)), name)
+
+
+def _uri_of(sock: socket.socket, *, is_tls: bool) -> NbdUri:
+    address = sock.getsockname()
+    if sock.family != socket.AF_UNIX:
+        return NbdUri(host=address[0], port=address[1], is_tls=is_tls)
+    path = address if isinstance(address, str) else "@" + address[1:].decode(errors="backslashreplace")
+    return NbdUri(socket=path, is_tls=is_tls)
+
+
+class Notifier:
+    """Tells the service manager about this process. Must be made on the running loop.
+
+    Args: environment: NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID are taken out of it.
+    """
+
+    def __init__(self, environment: MutableMapping[str, str] | None = None) -> None:
+        environment = os.environ if environment is None else environment
+        address, period, pid = (
+            environment.pop(name, "") for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+        )
+        self._loop = asyncio.get_running_loop()
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._socket: socket.socket | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        if address.startswith(("@", "/")):
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            is_mine = pid in ("", str(os.getpid()))
+            if is_mine and period.isdecimal() and int(period):
+                self._interval_s = int(period) / 1e6 / 2
+                self._watch()
+
+    def ready(self, status: str) -> None:
+        """Listening, or listening again with what was reloaded."""
+        self._send("READY=1", f"STATUS={status}")
+
+    def reloading(self) -> None:
+        """`ready` must follow."""
+        self._send("RELOADING=1", f"MONOTONIC_USEC={clock_gettime_ns(CLOCK_MONOTONIC) // 1000}")
+
+    def stopping(self) -> None:
+        self._send("STOPPING=1", "STATUS=draining")
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _watch(self) -> None:
+        """A timer of the loop that serves clients: a loop that is stuck sends nothing, and is restarted for it."""
+        self._send("WATCHDOG=1")
+        self._timer = self._loop.call_later(self._interval_s, self._watch)
+
+    def _send(self, *lines: str) -> None:
+        if self._socket is None:
+            return
+        try:
+            self._socket.sendto("\n".join(" ".join(line.split()) for line in lines).encode(), self._address)
+        except OSError as error:
+            logger.warning("the service manager was not told %s: %s", lines[0], error.strerror)

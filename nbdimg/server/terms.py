@@ -1,0 +1,61 @@
+"""From the configuration to what handshakes ask: access rules, TLS modes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import ip_network
+
+from nbdimg.config import AccessRule, ExportConfig, ServerConfig
+from nbdimg.errors import ConfigError
+from nbdimg.export.access import Right, Rule, normalized
+from nbdimg.export.registry import Terms
+from nbdimg.server.listen import check_exposure
+from nbdimg.uri import NbdUri
+
+
+def terms_of(config: ExportConfig) -> Terms:
+    return Terms(tuple(_rule(each) for each in config.access), config.is_tls_only)
+
+
+def _rule(config: AccessRule) -> Rule:
+    return Rule(
+        identities=frozenset(map(normalized, config.identities)),
+        networks=tuple(map(ip_network, config.networks)),
+        uids=frozenset(config.uids),
+        gids=frozenset(config.gids),
+        right=Right.READ if config.is_read_only else Right.WRITE,
+    )
+
+
+def check_identities(config: ServerConfig) -> None:
+    """Raises: ConfigError: a rule asks for an identity that no client could prove."""
+    tls = config.tls
+    for export in config.exports:
+        for identity in (each for rule in export.access for each in rule.identities):
+            is_key = identity.startswith("psk:")
+            if tls is None or (tls.psk_path if is_key else tls.client_ca_path) is None:
+                needed = "a file of pre-shared keys" if is_key else "a client CA file"
+                raise ConfigError(f"{export.name or export.path}: the rule for {identity} needs TLS with {needed}")
+
+
+def check_listener(uri: NbdUri, config: ServerConfig) -> None:
+    """Raises: ConfigError: there is no TLS for `uri`, or it is exposed without TLS and without leave."""
+    if uri.is_tls and config.tls is None:
+        raise ConfigError(f"{uri} needs TLS: give a certificate with --tls-certificate, or listen with nbd")
+    if is_plaintext(uri, config):
+        check_exposure(uri, is_allowed=config.allows_plaintext)
+
+
+def is_plaintext(uri: NbdUri, config: ServerConfig) -> bool:
+    """Whether an export may be reached at `uri` without TLS."""
+    if uri.is_tls or (config.tls is not None and config.tls.mode == "required"):
+        return False
+    is_selective = config.tls is not None and config.tls.mode == "selective"
+    return not is_selective or not all(export.is_tls_only for export in config.exports)
+
+
+def as_reached(uri: NbdUri, config: ServerConfig, terms: Terms, name: str) -> NbdUri:
+    """`uri` as a client writes it to open the export `name`: the scheme says whether it must begin with TLS."""
+    mode = config.tls.mode if config.tls is not None else "off"
+    is_tls = uri.is_tls or mode == "required" or (mode == "selective" and terms.is_tls_only)
+    return replace(uri, name=name, is_tls=is_tls)

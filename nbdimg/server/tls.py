@@ -1,0 +1,272 @@
+"""TLS between a socket and the transmission phase.
+
+    socket ──recv──▶ incoming BIO ──▶ SSL object ──read──▶ the buffers that the receiver laid out
+    socket ◀──send── backlog ◀── outgoing BIO ◀── SSL object ◀──write── records gathered from outgoing parts
+
+`TlsSocket` takes the place of a connection's socket at STARTTLS: the same calls with the same outcomes, so that the
+plain path has no trace of it. Ciphertext goes through the BIOs one record at a time, because a BIO keeps the memory
+that it once grew to.
+
+    (E1) After a receive no complete record is left inside: a quiet descriptor means that there is nothing to read.
+    (E2) Ciphertext that waits for the socket is at most BATCH records and a few control messages: nothing is encrypted
+         before it has left.
+
+A peer that closes without close_notify is taken as one that has closed: half a request changes nothing anyway.
+Renegotiation, compression and session tickets are off. Spec: proto.md "TLS support"; RFC 8446.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import ssl
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
+
+from nbdimg.config import TlsConfig
+from nbdimg.errors import ProtocolError
+from nbdimg.server.credentials import Credentials, reason
+from nbdimg.units import KiB
+from nbdimg.wire.handshake import TlsMode
+
+RECORD_SIZE = 16 * KiB
+"""The longest plaintext of one TLS record."""
+
+BATCH = 16
+"""Records that leave in one system call."""
+
+BACKLOG_MAX = 1024 * KiB
+"""Ciphertext that may wait for one socket. Data never reaches it (E2), answers to a flood of key updates might."""
+
+CIPHERTEXT_SIZE = 256 * KiB
+"""Ciphertext taken from a socket at once."""
+
+
+_ReadInto = Callable[[int, memoryview], int]
+"""`SSLObject.read` with a buffer; typeshed knows bytearray alone."""
+
+
+class Workspace:
+    """Buffers of one loop that belong to whoever has the turn."""
+
+    def __init__(self) -> None:
+        self.ciphertext = memoryview(bytearray(CIPHERTEXT_SIZE))
+        self.plaintext = memoryview(bytearray(RECORD_SIZE))
+
+
+class Tls:
+    """A server's TLS as `config` says, with its files as they are now. New files make a new one.
+
+    Raises: ConfigError: as `Credentials`.
+    """
+
+    def __init__(self, config: TlsConfig) -> None:
+        self.mode = TlsMode(config.mode)
+        self._credentials = Credentials(config)
+        self._work = Workspace()
+
+    def wrap(self, sock: socket.socket) -> TlsSocket:
+        return TlsSocket(sock, self._credentials, self._work)
+
+
+class TlsSocket:
+    """A non-blocking socket under TLS, server side. The handshake comes first: `advance` until it says who is there.
+
+    Where a socket would block, or no whole record has come, BlockingIOError is raised as a socket does.
+    """
+
+    __slots__ = (
+        "_backlog",
+        "_credentials",
+        "_incoming",
+        "_is_ended",
+        "_outgoing",
+        "_proposed",
+        "_sock",
+        "_ssl",
+        "_work",
+        "sent_bytes",
+    )
+
+    def __init__(self, sock: socket.socket, credentials: Credentials, work: Workspace) -> None:
+        self._sock = sock
+        self._credentials = credentials
+        self._work = work
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._ssl = credentials.context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._proposed: frozenset[str] = frozenset()
+        self._backlog: bytes | memoryview = b""
+        self._is_ended = False
+        self.sent_bytes = 0
+        """Ciphertext that has left."""
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    # The handshake
+
+    def advance(self) -> frozenset[str] | None:
+        """Take the next bytes of the client's handshake. Returns the client's identities when it is complete.
+
+        Its answers wait in the backlog: `flush` follows, also behind a ProtocolError, which owes the peer an alert.
+
+        Raises: BlockingIOError; OSError; ProtocolError: the handshake has failed.
+        """
+        work = self._work.ciphertext[:RECORD_SIZE]
+        count = self._sock.recv_into(work)
+        if not count:
+            raise ProtocolError("left in the middle of the TLS handshake")
+        self._incoming.write(work[:count])
+        try:
+            self._proposed = self._credentials.advance(self._ssl, self._proposed)
+        except ssl.SSLError as error:
+            raise ProtocolError(f"TLS handshake: {reason(error)}") from None
+        if self._ssl.version() is None:
+            return None
+        return self._credentials.identities(self._ssl, self._proposed)
+
+    def has_input(self) -> bool:
+        """Whether bytes came behind the handshake in the same receive."""
+        return self._incoming.pending > 0
+
+    # In
+
+    def recv(self, size: int) -> bytes:
+        """At most `size` bytes; b"" at the end of input."""
+        view = memoryview(bytearray(size))
+        return bytes(view[: self._receive([view])])
+
+    def recv_into(self, view: memoryview) -> int:
+        return self._receive([view])
+
+    def recvmsg_into(self, views: Sequence[memoryview]) -> tuple[int]:
+        return (self._receive(views),)
+
+    def _receive(self, views: Sequence[memoryview]) -> int:
+        """Bytes put into `views`, which have room for two records at least; 0 at the end of input.
+
+        Raises: BlockingIOError; OSError; ProtocolError: what came is no TLS, was tampered with, or is an alert.
+        """
+        filled = self._decrypt(views, 0)
+        if filled or self._is_ended:
+            return filled
+        # A record of which a part has come lies inside: its plaintext needs room too (E1).
+        size = sum(map(len, views)) - RECORD_SIZE
+        assert size > 0, "E1: room for two records"
+        work = self._work.ciphertext
+        count = self._sock.recv_into(work[: min(size, len(work))])
+        at = 0
+        while at < count:
+            at += self._incoming.write(work[at : min(at + RECORD_SIZE, count)])
+            filled = self._decrypt(views, filled)
+        if self._outgoing.pending:
+            self.flush()
+        if count and not filled and not self._is_ended:
+            raise BlockingIOError
+        return filled
+
+    def _decrypt(self, views: Sequence[memoryview], filled: int) -> int:
+        """Read what is inside into `views`, of which `filled` bytes are taken; returns how many are then."""
+        read, incoming = cast("_ReadInto", self._ssl.read), self._incoming
+        start = 0
+        try:
+            for view in views:
+                stop = start + len(view)
+                while filled < stop and not self._is_ended and (incoming.pending or self._ssl.pending()):
+                    rest = view[filled - start :]
+                    count = read(len(rest), rest)
+                    filled += count
+                    self._is_ended = not count
+                start = stop
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as error:
+            raise ProtocolError(f"TLS: {reason(error)}") from None
+        return filled
+
+    # Out
+
+    @property
+    def backlog_size(self) -> int:
+        """Bytes of ciphertext that wait for the socket."""
+        return len(self._backlog)
+
+    def send(self, data: bytes | memoryview) -> int:
+        return self.sendmsg([data])
+
+    def sendmsg(self, parts: Sequence[bytes | memoryview]) -> int:
+        """Encrypt and send BATCH records at most. Returns how many bytes were taken: they leave now or, as
+        `backlog_size` tells, with the next `flush`.
+
+        Raises: BlockingIOError: earlier ciphertext waits still; OSError.
+        """
+        if not self.flush():
+            raise BlockingIOError
+        taken = 0
+        records: list[bytes] = []
+        for piece in self._pieces(parts):
+            self._ssl.write(piece)
+            records.append(self._outgoing.read())
+            taken += len(piece)
+            if len(records) == BATCH:
+                break
+        try:
+            sent = self._sock.sendmsg(records)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        self.sent_bytes += sent
+        if sent < sum(map(len, records)):
+            self._backlog = memoryview(b"".join(records))[sent:]
+        return taken
+
+    def _pieces(self, parts: Sequence[bytes | memoryview]) -> Iterator[memoryview]:
+        """`parts` cut and joined to pieces of a record's size; each is used before the next is made."""
+        joined, fill = self._work.plaintext, 0
+        for part in parts:
+            view, at = memoryview(part), 0
+            while at < len(view):
+                if not fill and len(view) - at >= RECORD_SIZE:
+                    yield view[at : at + RECORD_SIZE]
+                    at += RECORD_SIZE
+                    continue
+                count = min(RECORD_SIZE - fill, len(view) - at)
+                joined[fill : fill + count] = view[at : at + count]
+                fill += count
+                at += count
+                if fill == RECORD_SIZE:
+                    yield joined
+                    fill = 0
+        if fill:
+            yield joined[:fill]
+
+    def flush(self) -> bool:
+        """Send ciphertext that waits. Returns whether all of it has left. Raises: OSError."""
+        if self._outgoing.pending:
+            self._backlog = bytes(self._backlog) + self._outgoing.read()
+        if not self._backlog:
+            return True
+        if len(self._backlog) > BACKLOG_MAX:
+            raise ConnectionAbortedError(errno.ECONNABORTED, "TLS control messages are asked for and not taken")
+        try:
+            sent = self._sock.send(self._backlog)
+        except (BlockingIOError, InterruptedError):
+            return False
+        self.sent_bytes += sent
+        self._backlog = self._backlog[sent:]
+        return not self._backlog
+
+    def close(self) -> None:
+        """Say close_notify if it goes without waiting, and close the socket.
+
+        What the client has said meanwhile, its own close_notify as a rule, is taken out of the socket: to close over
+        unread bytes resets the connection, and the reset may overtake the last replies.
+        """
+        with contextlib.suppress(OSError):
+            if self.flush():
+                with contextlib.suppress(ssl.SSLError):
+                    self._ssl.unwrap()
+                self.flush()
+            self._sock.recv_into(self._work.ciphertext)
+        self._sock.close()

@@ -1,0 +1,553 @@
+"""A changed configuration on a running server: what is named changes, everybody else notices nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from nbdimg.config import AccessRule, ExportConfig, ServerConfig, TlsConfig
+from nbdimg.errors import ImageLocked
+from nbdimg.export.export import Export
+from nbdimg.limits import Limits
+from nbdimg.server import reload, service
+from nbdimg.server.reload import Difference, Reloader, difference, stamp
+from nbdimg.server.service import serving
+from nbdimg.server.systemd import Notifier
+from nbdimg.uri import NbdUri
+from tests.server.live import pattern, unsent_bytes
+from tests.server.tls_live import client_context, tls_client
+from tests.support.certificates import Authority
+from tests.support.configured import ConfiguredServer, export
+from tests.support.rawclient import Client, connect_negotiated, try_connect
+from tests.support.rawprotocol import KIB, MIB, ConnectionClosed, NbdError, Option, Rep, TransmissionFlag, info_data
+from tests.support.rss import wait_until
+
+EXPORT_COUNT = 100
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Callable[[str], Path]:
+    """Makes `NAME.img` of 64 KiB, each byte the first letter of its name."""
+
+    def make(name: str) -> Path:
+        path = tmp_path / f"{name}.img"
+        path.write_bytes(name.encode()[:1] * 65536)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def served(tmp_path: Path, images: Callable[[str], Path]) -> Iterator[tuple[ConfiguredServer, str]]:
+    """A server of the export "keep", and the text that exports it."""
+    keep = export("keep", images("keep"))
+    with ConfiguredServer(tmp_path, keep) as server:
+        yield server, keep
+        assert "Traceback" not in server.stderr()
+        assert "internal error" not in server.stderr()
+
+
+def names(server: ConfiguredServer) -> set[str]:
+    """What a fresh client is told of exports."""
+    with Client(server.socket_path) as client:
+        client.greet()
+        replies = client.option(Option.LIST)
+        return {reply.data[4 : 4 + int.from_bytes(reply.data[:4], "big")].decode() for reply in replies[:-1]}
+
+
+def is_known(server: ConfiguredServer, name: str) -> bool:
+    with Client(server.socket_path) as client:
+        client.greet()
+        return client.option(Option.INFO, info_data(name, ()))[-1].type == Rep.ACK
+
+
+def open_files(pid: int) -> list[str]:
+    found: list[str] = []
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.append(os.readlink(descriptor))
+    return found
+
+
+def assert_served(client: Client, letter: bytes) -> None:
+    assert client.read(0, 4096).data == letter * 4096
+
+
+# The difference
+
+A, B = ExportConfig("/a", "a"), ExportConfig("/b", "b")
+TCP, UNIX = NbdUri(host="::1"), NbdUri(socket="/s")
+BASE = ServerConfig((A, B), listeners=(TCP,))
+
+
+@pytest.mark.parametrize(
+    ("new", "expected", "said"),
+    [
+        (BASE, Difference(), "nothing changed"),
+        (replace(BASE, exports=(B, A)), Difference(), "nothing changed"),
+        (replace(BASE, exports=(A,)), Difference(removed=(B,)), "1 removed"),
+        (
+            replace(BASE, exports=(B, ExportConfig("/a", "c"))),
+            Difference(added=(ExportConfig("/a", "c"),), removed=(A,)),
+            "1 exports added, 1 removed",
+        ),
+        (
+            replace(BASE, exports=(A, replace(B, description="x"))),
+            Difference(adjusted=((B, replace(B, description="x")),)),
+            "1 adjusted",
+        ),
+        (
+            replace(BASE, exports=(A, replace(B, access=(AccessRule(uids=(1,)),), is_tls_only=False))),
+            Difference(adjusted=((B, replace(B, access=(AccessRule(uids=(1,)),), is_tls_only=False)),)),
+            "1 adjusted",
+        ),
+        (
+            replace(BASE, exports=(A, replace(B, description="x", is_read_only=True))),
+            Difference(reopened=((B, replace(B, description="x", is_read_only=True)),)),
+            "1 reopened",
+        ),
+        (
+            replace(BASE, listeners=(UNIX,)),
+            Difference(listeners_added=(UNIX,), listeners_removed=(TCP,)),
+            "1 listeners added, 1 listeners removed",
+        ),
+        (replace(BASE, limits=Limits(connections=3)), Difference(has_new_limits=True), "new limits"),
+        (replace(BASE, tls=TlsConfig("x")), Difference(has_new_tls=True), "new TLS settings"),
+    ],
+)
+def test_difference_names_what_changed_and_nothing_else(new: ServerConfig, expected: Difference, said: str) -> None:
+    found = difference(BASE, new)
+    assert found == expected
+    assert str(found) == said
+    assert bool(found) == (said != "nothing changed")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        replace(A, path="/other"),
+        replace(A, format="raw"),
+        replace(A, is_read_only=True),
+        replace(A, block_size_min=512),
+        replace(A, key_path="/key"),
+        replace(A, roots=("/r",)),
+    ],
+)
+def test_difference_every_other_field_opens_the_image_anew(changed: ExportConfig) -> None:
+    assert difference(BASE, replace(BASE, exports=(changed, B))).reopened == ((A, changed),)
+
+
+# Exports
+
+
+def test_reload_100_exports_come_and_go_while_a_client_works(
+    served: tuple[ConfiguredServer, str], images: Callable[[str], Path]
+) -> None:
+    server, keep = served
+    many = {f"x{index}": images(f"x{index}") for index in range(EXPORT_COUNT)}
+    is_done = threading.Event()
+    counts = [0]
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with connect_negotiated(server.socket_path, "keep") as client:
+                while not is_done.is_set():
+                    index = counts[0] % 16
+                    data = bytes([index]) * 4096
+                    assert client.write(index * 4096, data).error == 0
+                    assert client.read(index * 4096, 4096).data == data
+                    counts[0] += 1
+        except BaseException as error:
+            errors.append(error)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        assert wait_until(lambda: counts[0] > 0 or bool(errors), 10)
+        before = counts[0]
+        said = server.reload(keep + "".join(export(name, path) for name, path in many.items()))
+        assert said.endswith(f"reloaded: {EXPORT_COUNT} exports added")
+        assert names(server) == {"keep", *many}
+        with connect_negotiated(server.socket_path, "x77") as client:
+            assert_served(client, b"x")
+        assert server.reload(keep).endswith(f"reloaded: {EXPORT_COUNT} removed")
+        assert names(server) == {"keep"}
+        assert counts[0] > before
+    finally:
+        is_done.set()
+        worker.join(30)
+    assert errors == []
+    assert not [path for path in open_files(server.pid) if re.search(r"/x\d+\.img$", path)]
+
+
+def test_reload_removed_export_answers_what_it_had_and_other_clients_stay(
+    served: tuple[ConfiguredServer, str], tmp_path: Path
+) -> None:
+    server, keep = served
+    leaving = tmp_path / "leaving.img"
+    leaving.write_bytes(pattern(0, MIB) * 32)
+    assert "1 exports added" in server.reload(keep + export("leaving", leaving))
+    with (
+        connect_negotiated(server.socket_path, "keep") as stayer,
+        connect_negotiated(server.socket_path, "leaving") as leaver,
+    ):
+        requests = leaver.reads(40, 512 * KIB)
+        leaver.send_requests(requests)
+        assert wait_until(lambda: unsent_bytes(leaver) == 0, 5)
+        server.write(keep)
+        server.process.send_signal(1)
+        assert wait_until(lambda: not is_known(server, "leaving"), 10)
+        late = leaver.new_request(0, 0, 4096)
+        leaver.send_requests([late])
+        replies = [leaver.read_reply() for _ in range(41)]
+        assert {reply.cookie for reply in replies if reply.error == 0} == {each.cookie for each in requests}
+        assert [reply.error for reply in replies if reply.cookie == late.cookie] == [NbdError.ESHUTDOWN]
+        assert leaver.wait_closed(10) is not None
+        assert "1 removed" in server.wait_reloaded()
+        assert_served(stayer, b"k")
+
+
+def test_reload_added_and_removed_under_another_name_opens_the_same_image(
+    served: tuple[ConfiguredServer, str], images: Callable[[str], Path]
+) -> None:
+    """The lock of a writer is exclusive: the new export opens when the old one has closed."""
+    server, keep = served
+    image = images("disk")
+    server.reload(keep + export("old", image))
+    with connect_negotiated(server.socket_path, "old") as client:
+        assert "1 exports added, 1 removed" in server.reload(keep + export("new", image))
+        assert client.wait_closed(5) is not None
+    assert names(server) == {"keep", "new"}
+    with connect_negotiated(server.socket_path, "new") as client:
+        assert client.write(0, b"w" * 4096).error == 0
+
+
+def test_reload_read_only_opens_the_image_anew_and_another_path_exchanges_it(
+    served: tuple[ConfiguredServer, str], images: Callable[[str], Path]
+) -> None:
+    server, keep = served
+    server.reload(keep + export("disk", images("a")))
+    with connect_negotiated(server.socket_path, "disk") as first:
+        assert "1 reopened" in server.reload(keep + export("disk", images("a"), "read_only = true"))
+        assert first.wait_closed(5) is not None
+    with connect_negotiated(server.socket_path, "disk") as second:
+        assert second.export.flags & TransmissionFlag.READ_ONLY
+        assert_served(second, b"a")
+        assert "1 reopened" in server.reload(keep + export("disk", images("b")))
+        assert second.wait_closed(5) is not None
+    with connect_negotiated(server.socket_path, "disk") as third:
+        assert not third.export.flags & TransmissionFlag.READ_ONLY
+        assert_served(third, b"b")
+
+
+def test_reload_description_changes_in_place_and_its_client_stays(served: tuple[ConfiguredServer, str]) -> None:
+    server, keep = served
+    with connect_negotiated(server.socket_path, "keep") as client:
+        assert "1 adjusted" in server.reload(keep + 'description = "now described"\n')
+        assert_served(client, b"k")
+    with Client(server.socket_path) as client:
+        client.greet()
+        assert b"now described" in client.option(Option.LIST)[0].data
+
+
+def test_reload_access_taken_away_ends_only_those_who_lose_it(served: tuple[ConfiguredServer, str]) -> None:
+    server, keep = served
+    uid = os.getuid()
+    ours, others = (f"[[exports.access]]\nuids = [{each}]\n" for each in (uid, uid + 1))
+    with connect_negotiated(server.socket_path, "keep") as client:
+        assert "1 adjusted" in server.reload(keep + ours + others)
+        assert_served(client, b"k")
+        assert "1 adjusted" in server.reload(keep + others)
+        assert client.wait_closed(5) is not None
+    assert names(server) == set()
+    server.reload(keep + ours)
+    with connect_negotiated(server.socket_path, "keep") as client:
+        assert_served(client, b"k")
+        server.reload(keep + ours + "read_only = true\n")
+        assert client.wait_closed(5) is not None
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("lisen = []", "lisen: unknown key, did you mean listen"),
+        ("[[exports]", "not TOML"),
+        ("insecure_plaintext = 3", "3 is not allowed"),
+        (export("new", "missing.img"), "missing.img: No such file or directory"),
+        ('[[exports]]\nname = "new"\npath = "b.img"\nformat = "qcow2"\n', "b.img: "),
+        ('listen = ["nbd://192.0.2.1:0"]', "nbd://192.0.2.1:0/ is reachable from other machines"),
+        ('insecure_plaintext = true\nlisten = ["nbd://192.0.2.1:0"]', "cannot listen on nbd://192.0.2.1:0/"),
+        ('[tls]\ncertificate_file = "missing.pem"\n', "missing.pem"),
+    ],
+)
+def test_reload_of_what_cannot_be_changes_nothing_and_says_so(
+    served: tuple[ConfiguredServer, str], images: Callable[[str], Path], text: str, reason: str
+) -> None:
+    server, keep = served
+    images("b")
+    good = export("good", images("a"))
+    wrong = text + "\n" + good if "[[" in text or "[tls]" in text else text + "\n" + keep + good
+    with connect_negotiated(server.socket_path, "keep") as client:
+        said = server.reload(wrong)
+        assert "ERROR: nothing was reloaded: " in said
+        assert reason in said
+        assert names(server) == {"keep"}
+        assert_served(client, b"k")
+        assert server.reload(keep + good).endswith("reloaded: 1 exports added")
+        assert names(server) == {"keep", "good"}
+        assert_served(client, b"k")
+
+
+def test_reload_missing_file_changes_nothing(served: tuple[ConfiguredServer, str]) -> None:
+    server, _ = served
+    server.file.unlink()
+    assert "nothing was reloaded" in server.hang_up()
+    assert names(server) == {"keep"}
+
+
+def test_reload_trial_refuses_another_format_before_the_client_is_troubled(
+    served: tuple[ConfiguredServer, str],
+) -> None:
+    server, keep = served
+    with connect_negotiated(server.socket_path, "keep") as client:
+        said = server.reload(keep.replace('"raw"', '"qcow2"'))
+        assert "nothing was reloaded" in said
+        assert "keep.img" in said
+        assert_served(client, b"k")
+
+
+def test_reload_image_lost_to_another_process_meanwhile_restores_the_old_export(
+    images: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Between closing and opening an image somebody else takes it, for a moment."""
+    image = str(images("a"))
+    calls: list[bool] = []
+    real_open = service.open_exports
+
+    async def open_exports(config: ExportConfig, limits: Limits, *, is_trial: bool = False) -> list[Export]:
+        calls.append(is_trial)
+        if calls == [True, False]:
+            raise ImageLocked(image, "cannot be locked")
+        return await real_open(config, limits, is_trial=is_trial)
+
+    monkeypatch.setattr(reload, "open_exports", open_exports)
+    old = ServerConfig((ExportConfig(image, "disk", "raw"),), listeners=(NbdUri(socket=f"{tmp_path}/s"),))
+    new = replace(old, exports=(replace(old.exports[0], is_read_only=True),))
+
+    async def scenario() -> None:
+        async with serving(old) as running:
+            reloader = Reloader(running, lambda: (new, False), Notifier({}), str(tmp_path / "file"))
+            assert await reloader.reload()
+            assert running.config == old
+            assert [export.image.is_writable for export in running.registry] == [True]
+            assert await reloader.reload()
+            assert running.config == new
+            assert [export.image.is_writable for export in running.registry] == [False]
+            await reloader.close()
+
+    asyncio.run(scenario())
+    assert "disk could not be opened again" in caplog.text
+
+
+# Listeners and limits
+
+
+def test_reload_listeners_come_and_go_and_connections_stay(
+    served: tuple[ConfiguredServer, str], tmp_path: Path
+) -> None:
+    server, keep = served
+    first, second = (f"nbd+unix:///?socket={tmp_path}/{name}" for name in ("s", "t"))
+    with connect_negotiated(server.socket_path, "keep") as client:
+        assert "1 listeners added" in server.reload(f'listen = ["{first}", "{second}"]\n{keep}')
+        with connect_negotiated(str(tmp_path / "t"), "keep") as other:
+            assert "1 listeners removed" in server.reload(f'listen = ["{second}"]\n{keep}')
+            assert try_connect(server.socket_path) is None
+            assert not os.path.exists(server.socket_path)
+            assert_served(client, b"k")
+            assert_served(other, b"k")
+            assert "1 listeners added, 1 listeners removed" in server.reload(keep)
+            assert_served(other, b"k")
+    assert names(server) == {"keep"}
+
+
+def test_reload_listener_that_cannot_open_leaves_the_others_as_they_were(
+    served: tuple[ConfiguredServer, str], tmp_path: Path
+) -> None:
+    server, keep = served
+    said = server.reload(
+        f'listen = ["nbd+unix:///?socket={tmp_path}/t", "nbd+unix:///?socket={tmp_path}/no/t"]\n{keep}'
+    )
+    assert "cannot listen on" in said
+    assert not (tmp_path / "t").exists()
+    assert names(server) == {"keep"}
+
+
+def test_reload_limits_hold_for_connections_from_then_on(served: tuple[ConfiguredServer, str]) -> None:
+    server, keep = served
+    with connect_negotiated(server.socket_path, "keep") as client, Client(server.socket_path) as early:
+        early.greet()
+        assert "new limits" in server.reload(keep + "[limits]\nconnections = 3\nhandshake_timeout = 0.2\n")
+        with Client(server.socket_path) as late, Client(server.socket_path) as refused:
+            with pytest.raises(ConnectionClosed):
+                refused.greet()
+            late.greet()
+            assert late.wait_closed(5) is not None
+        assert not early.is_closed_without_reading()
+        assert_served(client, b"k")
+
+
+def test_reload_payload_size_is_what_new_clients_are_told(served: tuple[ConfiguredServer, str]) -> None:
+    server, keep = served
+    with connect_negotiated(server.socket_path, "keep") as client:
+        assert "new limits" in server.reload(keep + '[limits]\npayload_size = "1M"\n')
+        assert_served(client, b"k")
+        with connect_negotiated(server.socket_path, "keep") as later:
+            assert (client.export.block_size, later.export.block_size) == ((1, 4096, 64 * MIB), (1, 4096, MIB))
+
+
+# What causes it
+
+
+def test_stamp_tells_writes_exchanges_and_the_swap_of_a_directory_link(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    assert stamp(str(file)) is None
+    file.write_text("1")
+    first = stamp(str(file))
+    assert stamp(str(file)) == first
+    os.utime(file, ns=(5, 5))
+    second = stamp(str(file))
+    assert first != second
+    file.with_suffix(".new").write_text("1")
+    os.utime(file.with_suffix(".new"), ns=(5, 5))
+    file.with_suffix(".new").replace(file)
+    assert stamp(str(file)) != second
+    config_map(tmp_path, 1, "x")
+    mounted = str(tmp_path / "mount.toml")
+    third = stamp(mounted)
+    assert third is not None
+    config_map(tmp_path, 2, "x")
+    assert stamp(mounted) not in (None, third)
+
+
+def config_map(directory: Path, version: int, text: str) -> Path:
+    """As the kubelet writes a ConfigMap: files in a new directory, to which the link `..data` is exchanged."""
+    data = directory / f"..{version}"
+    data.mkdir()
+    (data / "mount.toml").write_text(text)
+    (directory / "..new").symlink_to(data.name)
+    (directory / "..new").rename(directory / "..data")
+    file = directory / "mount.toml"
+    if not file.is_symlink():
+        file.symlink_to("..data/mount.toml")
+    return file
+
+
+def test_reload_watches_a_config_map_and_a_wrong_one_changes_nothing(
+    tmp_path: Path, images: Callable[[str], Path]
+) -> None:
+    head = f'reload = "watch"\nlisten = ["nbd+unix:///?socket={tmp_path}/s"]\n'
+    keep, more = export("keep", images("keep")), export("more", images("more"))
+    file = config_map(tmp_path, 1, head + keep)
+    with ConfiguredServer(tmp_path, "", file=file) as server, connect_negotiated(server.socket_path, "keep") as client:
+        config_map(tmp_path, 2, head + "zzz = 1\n" + keep + more)
+        assert "zzz: unknown key" in server.wait_reloaded()
+        config_map(tmp_path, 3, head + keep + more)
+        assert "1 exports added" in server.wait_reloaded()
+        assert names(server) == {"keep", "more"}
+        assert_served(client, b"k")
+
+
+def serial_number(server: ConfiguredServer, context: ssl.SSLContext) -> int:
+    with tls_client(server.socket_path, context) as client:
+        assert isinstance(client.sock, ssl.SSLSocket)
+        der = client.sock.getpeercert(binary_form=True)
+        assert der is not None
+        return x509.load_der_x509_certificate(der).serial_number
+
+
+def test_reload_watches_the_certificate_and_a_wrong_one_changes_nothing(
+    tmp_path: Path, images: Callable[[str], Path]
+) -> None:
+    authority = Authority(tmp_path / "ca")
+    first, second = (authority.issue("server", common_name=name) for name in ("first", "second"))
+    tls = f'[tls]\ncertificate_file = "{first.certificate_path}"\nkey_file = "{first.key_path}"\n'
+    context = client_context(authority)
+    text = 'reload = "watch"\n' + tls + export("keep", images("keep"))
+    with ConfiguredServer(tmp_path, text) as server, tls_client(server.socket_path, context) as client:
+        client.negotiate("keep")
+        assert serial_number(server, context) == first.certificate.serial_number
+        os.replace(second.certificate_path, first.certificate_path)
+        said = server.wait_reloaded()
+        assert "nothing was reloaded" in said
+        assert first.certificate_path in said
+        assert serial_number(server, context) == first.certificate.serial_number
+        os.replace(second.key_path, first.key_path)
+        assert "reloaded: nothing changed" in server.wait_reloaded()
+        assert serial_number(server, context) == second.certificate.serial_number
+        assert_served(client, b"k")
+
+
+def test_reload_listener_begins_to_require_tls_at_its_address(
+    served: tuple[ConfiguredServer, str], tmp_path: Path
+) -> None:
+    server, keep = served
+    identity = Authority(tmp_path / "ca").issue("server")
+    tls = f'[tls]\nmode = "off"\ncertificate_file = "{identity.certificate_path}"\nkey_file = "{identity.key_path}"\n'
+    listen = f'listen = ["nbds+unix:///?socket={tmp_path}/s"]\n'
+    with connect_negotiated(server.socket_path, "keep") as client:
+        said = server.reload(listen + tls + keep)
+        assert "1 listeners added, 1 listeners removed, new TLS settings" in said
+        assert_served(client, b"k")
+        with Client(server.socket_path) as later:
+            later.greet()
+            assert later.option(Option.GO, info_data("keep", ()))[-1].type == Rep.ERR_TLS_REQD
+        with tls_client(server.socket_path, client_context(None)) as later:
+            later.negotiate("keep")
+            assert_served(later, b"k")
+
+
+def test_reload_signals_in_a_burst_are_served_and_a_stop_in_a_drain_ends_soon(
+    served: tuple[ConfiguredServer, str], tmp_path: Path
+) -> None:
+    """A client that reads nothing holds the drain of its export up; SIGTERM does not wait for it twice."""
+    server, keep = served
+    slow = tmp_path / "slow.img"
+    slow.write_bytes(bytes(32 * MIB))
+    limits = "[limits]\ndrain_timeout = 2\n"
+    server.reload(keep + export("slow", slow) + limits)
+    with connect_negotiated(server.socket_path, "slow") as client:
+        client.send_requests(client.reads(40, 512 * KIB))
+        assert wait_until(lambda: unsent_bytes(client) == 0, 5)
+        server.write(keep + limits)
+        for _ in range(20):
+            server.process.send_signal(1)
+        assert wait_until(lambda: not is_known(server, "slow"), 10)
+        start = time.monotonic()
+        server.terminate()
+        assert server.wait(15) == 0
+        assert time.monotonic() - start < 10
+
+
+def test_control_reload_that_cuts_everybody_is_noticed(served: tuple[ConfiguredServer, str]) -> None:
+    """What the tests above call "stays" must fail for a client whose export is gone."""
+    server, _ = served
+    with connect_negotiated(server.socket_path, "keep") as client:
+        assert_served(client, b"k")
+        assert "1 removed" in server.reload("")
+        with pytest.raises((ConnectionClosed, AssertionError)):
+            assert_served(client, b"k")

@@ -1,0 +1,567 @@
+"""TLS as a transport: data both ways, odd records, memory, deadlines, endings, new files under connected clients."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import select
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+
+from nbdimg.config import ExportConfig, ServerConfig, TlsConfig
+from nbdimg.errors import ConfigError
+from nbdimg.export.registry import Registry
+from nbdimg.limits import Limits
+from nbdimg.server.credentials import Credentials
+from nbdimg.server.outbox import TlsOutbox
+from nbdimg.server.shared import Shared
+from nbdimg.server.tls import Tls, TlsSocket
+from nbdimg.uri import NbdUri
+from tests.server.tls_live import LiveServer, asked_for_tls, client_context, tls_client
+from tests.support.certificates import LOOPBACK_NAMES, Authority, Identity
+from tests.support.rawclient import Client
+from tests.support.rawprotocol import KIB, MIB, Command, Option, Rep, info_data, option_bytes
+from tests.support.rss import PeakMemory, descriptor_count, settled_memory, wait_until
+from tests.support.server import NbdimgServer
+
+SIZE = 32 * MIB
+TCP = NbdUri(host="127.0.0.1", port=0)
+IDLE_COUNT = 200
+IDLE_LIMIT = 40 * KIB
+HOG_LIMIT = 40 * MIB
+SEED = 20240917
+
+
+class Site:
+    """One authority, server and client, and an image of random bytes."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.authority = Authority(directory / "ca")
+        self.server = self.authority.issue("server", common_name="localhost", names=LOOPBACK_NAMES)
+        self.client = self.authority.issue("client", common_name="alice")
+        self.content = random.Random(SEED).randbytes(SIZE)
+        self.image = directory / "disk.raw"
+        self.image.write_bytes(self.content)
+        self.context = client_context(self.authority, self.client)
+        self.tls = TlsConfig(self.server.certificate_path, self.server.key_path, self.authority.path)
+
+    def config(self, path: Path, **limits: float) -> ServerConfig:
+        exports = (ExportConfig(str(path), "disk", "raw"),)
+        return ServerConfig(exports, (TCP,), tls=self.tls, limits=Limits(**limits))  # type: ignore[arg-type]
+
+    def options(self) -> list[str]:
+        return [
+            "--format=raw",
+            f"--tls-certificate={self.server.certificate_path}",
+            f"--tls-key={self.server.key_path}",
+            f"--tls-client-ca={self.authority.path}",
+        ]
+
+    def connect(self, server: LiveServer, dialect: str = "structured") -> Client:
+        client = tls_client(server.address, self.context)
+        client.negotiate("disk", structured=dialect != "simple", extended=dialect == "extended")
+        return client
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    return Site(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture
+def copy(site: Site, tmp_path: Path) -> Path:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(site.content)
+    return path
+
+
+@pytest.fixture
+def server(site: Site, copy: Path) -> Iterator[LiveServer]:
+    with LiveServer(site.config(copy)) as running:
+        yield running
+
+
+# Data
+
+
+@pytest.mark.parametrize("dialect", ["simple", "structured", "extended"])
+def test_reads_and_writes_of_all_sizes_carry_the_right_bytes(
+    site: Site, server: LiveServer, copy: Path, dialect: str
+) -> None:
+    source = random.Random(SEED)
+    expected = bytearray(site.content)
+    with site.connect(server, dialect) as client:
+        assert client.read(0, SIZE).data == expected
+        for length in (1, 511, 4096, 16 * KIB - 20, 16 * KIB, 16 * KIB + 1, 256 * KIB, 300_001, 8 * MIB):
+            offset = source.randrange(SIZE - length)
+            data = source.randbytes(length)
+            assert client.write(offset, data).error == 0, f"seed {SEED}"
+            expected[offset : offset + length] = data
+            start = max(0, offset - 5)
+            assert client.read(start, length + 5).data == expected[start : start + length + 5], f"seed {SEED}"
+        assert client.request(Command.FLUSH).error == 0
+    assert copy.read_bytes() == expected
+
+
+def test_pipelined_small_requests_are_all_answered(site: Site, server: LiveServer) -> None:
+    with site.connect(server, "simple") as client:
+        requests = client.reads(2000, 4096, stride=4096)
+        client.send_requests(requests)
+        for request in requests:
+            reply = client.read_reply()
+            assert reply.error == 0
+            assert reply.data == site.content[request.offset : request.offset + 4096]
+
+
+def test_request_cut_into_records_of_one_byte_is_understood(site: Site, server: LiveServer) -> None:
+    with site.connect(server) as client:
+        request = client.announce(client.new_request(Command.WRITE, 4096, 600, payload=b"w" * 600))
+        for at in range(len(request)):
+            client.send(request[at : at + 1])
+        assert client.read_reply().error == 0
+        assert client.read(4000, 800).data == site.content[4000:4096] + b"w" * 600 + site.content[4696:4800]
+
+
+def test_options_and_requests_in_one_piece_with_the_end_of_the_handshake(site: Site, server: LiveServer) -> None:
+    """The client's Finished, its options and its first requests arrive in one receive."""
+    with asked_for_tls(server.address) as client:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        session = site.context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+        while True:
+            try:
+                session.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                client.sock.sendall(outgoing.read())
+                incoming.write(client.sock.recv(64 * KIB))
+        session.write(option_bytes(Option.STRUCTURED_REPLY))
+        session.write(option_bytes(Option.GO, info_data("disk", [])))
+        session.write(client.new_request(Command.READ, 0, 4096).serialize(False))
+        client.sock.sendall(outgoing.read())
+        received = b""
+        while site.content[:4096] not in received:
+            try:
+                received += session.read(64 * KIB)
+            except ssl.SSLWantReadError:
+                piece = client.sock.recv(64 * KIB)
+                assert piece, received[:200]
+                incoming.write(piece)
+
+
+def test_quiet_socket_means_that_nothing_is_left_inside(site: Site) -> None:
+    """E1, with as little room as is allowed and input that ends anywhere within a record."""
+    source = random.Random(SEED)
+    near, far = socket.socketpair()
+    with near, far:
+        near.setblocking(False)
+        layer = Tls(site.tls).wrap(near)
+        session = far_end(site, far, layer)
+        for _ in range(200):
+            sent = source.randbytes(source.randrange(1, 150_000))
+            outgoing = b"".join(encrypted(session, sent[at : at + 16 * KIB]) for at in range(0, len(sent), 16 * KIB))
+            received = b""
+            while outgoing or select.select([near], [], [], 0)[0]:
+                count = source.randrange(1, 40_000)
+                far.sendall(outgoing[:count])
+                outgoing = outgoing[count:]
+                room = bytearray(source.choice([32 * KIB, 33_000, 50_000]))
+                with contextlib.suppress(BlockingIOError):
+                    taken = layer.recvmsg_into([memoryview(room)[:100], memoryview(room)[100:]])[0]
+                    received += room[:taken]
+            assert received == sent, f"seed {SEED}"
+
+
+def test_ciphertext_that_waits_counts_as_pending_and_leaves(site: Site) -> None:
+    """The last bytes were taken by TLS, not by the socket: the connection must neither close nor forget them."""
+    sent = random.Random(SEED).randbytes(200 * KIB)
+
+    async def main() -> bytes:
+        near, far = socket.socketpair()
+        with near, far:
+            near.setblocking(False)
+            layer = Tls(site.tls).wrap(near)
+            end = far_end(site, far, layer)
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * KIB)
+            all_left = asyncio.Event()
+            shared = Shared(asyncio.get_running_loop(), Registry(), Limits())
+            outbox = TlsOutbox(layer, shared, all_left.set, lambda error: None)
+            outbox.put(sent)
+            outbox.send_turn()
+            assert layer.backlog_size
+            assert outbox.pending_bytes == layer.backlog_size
+            assert outbox.stalled_since_s is not None
+            received = b""
+            far.setblocking(False)
+            while len(received) < len(sent):
+                await asyncio.sleep(0)
+                with contextlib.suppress(BlockingIOError):
+                    end.incoming.write(far.recv(64 * KIB))
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    received += end.session.read(len(sent))
+            await asyncio.wait_for(all_left.wait(), 5)
+            assert outbox.pending_bytes == 0
+            outbox.discard()
+            return received
+
+    assert asyncio.run(asyncio.wait_for(main(), 20)) == sent
+
+
+class FarEnd:
+    """A TLS client whose ciphertext the test carries itself."""
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.session = context.wrap_bio(self.incoming, self.outgoing, server_hostname="localhost")
+
+
+def encrypted(end: FarEnd, data: bytes) -> bytes:
+    end.session.write(data)
+    return end.outgoing.read()
+
+
+def far_end(site: Site, sock: socket.socket, layer: TlsSocket) -> FarEnd:
+    """A client at `sock` whose handshake with `layer` is complete."""
+    end = FarEnd(site.context)
+    is_known = False
+    while not is_known:
+        with contextlib.suppress(ssl.SSLWantReadError):
+            end.session.do_handshake()
+        sock.sendall(end.outgoing.read())
+        is_known = layer.advance() is not None
+        if not layer.flush():
+            raise AssertionError("a handshake fits a socket")
+        if select.select([sock], [], [], 0)[0]:
+            end.incoming.write(sock.recv(64 * KIB))
+    return end
+
+
+# Endings
+
+
+def test_disc_behind_many_reads_is_answered_whole_and_ends_with_close_notify(site: Site, server: LiveServer) -> None:
+    client = asked_for_tls(server.address)
+    with client:
+        client.sock = site.context.wrap_socket(client.sock, server_hostname="localhost", suppress_ragged_eofs=False)
+        client.negotiate("disk")
+        client.send_requests(client.reads(40, MIB // 2, stride=MIB // 2))
+        client.disconnect()
+        for _ in range(40):
+            assert client.read_reply().error == 0
+        assert client.sock.recv(1) == b""
+
+
+def test_end_without_close_notify_is_taken_as_an_end(site: Site, server: LiveServer, copy: Path) -> None:
+    with site.connect(server) as client:
+        assert client.write(0, b"n" * 512).error == 0
+        half = client.new_request(Command.WRITE, 4096, 4096, payload=b"h" * 4096).serialize(False)[:2000]
+        client.send(half)
+        client.half_close()
+        assert client.wait_closed(5) is not None
+    assert copy.read_bytes()[: 16 * KIB] == b"n" * 512 + site.content[512 : 16 * KIB]
+    assert not [line for line in server.lines if "TLS" in line], server.lines
+
+
+def test_client_that_takes_no_reply_is_cut_at_the_stall_deadline(site: Site, copy: Path) -> None:
+    with (
+        LiveServer(site.config(copy, stall_timeout_s=0.5)) as server,
+        site.connect(server) as client,
+    ):
+        client.send_requests(client.reads(8, SIZE))
+        assert server.has_logged("took no reply for 0.5 s")
+
+
+def test_slow_reader_is_not_cut(site: Site, copy: Path) -> None:
+    with (
+        LiveServer(site.config(copy, stall_timeout_s=1)) as server,
+        site.connect(server, "simple") as client,
+    ):
+        client.send_requests(client.reads(1, SIZE))
+        received = 0
+        while received < SIZE + 16:
+            received += len(client.sock.recv(16 * KIB))
+            if received % (4 * MIB) < 16 * KIB:
+                select.select([], [], [], 0.15)
+        assert not [line for line in server.lines if "took no reply" in line]
+
+
+# Memory
+
+
+def test_idle_tls_connection_costs_40_kib(site: Site) -> None:
+    options = [*site.options(), f"--connections-max={IDLE_COUNT + 20}", "--handshake-timeout=60"]
+    with NbdimgServer(f"disk={site.image}", options=options, listen=["nbds://127.0.0.1:0"]) as running:
+        address = ("127.0.0.1", NbdUri.parse(running.uri).port)
+        with ExitStack() as warm_up:
+            for _ in range(20):
+                warm_up.enter_context(tls_client(address, site.context)).negotiate("disk")
+        before, descriptors = settled_memory(running.pid), descriptor_count(running.pid)
+        with ExitStack() as connections:
+            for _ in range(IDLE_COUNT):
+                connections.enter_context(tls_client(address, site.context)).negotiate("disk")
+            each = (settled_memory(running.pid) - before) / IDLE_COUNT
+            print(f"{each / KIB:.1f} KiB per idle TLS connection")
+            assert descriptor_count(running.pid) - descriptors == IDLE_COUNT
+            assert each <= IDLE_LIMIT
+        assert wait_until(lambda: descriptor_count(running.pid) <= descriptors, 5), "descriptors leak"
+
+
+@pytest.mark.parametrize("structured", [True, False], ids=["structured", "simple"])
+def test_client_that_never_reads_is_held_to_40_mib(site: Site, structured: bool) -> None:
+    with NbdimgServer(f"disk={site.image}", options=site.options(), listen=["nbds://127.0.0.1:0"]) as running:
+        address = ("127.0.0.1", NbdUri.parse(running.uri).port)
+        with PeakMemory(running.pid) as peak, tls_client(address, site.context) as hog:
+            hog.negotiate("disk", structured=structured)
+            hog.send_requests(hog.reads(64, SIZE))
+            settled_memory(running.pid)
+            with tls_client(address, site.context) as honest:
+                honest.negotiate("disk")
+                assert honest.read(4096, 4096).data == site.content[4096:8192]
+        print(f"{peak.growth / MIB:.1f} MiB")
+        assert peak.growth <= HOG_LIMIT
+
+
+# New files
+
+
+def peer_serial(client: Client) -> int:
+    assert isinstance(client.sock, ssl.SSLSocket)
+    certificate = client.sock.getpeercert()
+    assert certificate is not None
+    return int(str(certificate["serialNumber"]), 16)
+
+
+def replaced(identity: Identity, by: Identity) -> None:
+    """`by` in the files of `identity`."""
+    os.replace(by.certificate_path, identity.certificate_path)
+    os.replace(by.key_path, identity.key_path)
+
+
+def test_reload_serves_the_new_certificate_and_leaves_who_is_connected_alone(site: Site, copy: Path) -> None:
+    own = site.authority.issue("server", common_name="reload", names=LOOPBACK_NAMES)
+    new = site.authority.issue("server", common_name="renewed", names=LOOPBACK_NAMES)
+    tls = replace(site.tls, certificate_path=own.certificate_path, key_path=own.key_path)
+    with LiveServer(replace(site.config(copy), tls=tls)) as server, site.connect(server) as before:
+        replaced(own, new)
+        with site.connect(server) as between:
+            assert peer_serial(between) == own.certificate.serial_number
+        server.call(server.service.reload_tls)
+        with site.connect(server) as after:
+            assert peer_serial(after) == new.certificate.serial_number
+        assert before.read(0, SIZE).data == site.content
+        assert peer_serial(before) == own.certificate.serial_number
+
+
+def test_reload_of_files_that_do_not_fit_keeps_the_old_ones(site: Site, copy: Path) -> None:
+    own = site.authority.issue("server", common_name="keeps", names=LOOPBACK_NAMES)
+    new = site.authority.issue("server", common_name="misfit", names=LOOPBACK_NAMES)
+    tls = replace(site.tls, certificate_path=own.certificate_path, key_path=own.key_path)
+    with LiveServer(replace(site.config(copy), tls=tls)) as server:
+        os.replace(new.certificate_path, own.certificate_path)
+        server.call(server.service.reload_tls)
+        assert server.has_logged("the TLS files were not reloaded")
+        with site.connect(server) as client:
+            assert peer_serial(client) == own.certificate.serial_number
+
+
+def test_reload_brings_a_revocation(site: Site, copy: Path) -> None:
+    revoked = site.authority.issue("client", common_name="later")
+    tls = replace(site.tls, crl_path=site.authority.revoke())
+    context = client_context(site.authority, revoked)
+    with LiveServer(replace(site.config(copy), tls=tls)) as server, tls_client(server.address, context) as before:
+        before.negotiate("disk")
+        site.authority.revoke(revoked)
+        server.call(server.service.reload_tls)
+        with contextlib.suppress(OSError), tls_client(server.address, context) as after:
+            after.sock.recv(1)
+        assert server.has_logged("certificate revoked")
+        assert before.read(0, 4096).data == site.content[:4096]
+
+
+# Files that are refused
+
+
+def test_files_that_do_not_go_together_are_refused(site: Site, tmp_path: Path) -> None:
+    other = site.authority.issue("server", common_name="other")
+    empty = tmp_path / "empty.pem"
+    empty.touch(0o600)
+    encrypted = tmp_path / "encrypted.pem"
+    key = serialization.load_pem_private_key(Path(other.key_path).read_bytes(), None)
+    encrypted.touch(0o600)
+    encrypted.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"secret"),
+        )
+    )
+    for changes, message in (
+        ({"certificate_path": "/nowhere"}, "TLS certificate file /nowhere: No such file"),
+        ({"key_path": "/nowhere"}, "TLS key file /nowhere: No such file"),
+        ({"key_path": other.key_path}, "key values mismatch; expected PEM files that belong together"),
+        ({"key_path": str(empty)}, "expected PEM files that belong together"),
+        ({"key_path": str(encrypted)}, "the TLS key is encrypted"),
+        ({"client_ca_path": str(empty)}, "TLS client CA file"),
+        ({"crl_path": site.authority.path}, "revocation list file .*: nothing of the kind"),
+        ({"client_ca_path": site.authority.revoke()}, "TLS client CA file .*: nothing of the kind"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Credentials(replace(site.tls, **changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("mode", "is_refused"), [(0o600, False), (0o640, False), (0o644, True), (0o604, True)])
+def test_key_that_everybody_may_read_is_refused(site: Site, mode: int, is_refused: bool) -> None:
+    own = site.authority.issue("server", common_name=f"mode{mode:o}")
+    os.chmod(own.key_path, mode)
+    config = TlsConfig(own.certificate_path, own.key_path)
+    if is_refused:
+        with pytest.raises(ConfigError, match="can be read by everybody"):
+            Credentials(config)
+    else:
+        Credentials(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "TLS needs a certificate file or a file of pre-shared keys"),
+        ({"psk_path": "p", "key_path": "k"}, "needs a certificate file beside it"),
+        ({"certificate_path": "c", "crl_path": "r"}, "needs the client CA file"),
+        ({"certificate_path": "c", "mode": "on"}, "expected off, required or selective"),
+        ({"certificate_path": "c", "min_version": "1.1"}, "expected 1.2 or 1.3"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(fields: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TlsConfig(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("uri", "mode", "message"),
+    [
+        ("nbds://127.0.0.1:0", None, "needs TLS: give a certificate"),
+        ("nbd://0.0.0.0:0", None, "is reachable from other machines"),
+        ("nbd://0.0.0.0:0", "off", "is reachable from other machines"),
+        ("nbd://0.0.0.0:0", "selective", "is reachable from other machines"),
+    ],
+)
+def test_listener_that_would_give_data_out_in_clear_is_refused(
+    site: Site, uri: str, mode: str | None, message: str
+) -> None:
+    tls = None if mode is None else replace(site.tls, mode=mode)  # type: ignore[arg-type]
+    export = ExportConfig(str(site.image), "disk", "raw", is_read_only=True, is_tls_only=False)
+    config = ServerConfig((export,), (NbdUri.parse(uri),), tls=tls)
+    with pytest.raises(ConfigError, match=message):
+        LiveServer(config).__enter__()
+
+
+# Pre-shared keys
+
+KEY = "0123456789abcdef0123456789abcdef"
+HAS_PSK = getattr(ssl, "HAS_PSK", False)
+
+
+def key_file(directory: Path, text: str) -> str:
+    path = directory / "keys.psk"
+    path.touch(0o600)
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.skipif(HAS_PSK, reason="this Python has pre-shared keys")
+def test_pre_shared_keys_are_refused_in_one_sentence_where_python_has_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs Python 3"):
+        Tls(TlsConfig(psk_path=key_file(tmp_path, f"alice:{KEY}\n")))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no key is in it"),
+        ("alice\n", "line 1: expected NAME:HEX"),
+        (f":{KEY}\n", "line 1: expected NAME:HEX"),
+        ("alice:00ff\n", "with 16 bytes or more"),
+        (f"# keys\nalice:{KEY}\nalice:{KEY}\n", "line 3: 'alice' has a key already"),
+        (f"alice:{KEY}xx\n", "line 1: expected NAME:HEX"),
+    ],
+)
+def test_key_file_that_is_malformed_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Tls(TlsConfig(psk_path=key_file(tmp_path, text)))
+
+
+def key_session(credentials: Credentials, name: str, key: str, suite: str) -> frozenset[str] | None:
+    """What `openssl s_client` with a key proves to `credentials`; None: the handshake fails. No certificate counts."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        argv = ["openssl", "s_client", "-connect", f"127.0.0.1:{listener.getsockname()[1]}", "-tls1_3"]
+        argv += ["-psk_identity", name, "-psk", key, "-ciphersuites", suite]
+        client = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        listener.settimeout(10)
+        sock, _ = listener.accept()
+    try:
+        sock.settimeout(10)
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        session = credentials.context.wrap_bio(incoming, outgoing, server_side=True)
+        proposed: frozenset[str] = frozenset()
+        while session.version() is None:
+            incoming.write(sock.recv(64 * KIB))
+            try:
+                proposed = credentials.advance(session, proposed)
+            except ssl.SSLError:
+                return None
+            sock.sendall(outgoing.read())
+        return credentials.identities(session, proposed)
+    finally:
+        sock.close()
+        client.communicate()
+
+
+@pytest.mark.skipif(not HAS_PSK, reason="pre-shared keys came with Python 3.13")
+def test_key_proves_a_name_and_proposing_a_name_proves_nothing(site: Site, tmp_path: Path) -> None:
+    """A suite whose hash is not the key's makes OpenSSL pass over the key, and the certificate serves."""
+    credentials = Credentials(
+        TlsConfig(site.server.certificate_path, site.server.key_path, psk_path=key_file(tmp_path, f"alice:{KEY}\n"))
+    )
+    fits, does_not_fit = "TLS_AES_128_GCM_SHA256", "TLS_AES_256_GCM_SHA384"
+    assert key_session(credentials, "alice", KEY, fits) == frozenset({"psk:alice"})
+    assert key_session(credentials, "alice", KEY[::-1], fits) is None
+    assert key_session(credentials, "bob", KEY, fits) == frozenset()
+    assert key_session(credentials, "alice", KEY[::-1], does_not_fit) == frozenset()
+
+
+@pytest.mark.skipif(not HAS_PSK, reason="pre-shared keys came with Python 3.13")
+def test_server_with_keys_alone_serves_who_has_one(site: Site, copy: Path, tmp_path: Path) -> None:
+    context = client_context(None)
+    context.set_psk_client_callback(lambda hint: ("alice", bytes.fromhex(KEY)))  # type: ignore[attr-defined,unused-ignore]
+    tls = TlsConfig(psk_path=key_file(tmp_path, f"alice:{KEY}\n"))
+    with LiveServer(replace(site.config(copy), tls=tls)) as server:
+        with tls_client(server.address, context) as client:
+            client.negotiate("disk")
+            assert client.read(0, 4096).data == site.content[:4096]
+        with pytest.raises(ssl.SSLError):
+            tls_client(server.address, client_context(None)).option(Option.LIST)
+
+
+def test_command_line_takes_tls_options_and_prints_nbds(site: Site) -> None:
+    options = [*site.options(), "--tls-mode=selective", "--tls-min-version=1.2"]
+    with NbdimgServer(f"disk={site.image}", options=options, listen=["nbd://127.0.0.1:0"]) as running:
+        assert running.uri.startswith("nbds://")
+        address = ("127.0.0.1", NbdUri.parse(running.uri).port)
+        with Client(address) as client:
+            client.greet()
+            assert client.option(Option.GO, info_data("disk"))[-1].type == Rep.ERR_TLS_REQD
+    argv = [sys.executable, "-m", "nbdimg", "serve", "--tls-key=x", str(site.image)]
+    failed = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert failed.returncode != 0
+    assert "TLS needs a certificate file" in failed.stderr

@@ -1,0 +1,159 @@
+"""What the tests of TLS and of access rules share: a server in a thread, its log, and clients that speak TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from nbdimg.config import ServerConfig
+from nbdimg.server.loop import run_loop
+from nbdimg.server.service import Service, serving
+from tests.server.live import Address
+from tests.support.certificates import Authority, Identity
+from tests.support.rawclient import Client
+from tests.support.rawprotocol import ConnectionClosed, Option, Rep
+from tests.support.rss import wait_until
+
+START_TIMEOUT_S = 20
+LOG_WAIT_S = 5
+
+
+class LiveServer(logging.Handler):
+    """`serving(config)` in a thread of this process. `lines` is what it has logged, without the client's address."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        super().__init__(logging.DEBUG)
+        self.lines: list[str] = []
+        self._config = config
+        self._ready: Future[tuple[Service, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        try:
+            run_loop(self._main())
+        except BaseException as error:
+            if self._ready.done():
+                raise
+            self._ready.set_exception(error)
+
+    async def _main(self) -> None:
+        async with serving(self._config) as service:
+            stop = asyncio.Event()
+            self._ready.set_result((service, asyncio.get_running_loop(), stop))
+            await stop.wait()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def __enter__(self) -> Self:
+        logging.getLogger("nbdimg").addHandler(self)
+        self._thread.start()
+        self.service, self._loop, self._stop = self._ready.result(START_TIMEOUT_S)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(START_TIMEOUT_S)
+        logging.getLogger("nbdimg").removeHandler(self)
+        assert not self._thread.is_alive(), "the server does not stop"
+        assert not [line for line in self.lines if "internal error" in line], self.lines
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have the server's loop call it, and wait."""
+        done = threading.Event()
+
+        def call() -> None:
+            function()
+            done.set()
+
+        self._loop.call_soon_threadsafe(call)
+        assert done.wait(START_TIMEOUT_S)
+
+    @property
+    def addresses(self) -> list[Address]:
+        """One for each line that the server would print."""
+        return [uri.socket or (uri.host or "", uri.port) for uri in self.service.uris]
+
+    @property
+    def address(self) -> Address:
+        return self.addresses[0]
+
+    def has_logged(self, text: str) -> bool:
+        """Whether a line with `text` comes within a few seconds."""
+        return wait_until(lambda: any(text in line for line in self.lines), LOG_WAIT_S)
+
+
+def client_context(
+    authority: Authority | None,
+    identity: Identity | None = None,
+    lowest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_2,
+    highest: ssl.TLSVersion = ssl.TLSVersion.MAXIMUM_SUPPORTED,
+) -> ssl.SSLContext:
+    """Without an authority the server is taken for what it says."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    if authority is None:
+        context.verify_mode = ssl.CERT_NONE
+    else:
+        context.load_verify_locations(authority.path)
+    if lowest < ssl.TLSVersion.TLSv1_2:
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version, context.maximum_version = lowest, highest
+    if identity is not None:
+        context.load_cert_chain(identity.certificate_path, identity.key_path)
+    return context
+
+
+def asked_for_tls(address: Address, timeout_s: float = 15) -> Client:
+    """A client behind an acknowledged STARTTLS: its next byte belongs to TLS."""
+    client = Client(address, timeout_s)
+    client.greet()
+    assert [reply.type for reply in client.option(Option.STARTTLS)] == [Rep.ACK]
+    return client
+
+
+def tls_client(address: Address, context: ssl.SSLContext, timeout_s: float = 15) -> Client:
+    """A client whose TLS is up; the next is an option.
+
+    Raises: ssl.SSLError, OSError: as the client's side sees it. With TLS 1.3 a server's refusal comes with the first
+    reply, not here.
+    """
+    client = asked_for_tls(address, timeout_s)
+    try:
+        client.sock = context.wrap_socket(client.sock, server_hostname="localhost")
+    except OSError:
+        client.close()
+        raise
+    return client
+
+
+def refusal(address: Address, context: ssl.SSLContext) -> str | None:
+    """How the server ended a TLS handshake, by its alert or "closed"; None: it serves this client."""
+    try:
+        with tls_client(address, context) as client:
+            client.option(Option.LIST)
+            return None
+    except ssl.SSLError as error:
+        return str(error.reason)
+    except (ConnectionClosed, ConnectionResetError, BrokenPipeError):
+        return "closed"
+
+
+def files(directory: Path, names: Sequence[str], size: int = 1 << 20) -> list[Path]:
+    """Raw images of `size` bytes, each full of its own letter."""
+    paths = [directory / f"{name}.raw" for name in names]
+    for name, path in zip(names, paths, strict=True):
+        path.write_bytes(name[:1].encode() * size)
+    return paths
