@@ -72,10 +72,12 @@ class Case:
         image = await open_image(self.path, format="vhdx")
         for _ in range(STEPS):
             await self.step(image, *self.range())
-        assert await bytes_of(image, 0, SIZE) == self.model, self.fail("before closing")
+        is_same = await bytes_of(image, 0, SIZE) == self.model
+        assert is_same, self.fail("before closing")
         await image.close()
         again = await open_image(self.path, format="vhdx", writable=False)
-        assert await bytes_of(again, 0, SIZE) == self.model, self.fail("opened again")
+        is_same = await bytes_of(again, 0, SIZE) == self.model
+        assert is_same, self.fail("opened again")
         await again.close()
 
     async def step(self, image: Image, offset: int, length: int) -> None:
@@ -96,7 +98,8 @@ class Case:
             self.trimmed(offset, await bytes_of(image, offset, length))
         elif kind == "flush":
             await image.flush()
-        assert await bytes_of(image, offset, length) == model[offset : offset + length], self.fail("read")
+        is_same = await bytes_of(image, offset, length) == model[offset : offset + length]
+        assert is_same, self.fail("read")
 
     def trimmed(self, offset: int, found: bytes) -> None:
         """Each 512 bytes are as they were, or zeroes where they changed; whole blocks are zeroes, but in a fixed file
@@ -114,7 +117,8 @@ class Case:
     def judge(self) -> None:
         if self.sector_size == 512 and not self.parent.exists():
             judge(self.path, bytes(self.model))
-        assert flattened(self.path) == self.model, self.fail("7-Zip reads something else")
+        is_same = flattened(self.path) == self.model
+        assert is_same, self.fail("7-Zip reads something else")
 
     def change_with_qemu(self) -> None:
         if self.sector_size != 512 or self.parent.exists():
