@@ -35,10 +35,10 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sound")
 
 
-def header_of(file: BlockFile) -> Header:
+async def header_of(file: BlockFile) -> Header:
     """Raises: ImageError."""
     head = bytearray(min(file.size, 2 << 20))
-    assert file.try_pread(0, memoryview(head)), "a file that was just written is in memory"
+    await file.pread(0, memoryview(head))
     return Header.from_bytes(file.path, bytes(head))
 
 
@@ -48,9 +48,9 @@ def repaired(path: Path, *, leaks_only: bool = False) -> CheckReport | None:
     async def main() -> CheckReport | None:
         file = PosixFile(path, writable=True)
         try:
-            header = header_of(file)
+            header = await header_of(file)
             report = await repair(file, header, leaks_only=leaks_only)
-            assert header == header_of(file)
+            assert header == await header_of(file)
             return report
         except ImageError:
             return None
@@ -243,7 +243,8 @@ def crashes(content: bytes, epochs: list[list[tuple[int, bytes]]]) -> Iterator[b
 
 def in_memory(content: bytes) -> tuple[LogFile, CheckReport]:
     file = LogFile(content)
-    report = asyncio.run(repair(file, header_of(file), leaks_only=False))
+    header = asyncio.run(header_of(file))
+    report = asyncio.run(repair(file, header, leaks_only=False))
     return file, report
 
 
@@ -251,7 +252,7 @@ def undercounted(content: bytes) -> int:
     """Clusters with fewer counts than references (Q1). 0 if the header is refused."""
     file = MemoryFile(content)
     try:
-        header = header_of(file)
+        header = asyncio.run(header_of(file))
     except ImageError:
         return 0
     report = asyncio.run(check(file, header))
@@ -348,7 +349,7 @@ def test_repair_refcount_table_beyond_its_limit_is_refused(
     monkeypatch.setattr(structs, "REFCOUNT_TABLE_BYTES_MAX", 4096)
     assert in_memory(content)[1].is_clean
     file = LogFile(content)
-    header = header_of(file)
+    header = asyncio.run(header_of(file))
     monkeypatch.setattr(structs, "REFCOUNT_TABLE_BYTES_MAX", 4095)
     with pytest.raises(ImageError, match="4096 bytes, allowed are 4095"):
         asyncio.run(repair(file, header, leaks_only=False))
