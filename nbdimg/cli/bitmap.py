@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 
-from nbdimg.cli.output import print_json, shown
-from nbdimg.errors import ImageError, escaped
+from nbdimg.cli.opened import opened
+from nbdimg.cli.output import print_json, print_table, shown
+from nbdimg.errors import escaped
 from nbdimg.formats.qcow2.bitmap_edit import BitmapEditor, open_editor
 from nbdimg.formats.qcow2.bitmaps import BitmapEntry, load_directory
 from nbdimg.formats.qcow2.open import read_header
 from nbdimg.server.loop import run_loop
-from nbdimg.storage.locks import lock_image
-from nbdimg.storage.posix import PosixFile
 from nbdimg.units import parse_size
 
 _COLUMNS = ("NAME", "GRANULARITY", "STATE")
@@ -96,7 +94,11 @@ def list_(image: Image, as_json: AsJson = False) -> None:
     if as_json:
         _print_json(image, entries)
     elif entries:
-        _print_table([(shown(each.name), str(each.granularity), _state(each)) for each in entries])
+        print_table(
+            _COLUMNS,
+            [(shown(each.name), str(each.granularity), _state(each)) for each in entries],
+            right=["GRANULARITY"],
+        )
     elif sys.stdout.isatty():
         print(f"{shown(image)}: no bitmaps")
 
@@ -110,7 +112,7 @@ def _change(path: str, as_json: bool, done: str, change: Callable[[BitmapEditor]
 
 
 async def _changed(path: str, change: Callable[[BitmapEditor], Awaitable[None] | None]) -> list[BitmapEntry]:
-    async with _opened(path, writable=True) as file:
+    async with opened(path, writable=True) as file:
         editor = await open_editor(file)
         waiting = change(editor)
         if waiting is not None:
@@ -120,22 +122,8 @@ async def _changed(path: str, change: Callable[[BitmapEditor], Awaitable[None] |
 
 
 async def _load(path: str) -> list[BitmapEntry]:
-    async with _opened(path, writable=False) as file:
+    async with opened(path, writable=False) as file:
         return await load_directory(file, await read_header(file))
-
-
-@asynccontextmanager
-async def _opened(path: str, *, writable: bool) -> AsyncIterator[PosixFile]:
-    """Raises: ImageError: it cannot be opened, or is in use."""
-    try:
-        file = PosixFile(path, writable=writable)
-    except OSError as error:
-        raise ImageError(path, error.strerror or str(error)) from None
-    try:
-        lock_image(file.descriptor, file.path, writable=writable)
-        yield file
-    finally:
-        await file.close()
 
 
 def _state(entry: BitmapEntry) -> str:
@@ -156,21 +144,3 @@ def _print_json(path: str, entries: Sequence[BitmapEntry]) -> None:
         for each in entries
     ]
     print_json(path=path, bitmaps=bitmaps)
-
-
-def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=None, pad_edge=False)
-        for name in _COLUMNS:
-            table.add_column(name, justify="right" if name == "GRANULARITY" else "left")
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
-        Console().print(table)
-        return
-    widths = [max(len(row[index]) for row in (_COLUMNS, *rows)) for index in range(len(_COLUMNS))]
-    for row in (_COLUMNS, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

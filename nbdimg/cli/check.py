@@ -9,14 +9,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
-from nbdimg.cli.output import ProgressReport, print_json, progress, shown
-from nbdimg.errors import ConfigError, ImageError, escaped
+from nbdimg.cli.opened import opened
+from nbdimg.cli.output import ProgressReport, complain, print_json, progress, shown
+from nbdimg.errors import ConfigError, ImageError, UnsupportedFeature, escaped
 from nbdimg.formats import DRIVERS, check_format, probed_format
 from nbdimg.formats.findings import CheckReport
 from nbdimg.formats.qcow2.check import check as check_qcow2
@@ -26,8 +26,6 @@ from nbdimg.formats.vhdx.check import VhdxReport
 from nbdimg.formats.vhdx.check import check as check_vhdx
 from nbdimg.formats.vhdx.repair import repair as repair_vhdx
 from nbdimg.server.loop import run_loop
-from nbdimg.storage.locks import lock_image
-from nbdimg.storage.posix import PosixFile
 
 EXIT_INCOMPLETE = 1
 EXIT_UNSUPPORTED = 63
@@ -46,6 +44,14 @@ def check(
     format: Annotated[
         str | None, typer.Option(metavar="|".join(DRIVERS), help="The image's format (default: by its magic number).")
     ] = None,
+    accept_lost_log: Annotated[
+        bool,
+        typer.Option(
+            "--accept-lost-log",
+            help="With --repair all: declare a vhdx log empty that is in use and holds no valid entry; "
+            "what it held is lost.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Check an image's metadata; the data and other files are not looked at.
@@ -54,15 +60,17 @@ def check(
     """
     if repair is not None and repair not in _REPAIRS:
         raise ConfigError(f"--repair is {escaped(repair)}, expected {' or '.join(_REPAIRS)}")
+    if accept_lost_log and repair != "all":
+        raise ConfigError("--accept-lost-log changes the image, which takes --repair all")
     check_format(format)
     with progress("tables") as report:
         try:
-            found, result = run_loop(_checked(image, format, repair, report))
+            found, result = run_loop(_checked(image, format, repair, accept_lost_log, report))
         except (ImageError, OSError) as error:
-            _complain(str(error) if isinstance(error, ImageError) else f"{image}: {error.strerror}")
+            complain(str(error) if isinstance(error, ImageError) else f"{image}: {error.strerror}")
             return EXIT_INCOMPLETE
     if result is None:
-        _complain(f"{shown(image)}: a {found} image has no metadata, so there is nothing to check")
+        complain(f"{shown(image)}: a {found} image has no metadata, so there is nothing to check")
         return EXIT_UNSUPPORTED
     if as_json:
         print_json(path=image, format=found, exit_status=result.exit_status, **_described(result))
@@ -71,30 +79,26 @@ def check(
     return result.exit_status
 
 
-def _complain(message: str) -> None:
-    print(f"nbdimg: {' '.join(message.split())}", file=sys.stderr)
-
-
 async def _checked(
-    path: str, format: str | None, repair: str | None, report: ProgressReport | None
+    path: str, format: str | None, repair: str | None, accepts_lost_log: bool, report: ProgressReport | None
 ) -> tuple[str, CheckReport | None]:
     """The image's format, and what was found; None for a format without metadata."""
-    file = PosixFile(path, writable=repair is not None)
-    try:
-        lock_image(file.descriptor, file.path, writable=repair is not None)
+    async with opened(path, writable=repair is not None) as file:
         format = format or await probed_format(file)
         if format == "vhdx":
             if repair is None:
                 return format, await check_vhdx(file, progress=report)
-            return format, await repair_vhdx(file, leaks_only=repair == "leaks", progress=report)
+            return format, await repair_vhdx(
+                file, leaks_only=repair == "leaks", accepts_lost_log=accepts_lost_log, progress=report
+            )
+        if accepts_lost_log:
+            raise UnsupportedFeature(file.path, f"it is a {format} image, expected vhdx with --accept-lost-log")
         if format != "qcow2":
             return format, None
         header = await read_header(file)
         if repair is None:
             return format, await check_qcow2(file, header, progress=report)
         return format, await repair_qcow2(file, header, leaks_only=repair == "leaks", progress=report)
-    finally:
-        await file.close()
 
 
 def _described(result: CheckReport) -> dict[str, Any]:

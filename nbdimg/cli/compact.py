@@ -6,14 +6,13 @@ from typing import Annotated
 
 import typer
 
+from nbdimg.cli.opened import opened
 from nbdimg.cli.output import ProgressReport, print_json, progress, shown, sized
 from nbdimg.errors import UnsupportedFeature
 from nbdimg.formats import DRIVERS, check_format, probed_format
 from nbdimg.formats.vhdx.compact import Compacted
 from nbdimg.formats.vhdx.compact import compact as compact_vhdx
 from nbdimg.server.loop import run_loop
-from nbdimg.storage.locks import lock_image
-from nbdimg.storage.posix import PosixFile
 
 
 def compact(
@@ -47,12 +46,8 @@ def compact(
 
 
 async def _compacted(path: str, format: str | None, report: ProgressReport | None) -> Compacted:
-    file = PosixFile(path, writable=True)
-    try:
-        lock_image(file.descriptor, file.path, writable=True)
+    async with opened(path, writable=True) as file:
         format = format or await probed_format(file)
         if format != "vhdx":
             raise UnsupportedFeature(file.path, f"it is a {format} image, expected vhdx")
         return await compact_vhdx(file, progress=report)
-    finally:
-        await file.close()

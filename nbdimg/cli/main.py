@@ -25,6 +25,7 @@ from nbdimg.cli.config import config
 from nbdimg.cli.create import create
 from nbdimg.cli.info import info
 from nbdimg.cli.map import map_
+from nbdimg.cli.output import complain
 from nbdimg.cli.resize import resize
 from nbdimg.cli.serve import serve
 from nbdimg.cli.snapshot import snapshot
@@ -93,14 +94,14 @@ def _report(error: Exception) -> int:
     usage_message = getattr(error, "format_message", None)
     if usage_message is not None:
         if usage_message():
-            _complain(f"{usage_message()}; see nbdimg --help")
+            complain(f"{usage_message()}; see nbdimg --help")
         return EXIT_USAGE
     for kind, status in _STATUSES:
         if isinstance(error, kind):
-            _complain(_sentence(error))
+            complain(_sentence(error))
             return status
     logging.getLogger("nbdimg").debug("the failure's traceback", exc_info=error)
-    _complain(f"internal error: {type(error).__name__}: {error}")
+    complain(f"internal error: {type(error).__name__}: {error}")
     return EXIT_FAILED
 
 
@@ -108,11 +109,6 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
     return str(error)
-
-
-def _complain(message: str) -> None:
-    line = " ".join(message.split())
-    print(f"nbdimg: {line}", file=sys.stderr)
 
 
 def main() -> None:

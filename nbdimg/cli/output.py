@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from nbdimg.units import KiB
@@ -27,6 +27,30 @@ ProgressReport = Callable[[int, int], None]
 def print_json(**fields: object) -> None:
     """One JSON object; the bytes of names that are not UTF-8 come as lone surrogates, as Python reads them."""
     print(json.dumps({"version": JSON_VERSION, **fields}))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+    """Cells under their columns' names, those of `right` flush right on a terminal; plain columns elsewhere."""
+    if not sys.stdout.isatty():
+        widths = [max(len(row[index]) for row in (columns, *rows)) for index in range(len(columns))]
+        for row in (columns, *rows):
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console().print(table)
+
+
+def complain(message: str) -> None:
+    """What went wrong, in one line."""
+    print(f"nbdimg: {' '.join(message.split())}", file=sys.stderr)
 
 
 def shown(text: str) -> str:

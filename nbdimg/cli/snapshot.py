@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
 
-from nbdimg.cli.output import QUIET_S, ProgressReport, print_json, progress, shown
+from nbdimg.cli.opened import opened
+from nbdimg.cli.output import QUIET_S, ProgressReport, print_json, print_table, progress, shown
 from nbdimg.errors import UnsupportedFeature
 from nbdimg.formats.gate import DenyGate
 from nbdimg.formats.options import OpenOptions
@@ -20,8 +21,6 @@ from nbdimg.formats.qcow2.open import open_driver, read_header
 from nbdimg.formats.qcow2.snapshot_changes import apply_snapshot, create_snapshot, delete_snapshot
 from nbdimg.formats.qcow2.snapshots import NO_ICOUNT, Snapshot, load_snapshots
 from nbdimg.server.loop import run_loop
-from nbdimg.storage.locks import lock_image
-from nbdimg.storage.posix import PosixFile
 
 _COLUMNS = ("ID", "NAME", "SIZE", "VM STATE", "DATE")
 
@@ -80,20 +79,16 @@ def list_(image: Image, as_json: AsJson = False) -> None:
     if as_json:
         print_json(path=image, snapshots=[_described(each, size) for each in snapshots])
     elif snapshots:
-        _print_table([_row(each, size) for each in snapshots])
+        print_table(_COLUMNS, [_row(each, size) for each in snapshots], right=["SIZE", "VM STATE"])
     elif sys.stdout.isatty():
         print(f"{shown(image)}: no snapshots")
 
 
 async def _load(path: str) -> tuple[int, list[Snapshot]]:
     """The disk's size, for snapshots that do not tell their own, and all snapshots."""
-    file = PosixFile(path, writable=False)
-    try:
-        lock_image(file.descriptor, file.path, writable=False)
+    async with opened(path, writable=False) as file:
         header = await read_header(file)
         return header.size, await load_snapshots(file, header)
-    finally:
-        await file.close()
 
 
 _Change = Callable[[Qcow2Driver, ProgressReport | None], Awaitable[Snapshot]]
@@ -113,19 +108,14 @@ async def _changed(
     path: str, key: bytes | None, change: _Change, report: ProgressReport | None
 ) -> tuple[int, Snapshot]:
     """Open the image alone, none of its backing files, and change it."""
-    file = PosixFile(path, writable=True)
-    try:
-        lock_image(file.descriptor, file.path, writable=True)
+    async with opened(path, writable=True) as file:
         if (await read_header(file)).has_data_file:
             raise UnsupportedFeature(path, "an image with an external data file cannot have internal snapshots")
-        opened = await open_driver(file, OpenOptions(DenyGate(), writable=True, key=key))
-        driver = opened.driver
+        driver = (await open_driver(file, OpenOptions(DenyGate(), writable=True, key=key))).driver
         assert isinstance(driver, Qcow2Driver)
         changed = await change(driver, report)
         await driver.close()
         return driver.size, changed
-    finally:
-        await file.close()
 
 
 def _described(each: Snapshot, current_size: int) -> dict[str, Any]:
@@ -149,21 +139,3 @@ def _date(each: Snapshot) -> str:
 def _row(each: Snapshot, current_size: int) -> tuple[str, ...]:
     size = current_size if each.disk_size is None else each.disk_size
     return (shown(each.id), shown(each.name), str(size), str(each.vm_state_size), _date(each))
-
-
-def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=None, pad_edge=False)
-        for name in _COLUMNS:
-            table.add_column(name, justify="right" if name in ("SIZE", "VM STATE") else "left")
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
-        Console().print(table)
-        return
-    widths = [max(len(row[index]) for row in (_COLUMNS, *rows)) for index in range(len(_COLUMNS))]
-    for row in (_COLUMNS, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

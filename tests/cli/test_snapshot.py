@@ -173,7 +173,7 @@ def test_image_that_another_program_has_open_is_refused(image: Path, capfd: pyte
 
 
 def test_missing_image_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
-    refused(capfd, 1, "none.qcow2: No such file or directory", "list", "none.qcow2")
+    refused(capfd, 3, "none.qcow2: No such file or directory", "list", "none.qcow2")
 
 
 def on_terminal(*arguments: str, quiet_s: float = 1.0) -> str:
