@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from nbdimg.cli.main import run
 from nbdimg.cli.output import JSON_VERSION
+from tests.cli.conftest import Command
 from tests.support.peers import require_program
 from tests.support.qcow2edit import qemu_img, qemu_io
 from tests.support.server import NbdimgServer, PeerServer
@@ -30,32 +32,13 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def said(capfd: pytest.CaptureFixture[str]) -> Any:
-    """Runs `nbdimg bitmap` to its end and gives what it printed."""
-
-    def bitmap(*arguments: str) -> str:
-        status = run(["bitmap", *arguments])
-        captured = capfd.readouterr()
-        assert (status, captured.err) == (0, "")
-        return captured.out
-
-    return bitmap
+def said(command: Command) -> Any:
+    return partial(command.said, "bitmap")
 
 
 @pytest.fixture
-def refused(capfd: pytest.CaptureFixture[str]) -> Any:
-    """Runs `nbdimg bitmap` and expects an exit status, one line, and the image as it was."""
-
-    def bitmap(arguments: list[str], status: int, pattern: str) -> None:
-        before = {path: path.read_bytes() for path in Path().iterdir()}
-        assert run(["bitmap", *arguments]) == status
-        captured = capfd.readouterr()
-        assert captured.out == ""
-        (line,) = captured.err.splitlines()
-        assert re.fullmatch(rf"nbdimg: {pattern}", line), line
-        assert {path: path.read_bytes() for path in Path().iterdir()} == before
-
-    return bitmap
+def refused(command: Command) -> Any:
+    return partial(command.refused, "bitmap")
 
 
 def by_qemu(path: str = "disk.qcow2") -> dict[str, tuple[int, list[str]]]:

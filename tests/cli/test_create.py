@@ -5,60 +5,37 @@ from __future__ import annotations
 import json
 import os
 import pty
-import re
 import resource
 import select
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nbdimg.cli.main import run
 from nbdimg.cli.output import JSON_VERSION
 from nbdimg.formats.qcow2 import luks
 from nbdimg.units import GiB, KiB, MiB
+from tests.cli.conftest import Command
 from tests.support.peers import require_program
 
 FAILED, USAGE = 1, 2
 
-
-@pytest.fixture(autouse=True)
-def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("directory")
 
 
 @pytest.fixture
-def said(capfd: pytest.CaptureFixture[str]) -> Any:
-    """Runs `nbdimg create` to its end and gives what it printed."""
-
-    def create(*arguments: str) -> str:
-        status = run(["create", *arguments])
-        captured = capfd.readouterr()
-        assert (status, captured.err) == (0, "")
-        return captured.out
-
-    return create
+def said(command: Command) -> Any:
+    return partial(command.said, "create")
 
 
 @pytest.fixture
-def refused(capfd: pytest.CaptureFixture[str]) -> Any:
-    """Runs `nbdimg create` and expects an exit status, one line, and no new file."""
-
-    def create(arguments: list[str], status: int, pattern: str) -> None:
-        before = sorted(os.listdir())
-        assert run(["create", *arguments]) == status
-        captured = capfd.readouterr()
-        assert captured.out == ""
-        (line,) = captured.err.splitlines()
-        assert re.fullmatch(f"nbdimg: {pattern}", line), line
-        assert sorted(os.listdir()) == before
-
-    return create
+def refused(command: Command) -> Any:
+    return partial(command.refused, "create")
 
 
 def info(path: str, *arguments: str) -> dict[str, Any]:

@@ -13,28 +13,22 @@ from typing import Any
 import pytest
 
 from nbdimg.cli.main import run
+from tests.cli.conftest import Command
 from tests.support.peers import require_program
 from tests.support.qcow2edit import Edit, qemu_img
 from tests.support.qcow2images import KINDS
 
 IMAGE = 3
 
-
-@pytest.fixture(autouse=True)
-def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("directory")
 
 
 @pytest.fixture
-def told(capfd: pytest.CaptureFixture[str]) -> Any:
+def told(command: Command) -> Any:
     """Runs `nbdimg info --json` and gives the images."""
 
     def info(*arguments: str) -> list[dict[str, Any]]:
-        status = run(["info", "--json", *arguments])
-        captured = capfd.readouterr()
-        assert (status, captured.err) == (0, "")
-        found = json.loads(captured.out)
+        found = json.loads(command.said("info", "--json", *arguments))
         assert sorted(found) == ["images", "version"]
         assert found["version"] == 1
         images: list[dict[str, Any]] = found["images"]

@@ -15,30 +15,19 @@ import pytest
 
 from nbdimg.cli.main import run
 from nbdimg.units import MiB, TiB
+from tests.cli.conftest import Command
 from tests.support.qcow2edit import Edit, qemu_img, qemu_io
 from tests.support.qcow2images import KINDS
 
 USAGE, IMAGE = 2, 3
 
-
-@pytest.fixture(autouse=True)
-def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("directory")
 
 
 @pytest.fixture
-def mapped(capfd: pytest.CaptureFixture[str]) -> Any:
+def mapped(command: Command) -> Any:
     """Runs `nbdimg map --json` and gives the object."""
-
-    def map_(*arguments: str) -> dict[str, Any]:
-        status = run(["map", "--json", *arguments])
-        captured = capfd.readouterr()
-        assert (status, captured.err) == (0, "")
-        found: dict[str, Any] = json.loads(captured.out)
-        return found
-
-    return map_
+    return lambda *arguments: json.loads(command.said("map", "--json", *arguments))
 
 
 FIELDS = ("depth", "present", "zero", "data")

@@ -5,53 +5,30 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nbdimg.cli.main import run
 from nbdimg.units import KiB, MiB
+from tests.cli.conftest import Command
 from tests.support.peers import require_program
 from tests.support.qcow2edit import SECRET, qemu_img, qemu_io
 
 USAGE, IMAGE = 2, 3
 
-
-@pytest.fixture(autouse=True)
-def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("directory")
 
 
 @pytest.fixture
-def said(capfd: pytest.CaptureFixture[str]) -> Any:
-    """Runs `nbdimg resize` to its end and gives what it printed."""
-
-    def resize(*arguments: str) -> str:
-        status = run(["resize", *arguments])
-        captured = capfd.readouterr()
-        assert (status, captured.err) == (0, "")
-        return captured.out
-
-    return resize
+def said(command: Command) -> Any:
+    return partial(command.said, "resize")
 
 
 @pytest.fixture
-def refused(capfd: pytest.CaptureFixture[str]) -> Any:
-    """Runs `nbdimg resize` and expects an exit status, one line, and the file as it was."""
-
-    def resize(arguments: list[str], status: int, pattern: str) -> None:
-        path = Path(arguments[0])
-        before = path.read_bytes() if path.exists() else None
-        assert run(["resize", *arguments]) == status
-        captured = capfd.readouterr()
-        assert captured.out == ""
-        (line,) = captured.err.splitlines()
-        assert re.fullmatch(f"nbdimg: {pattern}", line), line
-        assert (path.read_bytes() if path.exists() else None) == before
-
-    return resize
+def refused(command: Command) -> Any:
+    return partial(command.refused, "resize")
 
 
 def size(path: str) -> int:

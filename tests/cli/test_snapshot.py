@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from nbdimg.cli import snapshot as snapshot_module
 from nbdimg.cli.main import run
 from nbdimg.cli.output import JSON_VERSION
 from nbdimg.storage.locks import lock_image
+from tests.cli.conftest import Command
 from tests.support.qcow2edit import qemu_check, qemu_img, qemu_io
 
 USAGE, IMAGE = 2, 3
@@ -39,16 +41,8 @@ def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def said(capfd: pytest.CaptureFixture[str]) -> Say:
-    """Runs `nbdimg snapshot` to its end and gives what it printed."""
-
-    def snapshot(*arguments: str) -> str:
-        status = run(["snapshot", *arguments])
-        captured = capfd.readouterr()
-        assert (status, captured.err) == (0, "")
-        return captured.out
-
-    return snapshot
+def said(command: Command) -> Say:
+    return partial(command.said, "snapshot")
 
 
 def refused(capfd: pytest.CaptureFixture[str], status: int, pattern: str, *arguments: str) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from nbdimg.cli.main import run
 from nbdimg.storage.locks import lock_image
 from nbdimg.units import KiB, MiB
+from tests.cli.conftest import Command
 from tests.formats.vhdx import craft
 from tests.support import vhdximages
 from tests.support.vhdximages import Builder, dynamic, fixed
@@ -20,38 +20,17 @@ from tests.support.vhdximages import Builder, dynamic, fixed
 CLEAN, CORRUPT, LEAKS = 0, 2, 3
 USAGE, IMAGE = 2, 3
 
-
-@pytest.fixture(autouse=True)
-def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("directory")
 
 
 @pytest.fixture
-def said(capfd: pytest.CaptureFixture[str]) -> Any:
-    """Runs nbdimg to its end, expects a status, and gives what it printed."""
-
-    def command(*arguments: str, status: int = 0) -> str:
-        found = run(arguments)
-        captured = capfd.readouterr()
-        assert (found, captured.err) == (status, "")
-        return captured.out
-
-    return command
+def said(command: Command) -> Any:
+    return command.said
 
 
 @pytest.fixture
-def refused(capfd: pytest.CaptureFixture[str]) -> Any:
-    """Runs nbdimg and expects a status and one line."""
-
-    def command(arguments: list[str], status: int, pattern: str) -> None:
-        assert run(arguments) == status
-        captured = capfd.readouterr()
-        assert captured.out == ""
-        (line,) = captured.err.splitlines()
-        assert re.fullmatch(f"nbdimg: {pattern}", line), line
-
-    return command
+def refused(command: Command) -> Any:
+    return lambda arguments, status, pattern: command.refused(arguments[0], arguments[1:], status, pattern)
 
 
 def chain() -> None:
