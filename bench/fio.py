@@ -33,7 +33,7 @@ class FioError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to run against `uri`, over bytes `offset` to `offset + size` of the export."""
+    """What to run against `uri`, over bytes `offset` to `offset + size` of the export; `flush_every` counts writes."""
 
     uri: str
     mode: str
@@ -44,6 +44,7 @@ class Job:
     connections: int = 1
     offset: int = 0
     ramp_s: float = RAMP_S
+    flush_every: int = 0
 
     def argv(self, output: Path) -> list[str]:
         return [
@@ -56,6 +57,7 @@ class Job:
             f"--iodepth={self.depth}",
             f"--iodepth_batch_complete_max={self.depth}",
             f"--numjobs={self.connections}",
+            f"--fsync={self.flush_every}",
             f"--offset={self.offset}",
             f"--size={self.size}",
             "--time_based",

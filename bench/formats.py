@@ -40,12 +40,15 @@ EXIT_BELOW = 1
 
 @dataclass(frozen=True, slots=True)
 class FormatCell:
-    """One row. `image` is a key of `_MAKERS`; `goal` and `floor` are ratios over the better of qemu-nbd's aio modes."""
+    """One row. `image` is a key of `_MAKERS`; `goal` and `floor` are ratios over the better of qemu-nbd's aio modes.
+    `flush_every` counts writes.
+    """
 
     cell: Cell
     image: str
     goal: float
     floor: float
+    flush_every: int = 0
 
     @property
     def name(self) -> str:
@@ -55,8 +58,8 @@ class FormatCell:
 def _rows(format: str) -> tuple[FormatCell, ...]:
     full = [FormatCell(cell, "full", 2.0, 1.0 if cell.depth * cell.connections == 1 else 1.3) for cell in CELLS]
     if format == "vhdx":
-        cell = Cell("new-1m-write-8", "1 MiB first write, depth 8", "write", MIB, 8)
-        return (*full, FormatCell(cell, "new", 5.0, 3.0))
+        cell = Cell("new-1m-write-8", "1 MiB first write, depth 8, a flush every 64 MiB", "write", MIB, 8)
+        return (*full, FormatCell(cell, "new", 5.0, 3.0, flush_every=64))
     new = (
         Cell("new-4k-randwrite-16", "4 KiB random first write, depth 16", "randwrite", 4 * KIB, 16),
         Cell("new-64k-write-16", "64 KiB first write, depth 16", "write", 64 * KIB, 16),
@@ -151,7 +154,16 @@ def _sample(row: FormatCell, server: ServerSpec, image: Path, format: str, round
     cell = row.cell
     try:
         with _started(server, image, format) as uri:
-            job = fio.Job(uri, cell.mode, cell.block_size, cell.depth, size, seconds, cell.connections)
+            job = fio.Job(
+                uri,
+                cell.mode,
+                cell.block_size,
+                cell.depth,
+                size,
+                seconds,
+                cell.connections,
+                flush_every=row.flush_every,
+            )
             return Sample(cell.name, server.name, round_index, fio.run(job))
     except (fio.FioError, RuntimeError, OSError) as error:
         return Sample(cell.name, server.name, round_index, None, str(error) or repr(error))
