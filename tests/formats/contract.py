@@ -18,6 +18,7 @@ from nbdimg.formats import open_image
 from nbdimg.image.driver import Extent, ExtentKind, FormatDriver, Miss
 from nbdimg.image.image import Image
 from nbdimg.storage.posix import PosixFile
+from tests.support.reading import bytes_of
 
 SEED = 20240607
 
@@ -65,14 +66,6 @@ class DriverContract(ABC):
             await extent.load()
         raise AssertionError(f"{driver.name} still misses what was loaded, at {offset}")
 
-    async def _read(self, image: Image, offset: int, length: int) -> bytes:
-        view = memoryview(bytearray(b"\xaa" * length))
-        for segment in await image.read(offset, view):
-            if segment.is_hole:
-                start = segment.offset - offset
-                view[start : start + segment.length] = bytes(segment.length)
-        return bytes(view)
-
     def offsets(self) -> list[int]:
         """Edges of the first two, a middle, and the last cluster; the end."""
         size = self.cluster_size
@@ -101,11 +94,24 @@ class DriverContract(ABC):
         async def main() -> None:
             image = await self._open(path)
             for offset, length in self.ranges():
-                found = await self._read(image, offset, length)
+                found = await bytes_of(image, offset, length)
                 assert found == guest[offset : offset + length], f"{length} bytes at {offset}"
             await image.close()
 
         asyncio.run(main())
+
+    def test_flush_of_a_read_only_image_writes_nothing(self, path: Path) -> None:
+        """A client may flush what it cannot write: every export says that it takes flushes."""
+        before = path.read_bytes()
+
+        async def main() -> None:
+            image = await self._open(path, writable=False)
+            await image.flush()
+            await image.flush()
+            await image.close()
+
+        asyncio.run(main())
+        assert path.read_bytes() == before
 
     def test_map_covers_the_image_with_no_gap_and_no_overlap(self, path: Path) -> None:
         guest = self.guest()
@@ -163,7 +169,7 @@ class DriverContract(ABC):
                 await image.write(offset, b"")
                 await image.trim(offset, 0)
                 await image.zero(offset, 0, may_unmap=True, is_fast_only=False)
-            assert await self._read(image, 0, self.size) == self.guest()
+            assert await bytes_of(image, 0, self.size) == self.guest()
             await image.close()
 
         asyncio.run(main())
@@ -179,11 +185,11 @@ class DriverContract(ABC):
                 await image.write(offset, data)
                 guest[offset : offset + length] = data
                 start, stop = max(0, offset - 3), min(self.size, offset + length + 3)
-                assert await self._read(image, start, stop - start) == guest[start:stop]
-            assert await self._read(image, 0, self.size) == guest
+                assert await bytes_of(image, start, stop - start) == guest[start:stop]
+            assert await bytes_of(image, 0, self.size) == guest
             await image.close()
             again = await self._open(path, writable=False)
-            assert await self._read(again, 0, self.size) == guest
+            assert await bytes_of(again, 0, self.size) == guest
             await again.close()
 
         asyncio.run(main())
@@ -199,7 +205,7 @@ class DriverContract(ABC):
                 await image.zero(offset, length, may_unmap=may_unmap, is_fast_only=False)
                 guest[offset : offset + length] = bytes(length)
                 start, stop = max(0, offset - 3), min(self.size, offset + length + 3)
-                assert await self._read(image, start, stop - start) == guest[start:stop]
+                assert await bytes_of(image, start, stop - start) == guest[start:stop]
             await image.close()
 
         asyncio.run(main())
@@ -211,7 +217,7 @@ class DriverContract(ABC):
         async def main() -> None:
             image = await self._open(path)
             await image.write(self.size - 1, b"\x77")
-            assert await self._read(image, 0, self.size) == guest[:-1] + b"\x77"
+            assert await bytes_of(image, 0, self.size) == guest[:-1] + b"\x77"
             extents = await image.map(self.size - 1, 1, 10)
             assert [(extent.offset, extent.length) for extent in extents] == [(self.size - 1, 1)]
             await image.close()
@@ -225,7 +231,7 @@ class DriverContract(ABC):
             image = await self._open(path)
             offset, length = self.cluster_size // 2, 4 * self.cluster_size
             await image.trim(offset, length)
-            found = await self._read(image, 0, self.size)
+            found = await bytes_of(image, 0, self.size)
             assert found[:offset] == guest[:offset]
             assert found[offset + length :] == guest[offset + length :]
             for old, new in zip(guest[offset : offset + length], found[offset : offset + length], strict=True):
@@ -256,11 +262,11 @@ class DriverContract(ABC):
                 model[offset : offset + length] = data
                 if step % 20 == 0:
                     await image.flush()
-                assert await self._read(image, offset, length) == data, f"step {step}, seed {SEED + 2}"
-            assert await self._read(image, 0, self.size) == model
+                assert await bytes_of(image, offset, length) == data, f"step {step}, seed {SEED + 2}"
+            assert await bytes_of(image, 0, self.size) == model
             await image.close()
             again = await self._open(path)
-            assert await self._read(again, 0, self.size) == model
+            assert await bytes_of(again, 0, self.size) == model
             await again.close()
 
         asyncio.run(main())
@@ -275,7 +281,7 @@ class DriverContract(ABC):
                 await full.truncate(length)
                 for offset in self.offsets():
                     try:
-                        found = await self._read(image, offset, 1)
+                        found = await bytes_of(image, offset, 1)
                     except (OSError, ImageError):
                         continue
                     assert len(found) == 1

@@ -16,6 +16,7 @@ from nbdimg.image.image import Image
 from nbdimg.storage.memory import MemoryFile
 from tests.support.fakedriver import TABLE_SIZE, FakeDriver
 from tests.support.faultfile import FaultFile
+from tests.support.reading import bytes_of
 
 T = TypeVar("T")
 
@@ -38,15 +39,6 @@ class RubbishFile(MemoryFile):
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(work)
-
-
-async def read(image: Image, offset: int, length: int) -> bytes:
-    view = memoryview(bytearray(b"\xaa" * length))
-    for segment in await image.read(offset, view):
-        if segment.is_hole:
-            start = segment.offset - offset
-            view[start : start + segment.length] = bytes(segment.length)
-    return bytes(view)
 
 
 def empty_image(*, zeroed: bool = False, cut: int = 0, clusters: int = 16) -> tuple[Image, FakeDriver]:
@@ -93,7 +85,7 @@ def test_write_into_unallocated_clusters_zeroes_head_and_tail(
         assert image.try_write(offset, memoryview(data))
     else:
         run(image.write(offset, data))
-    assert run(read(image, 0, image.size)) == bytes(offset) + data + bytes(image.size - offset - length)
+    assert run(bytes_of(image, 0, image.size)) == bytes(offset) + data + bytes(image.size - offset - length)
     assert "release" not in driver.events
 
 
@@ -105,12 +97,12 @@ def test_write_into_unallocated_clusters_copies_head_and_tail_from_backing(
 ) -> None:
     image, _ = overlay(backing_size)
     model = bytearray(BACKING[:backing_size].ljust(8192, b"\0"))
-    assert run(read(image, 0, 8192)) == model
+    assert run(bytes_of(image, 0, 8192)) == model
     data = b"\x55" * length
     if not is_fast or not image.try_write(offset, memoryview(data)):
         run(image.write(offset, data))
     model[offset : offset + length] = data
-    assert run(read(image, 0, 8192)) == model
+    assert run(bytes_of(image, 0, 8192)) == model
 
 
 def test_write_whose_backing_would_wait_is_not_done_fast_and_gives_its_space_back() -> None:
@@ -121,7 +113,7 @@ def test_write_whose_backing_would_wait_is_not_done_fast_and_gives_its_space_bac
     assert not image.try_write(100, memoryview(b"x"))
     assert driver.events == ["reserve 0-0", "release"]
     run(image.write(100, b"x"))
-    assert run(read(image, 0, 512)) == BACKING[:100] + b"x" + BACKING[101:512]
+    assert run(bytes_of(image, 0, 512)) == BACKING[:100] + b"x" + BACKING[101:512]
 
 
 def test_write_to_a_shared_cluster_copies_the_rest_of_it() -> None:
@@ -129,7 +121,7 @@ def test_write_to_a_shared_cluster_copies_the_rest_of_it() -> None:
     driver.resident, driver.shared = {0}, {1}
     image = Image(driver, writable=True)
     assert image.try_write(600, memoryview(b"new"))
-    assert run(read(image, 0, 1536)) == BACKING[:600] + b"new" + BACKING[603:1536]
+    assert run(bytes_of(image, 0, 1536)) == BACKING[:600] + b"new" + BACKING[603:1536]
     assert driver.places[1] == 8192
     assert bytes(driver.file.content[:8192]) == BACKING  # type: ignore[attr-defined]
 
@@ -138,7 +130,7 @@ def test_write_into_the_last_partial_cluster_stays_inside_and_pads_it() -> None:
     image, driver = empty_image(cut=100)
     end = 16 * CLUSTER - 100
     run(image.write(end - 10, b"0123456789"))
-    assert run(read(image, end - 20, 20)) == bytes(10) + b"0123456789"
+    assert run(bytes_of(image, end - 20, 20)) == bytes(10) + b"0123456789"
     (extent,) = run(image.map(end - CLUSTER + 100, CLUSTER - 100, 10))
     assert extent.stop == end
     assert driver.events == ["reserve 15-15", "commit"]
@@ -161,11 +153,11 @@ def test_write_that_fails_gives_its_space_back_and_shows_nothing() -> None:
         with pytest.raises(OSError, match="No space"):
             await image.write(100, b"x" * 1000)
         assert driver.events[1:] == ["reserve 0-2", "release"]
-        assert await read(image, 0, 4096) == bytes(4096)
+        assert await bytes_of(image, 0, 4096) == bytes(4096)
         assert not image.gate.is_clean
         file.heal()
         await image.write(100, b"x" * 1000)
-        assert await read(image, 0, 4096) == bytes(100) + b"x" * 1000 + bytes(2996)
+        assert await bytes_of(image, 0, 4096) == bytes(100) + b"x" * 1000 + bytes(2996)
 
     run(main())
 
@@ -263,7 +255,7 @@ def test_read_loads_tables_of_every_image_of_the_chain() -> None:
     upper = FakeDriver(MemoryFile(), [None] * 4, has_backing=True)
     image = Image(upper, writable=False, backing=Image(lower, writable=False))
     assert image.try_read(0, 512, memoryview(bytearray(512))) == 0
-    assert run(read(image, 0, 2048)) == BACKING[:1024] + bytes(512) + BACKING[1536:2048]
+    assert run(bytes_of(image, 0, 2048)) == BACKING[:1024] + bytes(512) + BACKING[1536:2048]
     assert (upper.loads, lower.loads) == ([0], [0])
 
 
@@ -323,7 +315,7 @@ def test_zero_writes_the_edges_and_unmaps_the_units_between(offset: int, length:
     run(image.zero(offset, length, may_unmap=may_unmap, is_fast_only=False))
     expected = bytearray(BACKING)
     expected[offset : offset + length] = bytes(length)
-    assert run(read(image, 0, 8192)) == expected
+    assert run(bytes_of(image, 0, 8192)) == expected
     to = "zero" if may_unmap else "keep"
     assert all(event.endswith(to) for event in driver.events if event.startswith("unmap"))
 
@@ -334,7 +326,7 @@ def test_zero_fast_with_edges_of_data_is_enotsup_and_changes_nothing() -> None:
     with pytest.raises(RequestError) as caught:
         run(image.zero(100, 2000, may_unmap=True, is_fast_only=True))
     assert caught.value.errno == errno.EOPNOTSUPP
-    assert run(read(image, 0, 8192)) == BACKING
+    assert run(bytes_of(image, 0, 8192)) == BACKING
     assert driver.events == []
 
 
@@ -344,7 +336,7 @@ def test_zero_fast_with_edges_that_are_zero_is_done() -> None:
     driver = FakeDriver(MemoryFile(BACKING), places, can_unmap=True)
     image = Image(driver, writable=True)
     run(image.zero(100, 2000, may_unmap=True, is_fast_only=True))
-    assert run(read(image, 0, 2560)) == bytes(2560)
+    assert run(bytes_of(image, 0, 2560)) == bytes(2560)
 
 
 @pytest.mark.parametrize("backing_size", [300, 8192])
@@ -353,7 +345,7 @@ def test_zero_over_a_backing_image_hides_it_where_mapping_cannot(backing_size: i
     run(image.zero(100, 3000, may_unmap=True, is_fast_only=False))
     expected = bytearray(BACKING[:backing_size].ljust(8192, b"\0"))
     expected[100:3100] = bytes(3000)
-    assert run(read(image, 0, 8192)) == expected
+    assert run(bytes_of(image, 0, 8192)) == expected
 
 
 # What a change must have for itself

@@ -7,15 +7,14 @@ each round `qemu-img check` is clean and `qemu-img compare` finds the model's by
 from __future__ import annotations
 
 import asyncio
-import random
 import subprocess
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from nbdimg.formats import open_image
-from nbdimg.image.image import Image
+from tests.model.disk import Disk
+from tests.support.reading import bytes_of
 
 STEPS = 70
 SIZE = (700 << 10) + 512
@@ -53,33 +52,16 @@ def qemu(*arguments: str | Path) -> None:
     assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
 
 
-@dataclass
-class Case:
-    """The image `disk.qcow2` in a directory, and what it should hold."""
-
-    directory: Path
-    seed: int
-    model: bytearray = field(default_factory=lambda: bytearray(SIZE))
-    log: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.generator = random.Random(self.seed)
-        self.path = self.directory / "disk.qcow2"
-
-    def sample(self, size: int) -> bytes:
-        """Random, constant and empty runs, of 4 KiB each."""
-        generator, parts = self.generator, []
-        for _ in range(0, size, 4096):
-            kind = generator.random()
-            filler = bytes([generator.randrange(256)]) * 4096
-            parts.append(bytes(4096) if kind < 0.4 else generator.randbytes(4096) if kind < 0.6 else filler)
-        return b"".join(parts)[:size]
+class Case(Disk):
+    def __init__(self, directory: Path, seed: int) -> None:
+        super().__init__(directory, seed, bytearray(SIZE), LENGTHS, (11, 3, 2, 2, 2))
+        self.path = directory / "disk.qcow2"
 
     def create(self, options: str, *more: str) -> None:
         qemu("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, *more, self.path, str(SIZE))
 
     def create_overlay(self, options: str, backing_size: int, backing_format: str) -> None:
-        content = self.sample(backing_size)
+        content = self.sample(backing_size, 4096)
         raw = self.directory / "content.raw"
         raw.write_bytes(content)
         qemu("qemu-img", "convert", "-f", "raw", "-O", backing_format, raw, self.directory / "base")
@@ -87,54 +69,17 @@ class Case:
         self.model[: min(backing_size, SIZE)] = content[:SIZE]
 
     def create_compressed(self, options: str) -> None:
-        self.model[:] = self.sample(SIZE)
+        self.model[:] = self.sample(SIZE, 4096)
         raw = self.directory / "content.raw"
         raw.write_bytes(self.model)
         qemu("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, raw, self.path)
 
-    def fail(self, what: str) -> str:
-        return f"{what}; seed {self.seed}; last steps: {self.log[-6:]}"
-
-    def range(self) -> tuple[int, int]:
-        generator = self.generator
-        offset = generator.randrange(SIZE)
-        length = min(generator.choice(LENGTHS), SIZE - offset)
-        if generator.random() < 0.5:
-            offset &= ~511
-            length = min((length + 511) & ~511, SIZE - offset)
-        return offset, length
-
     async def round(self) -> None:
         image = await open_image(self.path, format="qcow2")
         for _ in range(STEPS):
-            await self.step(image, *self.range())
-        assert await read(image, 0, SIZE) == self.model, self.fail("before closing")
+            await self.step(image, *self.range(4096))
+        await self.check(image, 0, SIZE, "before closing")
         await image.close()
-
-    async def step(self, image: Image, offset: int, length: int) -> None:
-        generator, model = self.generator, self.model
-        kind = generator.choices(("write", "zero", "trim", "read", "flush"), (11, 3, 2, 2, 2))[0]
-        self.log.append(f"{kind} {offset}+{length}")
-        if kind == "write":
-            data = generator.randbytes(length)
-            is_fast = generator.random() < 0.7
-            if not (is_fast and image.try_write(offset, memoryview(data))):
-                await image.write(offset, data)
-            model[offset : offset + length] = data
-        elif kind == "zero":
-            await image.zero(offset, length, may_unmap=generator.random() < 0.5, is_fast_only=False)
-            model[offset : offset + length] = bytes(length)
-        elif kind == "trim":
-            await image.trim(offset, length)
-            found = await read(image, offset, length)
-            for start in range(0, length, 512):
-                old, new = model[offset + start : offset + min(start + 512, length)], found[start : start + 512]
-                is_kept = all(after in (before, 0) for before, after in zip(old, new, strict=True))
-                assert is_kept, self.fail(f"trim changed {offset + start}")
-            model[offset : offset + length] = found
-        elif kind == "flush":
-            await image.flush()
-        assert await read(image, offset, length) == model[offset : offset + length], self.fail("read")
 
     def judge(self) -> None:
         qemu("qemu-img", "check", "-q", self.path)
@@ -156,15 +101,6 @@ class Case:
         self.change_with_qemu()
         asyncio.run(self.round())
         self.judge()
-
-
-async def read(image: Image, offset: int, length: int) -> bytes:
-    view = memoryview(bytearray(b"\xaa" * length))
-    for segment in await image.read(offset, view):
-        if segment.is_hole:
-            start = segment.offset - offset
-            view[start : start + segment.length] = bytes(segment.length)
-    return bytes(view)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -214,7 +150,7 @@ def test_random_changes_under_an_internal_snapshot_leave_both(tmp_path: Path) ->
     async def main() -> bytes:
         image = await open_image(case.path, format="qcow2", writable=False, snapshot="s")
         try:
-            return await read(image, 0, SIZE)
+            return await bytes_of(image, 0, SIZE)
         finally:
             await image.close()
 

@@ -8,9 +8,7 @@ again. Between the rounds QEMU writes to files that it can write to.
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -18,9 +16,8 @@ import pytest
 from nbdimg.formats import open_image
 from nbdimg.formats.vhdx.bat import Bat
 from nbdimg.formats.vhdx.space import Space
-from nbdimg.image.image import Image
 from tests.formats.vhdx.craft import M
-from tests.formats.vhdx.test_bat import bytes_of
+from tests.model.disk import Disk
 from tests.support.vhdximages import Builder, dynamic, fixed, flattened, judge, run
 
 STEPS = 60
@@ -28,91 +25,23 @@ SIZE = 5 * M
 LENGTHS = (1, 512, 4096, 65536, 300_000, M, 2 * M)
 
 
-@dataclass
-class Case:
-    """The image `disk.vhdx` in a directory, and what it should hold."""
-
-    directory: Path
-    seed: int
-    make: Callable[[Case], None]
-    sector_size: int = 512
-    model: bytearray = field(default_factory=lambda: bytearray(SIZE))
-    log: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.generator = random.Random(self.seed)
-        self.path = self.directory / "disk.vhdx"
-        self.parent = self.directory / "parent.vhdx"
-        self.make(self)
-
-    def sample(self, size: int) -> bytes:
-        """Random, constant and empty runs, of 64 KiB each."""
-        generator, parts = self.generator, []
-        for _ in range(0, size, 65536):
-            kind = generator.random()
-            filler = bytes([generator.randrange(256)]) * 65536
-            parts.append(bytes(65536) if kind < 0.4 else generator.randbytes(65536) if kind < 0.6 else filler)
-        return b"".join(parts)[:size]
-
-    def fail(self, what: str) -> str:
-        return f"{what}; seed {self.seed}; last steps: {self.log[-6:]}"
-
-    def range(self) -> tuple[int, int]:
-        generator = self.generator
-        offset = generator.randrange(SIZE)
-        if generator.random() < 0.4:
-            offset = generator.randrange(SIZE // M) * M
-        length = min(generator.choice(LENGTHS), SIZE - offset)
-        if generator.random() < 0.5:
-            offset &= ~511
-            length = min((length + 511) & ~511, SIZE - offset)
-        return offset, length
+class Case(Disk):
+    def __init__(self, directory: Path, seed: int, make: Callable[[Case], None], sector_size: int = 512) -> None:
+        super().__init__(directory, seed, bytearray(SIZE), LENGTHS, (10, 3, 3, 2, 3))
+        self.sector_size = sector_size
+        self.path = directory / "disk.vhdx"
+        self.parent = directory / "parent.vhdx"
+        make(self)
 
     async def round(self) -> None:
         image = await open_image(self.path, format="vhdx")
         for _ in range(STEPS):
-            await self.step(image, *self.range())
-        is_same = await bytes_of(image, 0, SIZE) == self.model
-        assert is_same, self.fail("before closing")
+            await self.step(image, *self.range(M))
+        await self.check(image, 0, SIZE, "before closing")
         await image.close()
         again = await open_image(self.path, format="vhdx", writable=False)
-        is_same = await bytes_of(again, 0, SIZE) == self.model
-        assert is_same, self.fail("opened again")
+        await self.check(again, 0, SIZE, "opened again")
         await again.close()
-
-    async def step(self, image: Image, offset: int, length: int) -> None:
-        generator, model = self.generator, self.model
-        kind = generator.choices(("write", "zero", "trim", "read", "flush"), (10, 3, 3, 2, 3))[0]
-        self.log.append(f"{kind} {offset}+{length}")
-        if kind == "write":
-            data = generator.randbytes(length)
-            is_fast = generator.random() < 0.7
-            if not (is_fast and image.try_write(offset, memoryview(data))):
-                await image.write(offset, data)
-            model[offset : offset + length] = data
-        elif kind == "zero":
-            await image.zero(offset, length, may_unmap=generator.random() < 0.6, is_fast_only=False)
-            model[offset : offset + length] = bytes(length)
-        elif kind == "trim":
-            await image.trim(offset, length)
-            self.trimmed(offset, await bytes_of(image, offset, length))
-        elif kind == "flush":
-            await image.flush()
-        is_same = await bytes_of(image, offset, length) == model[offset : offset + length]
-        assert is_same, self.fail("read")
-
-    def trimmed(self, offset: int, found: bytes) -> None:
-        """Each 512 bytes are as they were, or zeroes where they changed; whole blocks are zeroes, but in a fixed file
-        that cannot punch.
-        """
-        for start in range(0, len(found), 512):
-            old, new = (
-                self.model[offset + start : offset + start + 512][: len(found) - start],
-                found[start : start + 512],
-            )
-            is_kept = old == new or all(after in (before, 0) for before, after in zip(old, new, strict=True))
-            assert is_kept, self.fail(f"trim changed {offset + start}")
-        self.model[offset : offset + len(found)] = found
 
     def judge(self) -> None:
         if self.sector_size == 512 and not self.parent.exists():
@@ -140,12 +69,12 @@ class Case:
 
 
 def _dynamic(case: Case) -> None:
-    case.model[:] = case.sample(2 * M) + bytes(3 * M)
+    case.model[:] = case.sample(2 * M, 65536) + bytes(3 * M)
     case.path.write_bytes(dynamic(bytes(case.model), sector_size=case.sector_size))
 
 
 def _fixed(case: Case) -> None:
-    case.model[:] = case.sample(SIZE)
+    case.model[:] = case.sample(SIZE, 65536)
     case.path.write_bytes(fixed(bytes(case.model), sector_size=case.sector_size))
 
 
@@ -160,7 +89,7 @@ def _child(parent_size: int, block_size: int = M) -> Callable[[Case], None]:
     """Block 1 has sectors of its own, of the parent's."""
 
     def make(case: Case) -> None:
-        below = case.sample(parent_size)
+        below = case.sample(parent_size, 65536)
         case.model[: min(parent_size, SIZE)] = below[:SIZE]
         case.parent.write_bytes(dynamic(below, block_size=2 * M, sector_size=case.sector_size))
         child = Builder(SIZE, block_size, case.sector_size, parent=".\\parent.vhdx")

@@ -19,7 +19,8 @@ from nbdimg.image.image import Image
 from nbdimg.storage.file import BlockFile
 from nbdimg.storage.memory import MemoryFile
 from tests.crash.images import pattern
-from tests.support.interleave import MemoryGate, Mix, Schedule, Template, read_all, run_in_memory
+from tests.support.interleave import MemoryGate, Mix, Schedule, Template, run_in_memory
+from tests.support.reading import read_all
 from tests.support.vhdximages import IS_FIXED, UNMAPPED, Builder, dynamic, flattened, judge
 
 M = 1 << 20

@@ -187,3 +187,22 @@ class HeldFile(MemoryFile):
 
     async def fdatasync(self) -> None:
         await self._hold("fdatasync")
+
+
+class TornFile(FaultFile):
+    """The call that `fail_at` chooses writes the first half before it fails, when `tears` is set."""
+
+    tears = False
+
+    def _is_next(self) -> bool:
+        return self.tears and self._fail_at is not None and len(self.calls) == self._fail_at[0]
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        if self._is_next() and not self.slow_only:
+            self.inner.try_pwrite(offset, memoryview(data)[: len(data) // 2])
+        return super().try_pwrite(offset, data)
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        if self._is_next():
+            await self.inner.pwrite(offset, memoryview(data)[: len(data) // 2])
+        await super().pwrite(offset, data)

@@ -30,6 +30,7 @@ from nbdimg.storage.memory import MemoryFile
 from nbdimg.wire.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, Command, CommandFlag
 from nbdimg.wire.messages import Request
 from tests.support.faultfile import HeldFile
+from tests.support.reading import read_all
 
 T = TypeVar("T")
 
@@ -104,14 +105,6 @@ async def content_of(content: bytes, files: dict[str, bytes], *, snapshot: str |
     opened: dict[str, BlockFile] = {name: MemoryFile(data, name) for name, data in files.items()}
     image = await open_template(MemoryFile(content), opened, snapshot=snapshot)
     return await read_all(image)
-
-
-async def read_all(image: Image) -> bytes:
-    view = memoryview(bytearray(b"\xaa" * image.size))
-    for segment in await image.read(0, view):
-        if segment.is_hole:
-            view[segment.offset : segment.offset + segment.length] = bytes(segment.length)
-    return bytes(view)
 
 
 @dataclass(eq=False, slots=True)

@@ -25,34 +25,16 @@ from nbdimg.formats.qcow2.refcount import Refcounts
 from nbdimg.image.image import Image
 from nbdimg.storage.file import Buffer
 from nbdimg.storage.memory import MemoryFile
-from tests.support.faultfile import FaultFile, os_error
-from tests.support.interleave import open_template, read_all, run_in_memory
+from tests.support.faultfile import FaultFile, TornFile, os_error
+from tests.support.interleave import open_template, run_in_memory
 from tests.support.qcow2edit import qemu_check, qemu_img, qemu_io
+from tests.support.reading import read_all
 
 WORD = 128
 """Bytes that are judged as one: half of any write here is a multiple of it."""
 SIZE = 256 << 10
 QEMU_EVERY = 53
 """One injection of so many is looked at by qemu-img check as well."""
-
-
-class TornFile(FaultFile):
-    """The call that `fail_at` chooses writes the first half before it fails, when `tears` is set."""
-
-    tears = False
-
-    def _is_next(self) -> bool:
-        return self.tears and self._fail_at is not None and len(self.calls) == self._fail_at[0]
-
-    def try_pwrite(self, offset: int, data: Buffer) -> bool:
-        if self._is_next() and not self.slow_only:
-            self.inner.try_pwrite(offset, memoryview(data)[: len(data) // 2])
-        return super().try_pwrite(offset, data)
-
-    async def pwrite(self, offset: int, data: Buffer) -> None:
-        if self._is_next():
-            await self.inner.pwrite(offset, memoryview(data)[: len(data) // 2])
-        await super().pwrite(offset, data)
 
 
 @dataclass(frozen=True, slots=True)

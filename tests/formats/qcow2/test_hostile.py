@@ -25,6 +25,7 @@ from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.qcow2.mapping import Mapping
 from nbdimg.image.image import Image
 from tests.support.qcow2mutants import AnyGate, BoundedFile
+from tests.support.reading import bytes_of
 
 SIZE = 64 << 10
 COPIED = 1 << 63
@@ -80,15 +81,6 @@ def poked(content: bytes, *pokes: Poke) -> bytes:
 async def opened(content: bytes, *, writable: bool = False, external: bytes = b"") -> tuple[Image, BoundedFile]:
     file = BoundedFile(content, writable=writable)
     return await open_file(file, "qcow2", OpenOptions(AnyGate(external), writable=writable)), file
-
-
-async def read(image: Image, offset: int, length: int) -> bytes:
-    view = memoryview(bytearray(b"\xaa" * length))
-    for segment in await image.read(offset, view):
-        if segment.is_hole:
-            start = segment.offset - offset
-            view[start : start + segment.length] = bytes(segment.length)
-    return bytes(view)
 
 
 HEADER = [
@@ -175,7 +167,7 @@ def test_version_2_does_not_read_the_fields_of_version_3(version2: bytes) -> Non
 
     async def main() -> None:
         image, _ = await opened(poked(version2, (80, b"\xff" * 32)))
-        assert await read(image, 0, 16 << 10) == b"\7" * (12 << 10) + bytes(4 << 10)
+        assert await bytes_of(image, 0, 16 << 10) == b"\7" * (12 << 10) + bytes(4 << 10)
 
     asyncio.run(main())
 
@@ -222,10 +214,10 @@ def test_malformed_entry_fails_the_read_that_needs_it_and_no_other(
     async def main() -> None:
         image, _ = await opened(poked(plain, poke), writable=writable)
         with pytest.raises(CorruptImage) as caught:
-            await read(image, 0, 512)
+            await bytes_of(image, 0, 512)
         assert str(caught.value).startswith(f"memory: {message}")
         if poke[0] == L2:
-            assert await read(image, 4096, 512) == b"\7" * 512
+            assert await bytes_of(image, 4096, 512) == b"\7" * 512
 
     asyncio.run(main())
 
@@ -237,7 +229,7 @@ def test_zero_flag_in_version_2_is_refused(version2: bytes) -> None:
     async def main() -> None:
         image, _ = await opened(content)
         with pytest.raises(CorruptImage, match="no zero flag in version 2"):
-            await read(image, 0, 1)
+            await bytes_of(image, 0, 1)
 
     asyncio.run(main())
 
@@ -259,7 +251,7 @@ def test_malformed_extended_entry_is_refused(
     async def main() -> None:
         image, _ = await opened(poked(subclusters, (0x10000, u64(entry) + u64(bitmap))), writable=writable)
         with pytest.raises(CorruptImage, match=message):
-            await read(image, 0, 1)
+            await bytes_of(image, 0, 1)
         if writable:
             with pytest.raises(CorruptImage, match=message):
                 await image.write(0, b"x")
@@ -271,7 +263,7 @@ def test_malformed_extended_entry_is_refused(
 def test_data_beyond_the_file_reads_as_zeroes_and_is_not_written(plain: bytes, entry: int) -> None:
     async def main() -> None:
         image, file = await opened(poked(plain, (L2, u64(entry))), writable=True)
-        assert await read(image, 0, 512) == bytes(512)
+        assert await bytes_of(image, 0, 512) == bytes(512)
         if entry >= COPIED:
             with pytest.raises(CorruptImage, match="expected one inside the file that holds no metadata"):
                 await image.write(0, b"x")
@@ -302,7 +294,7 @@ def test_metadata_in_other_metadata_is_read_and_never_written(plain: bytes, poke
         image, file = await opened(content)
         for offset in range(0, SIZE, 4096):
             try:
-                await read(image, offset, 4096)
+                await bytes_of(image, offset, 4096)
             except CorruptImage:
                 continue
         assert file.content == content
@@ -344,7 +336,7 @@ def test_guest_data_mapped_to_metadata_is_not_written_freed_or_punched(
             await change(image)  # type: ignore[misc]
         with pytest.raises(CorruptImage):
             await image.write(32 << 10, b"another place")
-        assert await read(image, 4096, 512) == b"\7" * 512
+        assert await bytes_of(image, 4096, 512) == b"\7" * 512
         await image.close()
         assert file.content == poked(content, (72, u64(2)))
 
@@ -418,8 +410,8 @@ def test_external_data_at_another_than_its_guest_offset_is_refused(tmp_path: Pat
 
     async def main() -> None:
         image, _ = await opened(poked(content, (table + 8, u64(COPIED | 0x2000))), writable=True, external=data)
-        assert await read(image, 0, 4096) == b"\7" * 4096
-        for work in (read(image, 4096, 1), image.write(4096, b"x")):
+        assert await bytes_of(image, 0, 4096) == b"\7" * 4096
+        for work in (bytes_of(image, 4096, 1), image.write(4096, b"x")):
             with pytest.raises(CorruptImage, match="expected the guest offset 0x1000 in an external data file"):
                 await work
 
@@ -435,7 +427,7 @@ def test_external_data_file_with_what_it_excludes_is_refused(tmp_path: Path, fie
 
     async def main() -> None:
         image, _ = await opened(poked(content, poke), external=bytes(SIZE))
-        await read(image, 0, 1)
+        await bytes_of(image, 0, 1)
 
     expected = "nb_snapshots is 1, expected 0" if field == "snapshot" else "no compressed cluster with COPIED or an ext"
     with pytest.raises(CorruptImage, match=expected):
@@ -471,10 +463,10 @@ def test_l1_entry_with_a_flag_and_no_offset_is_unallocated(plain: bytes) -> None
 
     async def main() -> None:
         image, _ = await opened(poked(plain, (0x3000, u64(COPIED))), writable=True)
-        assert await read(image, 0, 8192) == bytes(8192)
+        assert await bytes_of(image, 0, 8192) == bytes(8192)
         await image.trim(0, 4096)
         await image.write(0, b"x" * 4096)
-        assert await read(image, 0, 8192) == b"x" * 4096 + bytes(4096)
+        assert await bytes_of(image, 0, 8192) == b"x" * 4096 + bytes(4096)
         await image.close()
 
     asyncio.run(main())

@@ -16,7 +16,7 @@ import pytest
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.refcount import Refcounts, Run
 from nbdimg.storage.memory import MemoryFile
-from tests.support.interleave import open_template, read_all, run_in_memory
+from tests.support.interleave import open_template, run_in_memory
 from tests.support.qcow2stage import (
     CLEAN,
     CLUSTER,
@@ -30,6 +30,7 @@ from tests.support.qcow2stage import (
     staged,
     summary,
 )
+from tests.support.reading import read_all
 
 
 @pytest.fixture

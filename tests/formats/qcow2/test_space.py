@@ -18,7 +18,7 @@ from nbdimg.formats.qcow2.refcount import Refcounts
 from nbdimg.storage.file import Buffer
 from nbdimg.storage.memory import MemoryFile
 from tests.support.faultfile import os_error
-from tests.support.interleave import open_template, read_all, run_in_memory
+from tests.support.interleave import open_template, run_in_memory
 from tests.support.qcow2stage import (
     CLEAN,
     CLUSTER,
@@ -32,6 +32,7 @@ from tests.support.qcow2stage import (
     staged,
     summary,
 )
+from tests.support.reading import read_all
 
 
 @pytest.fixture
