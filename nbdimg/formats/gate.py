@@ -11,6 +11,9 @@ of interest.
 
 The kernel keeps every open beneath its root (storage/beneath.py); what is decided by the name here only chooses the
 root. A `..` that leads from one root into another is followed by name alone, without regard to symlinks.
+
+A file that the operator names for an image is allowed as the image itself is, wherever it lies. Its directory is not:
+what that file refers to lies beneath the roots like everything else.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ own choice (/dev/shm)."""
 
 
 def _message(reference: Reference, found: str) -> str:
+    if reference.is_given:
+        return f"{reference.field} {escaped(reference.name)} {found}"
     return f"{reference.field} {escaped(reference.name)} {found} (offset {reference.offset})"
 
 
@@ -79,8 +84,8 @@ class ConfinedGate:
         except OSError:
             self.close()
             raise
-        self._directories = {image.path: (self._roots[0], "")}
-        """Where a relative name starts, by the path of the file that holds it: a root, and the way down from it."""
+        self._directories = {image.path: self._roots[0].path}
+        """Where a relative name starts, by the path of the file that holds it."""
         self._roots.sort(key=lambda root: len(root.path))
         """A root before those within it: whatever may be opened beneath the inner one may be beneath the outer."""
 
@@ -99,23 +104,38 @@ class ConfinedGate:
 
     async def open(self, reference: Reference) -> PosixFile:
         """See `OpenGate.open`."""
-        self._check_name(reference)
-        root, path = self._locate(reference)
         opened = len(self._identities) - 1
         if opened >= self._depth_max:
             raise _refusal(reference, f"is file {opened + 1} of this image's chain, allowed are {self._depth_max}")
-        try:
-            file = root.open(path, writable=reference.is_writable)
-        except (OSError, UnicodeEncodeError) as error:
-            raise self._refusal(reference, _failure(error)) from error
+        file = self._open_given(reference) if reference.is_given else self._open_named(reference)
         try:
             self._admit(reference, file)
         except BaseException:
             await file.close()
             raise
         self._identities.add(file.identity)
-        self._directories[file.path] = (root, os.path.dirname(path))
+        self._directories[file.path] = _directory_of(file) if reference.is_given else os.path.dirname(file.path)
         return file
+
+    def _open_given(self, reference: Reference) -> PosixFile:
+        try:
+            return PosixFile(reference.name, writable=reference.is_writable)
+        except OSError as error:
+            raise _refusal(reference, f"cannot be opened: {error.strerror}") from error
+
+    def _open_named(self, reference: Reference) -> PosixFile:
+        self._check_name(reference)
+        root, path = self._locate(reference)
+        try:
+            try:
+                return root.open(path, writable=reference.is_writable)
+            except FileNotFoundError:
+                other = _but_for_case(root, path) if reference.ignores_case else None
+                if other is None:
+                    raise
+                return root.open(other, writable=reference.is_writable)
+        except (OSError, UnicodeEncodeError) as error:
+            raise self._refusal(reference, _failure(error)) from error
 
     def _check_name(self, reference: Reference) -> None:
         name = reference.name
@@ -130,13 +150,13 @@ class ConfinedGate:
 
     def _locate(self, reference: Reference) -> tuple[Root, str]:
         """The root that holds what is meant, and the way down from it."""
-        own, directory = self._directories.get(reference.owner_path, (None, ""))
-        if own is None:
+        directory = self._directories.get(reference.owner_path)
+        if directory is None:
             raise self._refusal(reference, "is named by a file that is not of this chain")
         if reference.name.startswith("/"):
             target = "/" + reference.name.lstrip("/")
         else:
-            target = os.path.join(own.path, directory, reference.name)
+            target = os.path.join(directory, reference.name)
         plain = os.path.normpath(target)
         root, path = next(self._candidates(target, plain), (None, ""))
         for system in SYSTEM_DIRECTORIES:
@@ -179,6 +199,21 @@ def _below(path: str, directory: str) -> str | None:
     """The way from `directory` down to `path`, both absolute, by name; None if it is not below."""
     prefix = directory.rstrip("/") + "/"
     return path[len(prefix) :].lstrip("/") if path.startswith(prefix) else None
+
+
+def _directory_of(file: PosixFile) -> str:
+    return os.path.dirname(os.path.realpath(file.path))
+
+
+def _but_for_case(root: Root, path: str) -> str | None:
+    """The path of a file beside `path` whose name is the same but for case: of several the first by code point.
+
+    Raises: OSError: there is no such directory, or it is outside.
+    """
+    directory, name = os.path.split(path)
+    folded = name.casefold()
+    found = min((each for each in root.names(directory) if each.casefold() == folded), default=None)
+    return None if found is None else os.path.join(directory, found)
 
 
 def _failure(error: OSError | UnicodeEncodeError) -> str:

@@ -25,6 +25,10 @@ class Reference:
     offset: int
     """Where the name lies in the owner, in bytes."""
     is_writable: bool
+    ignores_case: bool = False
+    """Whether a file will do whose name is the same but for case, when there is none of this name."""
+    is_given: bool = False
+    """The name is the operator's, not the owner's: that file is allowed, wherever it lies."""
 
 
 class OpenGate(Protocol):

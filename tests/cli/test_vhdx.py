@@ -141,6 +141,46 @@ def test_info_tells_user_items_and_damage(said: Any) -> None:
     assert (found["valid_headers"], found["damaged_region_tables"]) == (1, [2])
 
 
+def test_given_parent_is_taken_by_every_command_that_opens_a_chain(said: Any, refused: Any) -> None:
+    chain()
+    os.mkdir("elsewhere")
+    os.rename("parent.vhdx", "elsewhere/moved.vhdx")
+    parent = ("--parent", "elsewhere/moved.vhdx")
+    refused(["map", "child.vhdx"], IMAGE, r"child.vhdx: parent locator 'parent.vhdx' cannot .*")
+    (extent,) = json.loads(said("map", "--json", "child.vhdx", *parent))["extents"]
+    assert extent["filename"] == "elsewhere/moved.vhdx"
+    images = json.loads(said("info", "--json", "--backing-chain", "child.vhdx", *parent))["images"]
+    assert [each["path"] for each in images] == ["child.vhdx", "elsewhere/moved.vhdx"]
+    refused(["info", "child.vhdx", *parent], USAGE, "--parent is of use only with --backing-chain: .*")
+    refused(["info", "--backing-chain", "elsewhere/moved.vhdx", "--parent", "child.vhdx"], USAGE, ".*: a parent is .*")
+    assert "child.vhdx: vhdx image of 1 MiB" in said("resize", "--shrink", "child.vhdx", "1M", *parent)
+    refused(
+        ["resize", "elsewhere/moved.vhdx", "1M", *parent], USAGE, ".*: a parent is given and the image has none, .*"
+    )
+
+
+def test_check_declares_a_lost_log_empty_when_told_to(said: Any, refused: Any) -> None:
+    content = bytearray(dynamic(b"\1" * 2 * MiB))
+    content[128 * KiB : 132 * KiB] = craft.header(3, log_guid=craft.LOG_GUID)
+    Path("a.vhdx").write_bytes(content)
+    accept = "--accept-lost-log"
+    for arguments in ((accept,), ("--repair", "leaks", accept)):
+        refused(["check", "a.vhdx", *arguments], USAGE, ".* changes the image, which takes --repair all")
+    assert "corruption: log: " in said("check", "--repair", "all", "a.vhdx", status=CORRUPT)
+    assert Path("a.vhdx").read_bytes() == content
+    text = said("check", "--repair", "all", accept, "a.vhdx")
+    assert "a.vhdx: 1 corruptions repaired\n" in text
+    assert "the log is clean: what it held was lost, and it has been declared empty; " in text
+    vhdximages.judge(Path("a.vhdx"), b"\1" * 2 * MiB)
+    assert "no errors found" in said("check", "--repair", "all", accept, "a.vhdx")
+
+
+def test_check_of_another_format_has_no_log_to_lose(said: Any, refused: Any) -> None:
+    said("create", "a.qcow2", "1M")
+    pattern = "a.qcow2: it is a qcow2 image, expected vhdx with --accept-lost-log"
+    refused(["check", "--repair", "all", "--accept-lost-log", "a.qcow2"], 1, pattern)
+
+
 def test_check_says_what_is_wrong_and_repairs_it(said: Any) -> None:
     content = bytearray(dynamic(b"\1" * 2 * MiB) + bytes(8 * MiB))
     content[192 * KiB] = 0

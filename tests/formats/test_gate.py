@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,10 @@ class Images:
         return gate
 
     def open(self, gate: ConfinedGate, owner: str | Path, name: str, *, writable: bool = False) -> PosixFile:
-        file = opened(gate, named(owner, name, writable=writable))
+        return self.file_of(gate, named(owner, name, writable=writable))
+
+    def file_of(self, gate: ConfinedGate, reference: Reference) -> PosixFile:
+        file = opened(gate, reference)
         self.closers.append(lambda: asyncio.run(file.close()))
         return file
 
@@ -383,3 +387,124 @@ def test_gate_closed_leaves_its_files_open(images: Images) -> None:
     assert os.pread(file.descriptor, 4, 0) == b"base"
     with pytest.raises(AssertionError):
         opened(gate, named(top, "base"))
+
+
+# Case
+
+
+def but_for_case(owner: str | Path, name: str) -> Reference:
+    return replace(named(owner, name), ignores_case=True)
+
+
+@pytest.mark.parametrize("name", ["BASE.vhdx", "./base.VHDX", "{}/base.VHDX"])
+def test_gate_name_that_ignores_case_finds_the_file(images: Images, name: str) -> None:
+    top, base = images.make("top"), images.make("Base.vhdx")
+    gate = images.gate(top)
+    name = name.format(images.directory)
+    assert "No such file" in str(refusal(gate, named(top, name)))
+    file = images.file_of(gate, but_for_case(top, name))
+    assert is_same(file, base)
+    assert file.path.endswith("/Base.vhdx")
+
+
+def test_gate_name_that_ignores_case_prefers_the_same_and_then_the_first(images: Images) -> None:
+    top, same = images.make("top"), images.make("base.vhdx")
+    images.make("BASE.vhdx")
+    first = images.make("BASE.VHDX")
+    assert is_same(images.file_of(images.gate(top), but_for_case(top, "base.vhdx")), same)
+    assert is_same(images.file_of(images.gate(top), but_for_case(top, "bASE.vhdx")), first)
+
+
+def test_gate_name_that_ignores_case_is_relative_to_its_owner(images: Images) -> None:
+    top, middle, base = images.make("top"), images.make("sub/middle"), images.make("sub/Base")
+    images.make("Base")
+    gate = images.gate(top)
+    file = images.open(gate, top, "sub/middle")
+    assert is_same(file, middle)
+    assert is_same(images.file_of(gate, but_for_case(file.path, "BASE")), base)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("other.vhdx", "cannot be opened: No such file or directory"),
+        ("absent/base.vhdx", "cannot be opened: No such file or directory"),
+        ("../out/SECRET", "leads outside"),
+        ("link/SECRET", "leads outside"),
+        ("TO-SECRET", "leads outside"),
+        ("FIFO", "cannot be opened: it is a FIFO"),
+    ],
+)
+@pytest.mark.usefixtures("openat2")
+def test_gate_name_that_ignores_case_is_confined_like_any_other(images: Images, name: str, found: str) -> None:
+    top, secret = images.make("in/top"), images.make("out/secret")
+    (top.parent / "link").symlink_to("../out")
+    (top.parent / "to-secret").symlink_to(secret)
+    os.mkfifo(top.parent / "fifo")
+    assert found in str(refusal(images.gate(top), but_for_case(top, name)))
+
+
+# What the operator names
+
+
+def given(owner: str | Path, name: str | Path) -> Reference:
+    return Reference(str(owner), "the given parent", str(name), offset=512, is_writable=False, is_given=True)
+
+
+@pytest.mark.parametrize("form", ["{}/out/base", "out/base", "in/../link"])
+def test_gate_given_file_is_opened_wherever_it_lies(images: Images, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """From the working directory, as the image itself is."""
+    top, base = images.make("in/top"), images.make("out/base")
+    (images.directory / "link").symlink_to("out/base")
+    monkeypatch.chdir(images.directory)
+    assert is_same(images.file_of(images.gate(top), given(top, form.format(images.directory))), base)
+
+
+def test_gate_given_file_allows_nothing_beside_it(images: Images) -> None:
+    top, base = images.make("in/top"), images.make("out/base")
+    beside = images.make("out/beside")
+    gate = images.gate(top)
+    file = images.file_of(gate, given(top, base))
+    message = str(refusal(gate, named(file.path, "beside")))
+    assert message == (
+        f"{base}: backing file 'beside' leads outside, allowed is a regular file beneath {top.parent} (offset 512)"
+    )
+    gate = images.gate(top, roots=(base.parent,))
+    file = images.file_of(gate, given(top, base))
+    assert is_same(images.open(gate, file.path, "beside"), beside)
+
+
+@pytest.mark.usefixtures("openat2")
+def test_gate_given_link_into_a_root_names_from_where_the_file_is(images: Images) -> None:
+    top, middle, base = images.make("in/top"), images.make("in/sub/middle"), images.make("in/sub/base")
+    link = images.directory / "link"
+    link.symlink_to(middle)
+    gate = images.gate(top)
+    file = images.file_of(gate, given(top, link))
+    assert is_same(images.open(gate, file.path, "base"), base)
+
+
+def test_gate_given_file_that_cannot_be_is_refused_with_a_sentence(images: Images) -> None:
+    top = images.make("top")
+    os.mkfifo(images.directory / "fifo")
+    for name, found in (
+        ("absent", "cannot be opened: No such file or directory"),
+        ("fifo", "cannot be opened: neither a regular file nor a block device"),
+        ("top", "is a file that this chain holds already, allowed is each one once"),
+    ):
+        path = images.directory / name
+        assert str(refusal(images.gate(top), given(top, path))).startswith(f"{top}: the given parent '{path}' {found}")
+
+
+def test_gate_given_file_is_locked_and_counted(images: Images) -> None:
+    top, base = images.make("top"), images.make("base")
+    with open(base, "r+b") as user:
+        lock_image(user.fileno(), str(base), writable=True)
+        with pytest.raises(ImageLocked, match=r"the given parent .* is in use"):
+            opened(images.gate(top), given(top, base))
+    assert "allowed are 0" in str(refusal(images.gate(top, depth_max=0), given(top, base)))
+
+
+def test_deny_gate_refuses_a_given_file(images: Images) -> None:
+    top, base = images.make("top"), images.make("base")
+    assert "allowed is none" in str(refusal(DenyGate(), given(top, base)))

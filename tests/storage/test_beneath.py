@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdimg.storage import system
-from nbdimg.storage.beneath import RACE_ATTEMPTS, Root, open_beneath
+from nbdimg.storage import beneath, system
+from nbdimg.storage.beneath import RACE_ATTEMPTS, Root, names_beneath, open_beneath
 from nbdimg.storage.posix import PosixFile
 
 SECRET = b"secret" * 100
@@ -152,6 +152,42 @@ def test_open_path_that_leads_out_is_refused(
     expected = errno.EXDEV if way == "openat2" or target is None else errno.ELOOP
     assert refused(directory, path).errno == expected
     assert (tree / path).read_bytes() == SECRET, "control: the naive way escapes"
+
+
+@pytest.mark.parametrize(("path", "names"), [("", {"file", "sub"}), (".", {"file", "sub"}), ("sub", {"file", "deep"})])
+def test_names_are_those_of_the_directory(way: str, directory: int, path: str, names: set[str]) -> None:
+    assert set(names_beneath(directory, path)) == names
+
+
+@pytest.mark.parametrize(
+    ("path", "target"),
+    [("..", None), ("../out", None), ("sub/../../out", None), ("link", "../out"), ("sub/link", "{out}"), ("/", None)],
+)
+def test_names_of_a_directory_outside_are_not_told(
+    way: str, tree: Path, directory: int, path: str, target: str | None
+) -> None:
+    if target is not None:
+        (tree / path).symlink_to(target.format(out=tree.parent / "out"))
+    with pytest.raises(OSError) as caught:  # noqa: PT011 (the errno says which)
+        names_beneath(directory, path)
+    assert caught.value.errno in (errno.EXDEV, errno.ELOOP)
+    assert os.listdir(tree / path), "control: the naive way tells"
+
+
+@pytest.mark.parametrize("path", ["file", "sub/file"])
+def test_names_of_a_file_are_refused(way: str, directory: int, path: str) -> None:
+    with pytest.raises(NotADirectoryError):
+        names_beneath(directory, path)
+
+
+def test_names_of_a_large_directory_are_bounded(
+    way: str, tree: Path, directory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(12):
+        (tree / "sub" / str(number)).touch()
+    assert len(names_beneath(directory, "sub")) == 14
+    monkeypatch.setattr(beneath, "LISTING_MAX", 5)
+    assert len(names_beneath(directory, "sub")) == 5
 
 
 def test_open_absolute_path_is_refused_even_to_a_file_beneath(way: str, tree: Path, directory: int) -> None:

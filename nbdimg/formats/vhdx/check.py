@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from nbdimg.errors import CorruptImage, ImageError, UnsupportedFeature
 from nbdimg.formats.findings import CheckReport
 from nbdimg.formats.vhdx import structs as s
-from nbdimg.formats.vhdx.bat import BITMAP_SIZE, PAGE_ENTRIES, State
+from nbdimg.formats.vhdx.geometry import BITMAP_SIZE, State
 from nbdimg.formats.vhdx.header import Headers, load_headers
 from nbdimg.formats.vhdx.log import load_active
-from nbdimg.formats.vhdx.offline import Parts, bat_pieces, load_parts
+from nbdimg.formats.vhdx.offline import bat_pieces
+from nbdimg.formats.vhdx.parts import Parts, load_parts
 from nbdimg.formats.vhdx.replay import open_replayed
 from nbdimg.storage.file import BlockFile
 from nbdimg.units import MiB, align_up, div_ceil
@@ -32,7 +33,9 @@ Progress = Callable[[int, int], None]
 LAYOUT_SLACK = 5 * MiB
 """Unused space behind a structure up to which it is layout: QEMU leaves 4 MiB."""
 
-_ZEROES = array("Q", [State.ZERO]) * PAGE_ENTRIES
+_PIECE_ENTRIES = 512
+"""Entries that are looked at as one if they can be."""
+_ZEROES = array("Q", [State.ZERO]) * _PIECE_ENTRIES
 _RUN_MIN = 8
 """Entries for which it is worth a look whether their blocks lie in a row."""
 
@@ -74,7 +77,6 @@ class Survey:
     def __init__(self, file: BlockFile) -> None:
         self._file = file
         self.report = VhdxReport()
-        self.headers: Headers | None = None
         self.parts: Parts | None = None
         self.used = bytearray()
         self.has_sound_bat = True
@@ -100,7 +102,7 @@ class Survey:
     # All but the BAT
 
     async def _load(self) -> None:
-        self.headers = headers = await load_headers(self._file)
+        headers = await load_headers(self._file)
         if headers.other is None:
             slot = 1 - headers.slot
             message = "signature 'head' or checksum is wrong, expected a second valid header"
@@ -136,13 +138,7 @@ class Survey:
         geometry, regions = self.parts.geometry, self.parts.regions
         self.report.total_clusters = geometry.block_count
         count = geometry.entry_count
-        if 8 * count > regions.bat_length:
-            raise CorruptImage(
-                self._file.path,
-                f"the BAT region has {regions.bat_length} bytes, expected at least {8 * count} for "
-                f"{geometry.block_count} blocks (offset {regions.bat_offset})",
-                regions.bat_offset,
-            )
+        self.parts.check_bat_length(self._file.path)
         async for first, entries in bat_pieces(self._file, regions.bat_offset, 0, count):
             self._check_piece(first, entries)
             if progress is not None:
@@ -161,7 +157,7 @@ class Survey:
                 self._check_bitmap(index, entries[position])
                 position += 1
                 continue
-            run = entries[position : position + min(left, PAGE_ENTRIES)]
+            run = entries[position : position + min(left, _PIECE_ENTRIES)]
             position += len(run)
             if run[0] == State.ZERO and run == _ZEROES[: len(run)]:
                 continue

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 
 from nbdimg.errors import CorruptImage, UnsupportedFeature
 from nbdimg.formats.vhdx import structs as s
-from nbdimg.formats.vhdx.bat import BITMAP_SIZE, State
 from nbdimg.formats.vhdx.check import Survey, unused
+from nbdimg.formats.vhdx.geometry import BITMAP_SIZE, State
 from nbdimg.formats.vhdx.header import load_headers, read
-from nbdimg.formats.vhdx.offline import Parts, Session, bat_pieces, touch
+from nbdimg.formats.vhdx.offline import Session, bat_pieces, touch
+from nbdimg.formats.vhdx.parts import Parts
 from nbdimg.formats.vhdx.replay import replay_to_file
 from nbdimg.storage.file import BlockFile
 from nbdimg.units import MiB
@@ -107,8 +108,8 @@ class _Compaction:
         if not words:
             return
         if self._session is None:
-            session = Session(self._file, self._parts.headers)
-            await session.begin(changes_data=False)
+            session = Session(self._file, self._parts.headers, changes_data=False)
+            await session.begin()
             self._session = session
         await self._session.put(words)
         words.clear()

@@ -28,7 +28,7 @@ from uuid import uuid4
 from nbdimg.errors import ConfigError, escaped
 from nbdimg.formats.newfile import naming, new_file, write_at
 from nbdimg.formats.vhdx import structs as s
-from nbdimg.formats.vhdx.bat import Geometry, State
+from nbdimg.formats.vhdx.geometry import Geometry, State
 from nbdimg.formats.vhdx.header import Header, file_identifier
 from nbdimg.formats.vhdx.locator import Locator, parent_locator
 from nbdimg.formats.vhdx.metadata import build_metadata

@@ -1,85 +1,60 @@
 """An open VHDX image.
 
     (V5) A BAT entry becomes FULLY_PRESENT after its payload block is durable: the entry is in a log entry behind the
-         barrier that covers the payload. V1 to V4 and V6 are the journal's.
+         barrier that covers the payload. V1 to V4 and V6 are the journal's, B1 to B4 the table's.
 
-Nothing is written before the first change of a session, not even a header: what changes a mapping or a guest's bytes
-first gets a `Miss`, whose loading begins the session.
+Nothing is written before the first change of a session, not even a header.
 """
 
 from __future__ import annotations
 
-from uuid import UUID
-
 from nbdimg.formats.vhdx.bat import Bat
 from nbdimg.formats.vhdx.journal import Journal
+from nbdimg.formats.vhdx.parts import Parts
 from nbdimg.formats.vhdx.space import Space
 from nbdimg.formats.vhdx.structs import PAGE_SIZE
-from nbdimg.image.driver import Allocation, Extent, Miss, Unmap
+from nbdimg.image.tables import TableCache
 from nbdimg.storage.file import BlockFile
 from nbdimg.storage.ordering import Plan, Stage
 from nbdimg.units import MiB, align_down
 
 
 class VhdxDriver:
-    """Made by `open.open_driver`. `journal` and `space` are None when nothing will be written."""
+    """Made by `open.open_driver`. `journal` is None when nothing will be written."""
 
     name = "vhdx"
     unmap_size = PAGE_SIZE
+    failure: str | None = None
 
-    def __init__(
-        self,
-        file: BlockFile,
-        bat: Bat,
-        journal: Journal | None,
-        space: Space | None,
-        *,
-        block_size: int,
-        sector_size: int,
-        data_write_guid: UUID,
-    ) -> None:
+    def __init__(self, file: BlockFile, parts: Parts, journal: Journal | None) -> None:
         self.file = file
-        self.bat = bat
-        self.size = bat.size
-        self.cluster_size = block_size
-        self.sector_size = sector_size
-        self.data_write_guid = data_write_guid
-        """When it was opened: what a child names as its parent's identity."""
         self._journal = journal
-        self._space = space
-        self.map = bat.map
+        self._space = Space(file, max(stop for _, stop, _ in parts.structures()))
+        self.bat = bat = Bat(file, parts, self._space, journal)
+        self.size = bat.size
+        self.cluster_size = parts.geometry.block_size
+        self.sector_size = parts.geometry.sector_size
+        self.data_write_guid = parts.headers.current.data_write_guid
+        """When it was opened: what a child names as its parent's identity."""
+        self.map, self.place = bat.map, bat.place
+        self.reserve, self.commit, self.release = bat.reserve, bat.commit, bat.release
+        self.unmap = bat.unmap
 
     @property
     def is_strained(self) -> bool:
         return self.bat.pages.is_strained or self.bat.bitmaps.is_strained
 
-    def _idle(self) -> Miss | None:
-        """What a first change lacks."""
-        if self._journal is None or self._journal.has_begun:
-            return None
-        return Miss(self._journal, 0)
-
-    def place(self, offset: int, stop: int) -> Extent | Miss:
-        return self._idle() or self.bat.place(offset, stop)
-
-    def reserve(self, offset: int, stop: int) -> Allocation | Miss:
-        return self._idle() or self.bat.reserve(offset, stop)
-
-    def commit(self, allocation: Allocation) -> None:
-        self.bat.commit(allocation)
-
-    def release(self, allocation: Allocation) -> None:
-        self.bat.release(allocation)
-
-    def unmap(self, offset: int, stop: int, to: Unmap) -> int | Miss:
-        idle = self._idle()
-        return self.bat.unmap(offset, stop, to) if idle is None else idle
+    @property
+    def tables(self) -> dict[str, TableCache]:
+        return {"bat": self.bat.pages, "sector_bitmap": self.bat.bitmaps}
 
     def unmapped(self, offset: int, length: int) -> None:
         pass
 
     def flush_plan(self) -> Plan:
-        assert self._space is not None
+        """Bitmaps come before the BAT, and a bitmap's own entry, which stands behind those of its chunk, before them:
+        when it takes several log entries, no block is partially present before it has its bitmap.
+        """
         assert self._journal is not None
         first = Stage((), (self.file,))
         self._space.capture()
@@ -91,7 +66,6 @@ class VhdxDriver:
         return Plan((first, *self._journal.stages(pages, flushed_offset, self._space.end)))
 
     async def flushed(self) -> None:
-        assert self._space is not None
         assert self._journal is not None
         self.bat.pages.written()
         self.bat.bitmaps.written()
@@ -102,7 +76,6 @@ class VhdxDriver:
         """Declare the log empty, then cut off what the file was grown ahead: in this order, so that no log speaks of a
         larger file. Raises: OSError.
         """
-        assert self._space is not None
         assert self._journal is not None
         if self._journal.has_begun:
             await self._journal.end()

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from nbdimg.formats.vhdx import structs as s
 from nbdimg.formats.vhdx.check import log_state
 from nbdimg.formats.vhdx.header import Headers, creator_of, load_headers, read
-from nbdimg.formats.vhdx.locator import candidates
 from nbdimg.formats.vhdx.metadata import Item, Metadata
-from nbdimg.formats.vhdx.offline import load_parts
+from nbdimg.formats.vhdx.parts import load_parts
 from nbdimg.formats.vhdx.region import Regions
 from nbdimg.formats.vhdx.replay import open_replayed
 from nbdimg.storage.file import BlockFile
@@ -21,9 +20,7 @@ from nbdimg.storage.file import BlockFile
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """`log` says what there is to replay, `log_problem` why it cannot be. `parent_names` are where the parent may be,
-    best first, as the gate takes them.
-    """
+    """`log` says what there is to replay, `log_problem` why it cannot be."""
 
     creator: str
     headers: Headers
@@ -31,7 +28,6 @@ class Info:
     log_problem: str | None
     regions: Regions
     metadata: Metadata
-    parent_names: list[str]
 
     @property
     def subformat(self) -> str:
@@ -49,7 +45,6 @@ async def describe(file: BlockFile) -> Info:
     headers = await load_headers(file)
     log, problem = await log_state(file, headers)
     parts = await load_parts(await open_replayed(file, headers.current, ignore_log=problem is not None), headers)
-    locator = parts.metadata.locator
     return Info(
         creator=creator_of(await read(file, 0, len(s.FILE_SIGNATURE) + s.CREATOR_SIZE)),
         headers=headers,
@@ -57,5 +52,4 @@ async def describe(file: BlockFile) -> Info:
         log_problem=None if problem is None else str(problem),
         regions=parts.regions,
         metadata=parts.metadata,
-        parent_names=candidates(locator) if locator else [],
     )

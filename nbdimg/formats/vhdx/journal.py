@@ -43,10 +43,16 @@ class _Session:
 
 
 class Journal:
-    """A log that is empty when the session begins, and left empty by `end`."""
+    """A log that is empty when the session begins, and left empty by `end`.
 
-    def __init__(self, file: BlockFile, headers: Headers) -> None:
+    Args: changes_data: whether a guest will see a difference, which children must know of.
+
+    Raises: UnsupportedFeature: from the constructor: there is no log.
+    """
+
+    def __init__(self, file: BlockFile, headers: Headers, *, changes_data: bool = True) -> None:
         self._file = file
+        self._changes_data = changes_data
         self._headers = headers
         self._length = headers.current.log_length
         self._offset = headers.current.log_offset
@@ -78,7 +84,7 @@ class Journal:
         header = next_header(
             self._headers.current,
             file_write_guid=session.file_write_guid,
-            data_write_guid=session.data_write_guid,
+            data_write_guid=session.data_write_guid if self._changes_data else None,
             log_guid=session.log_guid,
         )
         self._headers = await write_header(self._file, self._headers, header)
@@ -91,7 +97,7 @@ class Journal:
         return ring_writes(position, entry, self._offset, self._length)
 
     @property
-    def _pages_max(self) -> int:
+    def pages_max(self) -> int:
         """Pages that an entry of half the log holds (V6): 1 MiB takes 126."""
         count = self._entry_length_max // LOG_SECTOR_SIZE
         while entry_length(count, 0) > self._entry_length_max:
@@ -111,10 +117,11 @@ class Journal:
         position, number = self._position, self._sequence_number
         log_guid = self._headers.current.log_guid
         stages: list[Stage] = []
-        for start in range(0, len(pages), self._pages_max):
+        pages_max = self.pages_max
+        for start in range(0, len(pages), pages_max):
             if stages:
                 stages[-1] = Stage(stages[-1].writes, (self._file,))
-            part = pages[start : start + self._pages_max]
+            part = pages[start : start + pages_max]
             changes = [Page(write.offset, write.data) for write in part]
             entry = build_entry(number, position, log_guid, changes, flushed_offset, last_offset)
             logged = (Write(self._file, offset, data) for offset, data in self._ring_writes(position, entry))

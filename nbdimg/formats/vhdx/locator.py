@@ -7,13 +7,14 @@ r"""The parent locator: pairs of keys and values that say which file is the pare
     absolute_win32_path   \\?\d:\base\parent.vhdx
 
 They are tried in this order. A volume or a drive means nothing on this system: of those paths only the last component
-counts, looked for in the child's own directory. Spec: [MS-VHDX] 2.6.2.6.
+counts, looked for in the child's own directory. When no file has one of these names, case is ignored.
+Spec: [MS-VHDX] 2.6.2.6.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -165,12 +166,6 @@ def _names(key: str, value: str) -> Iterator[str]:
 def _plain(name: str) -> str:
     """A colon before the first slash would be taken for a protocol."""
     return f"./{name}" if ":" in name.partition("/")[0] else name
-
-
-def matching(name: str, listing: Iterable[str]) -> list[str]:
-    """The names of a directory's listing that are `name` but for case, sorted; `name` itself first if it is there."""
-    folded = name.casefold()
-    return sorted((each for each in listing if each.casefold() == folded), key=lambda each: (each != name, each))
 
 
 def verify_linkage(path: str, locator: Locator, parent_path: str, data_write_guid: UUID) -> None:

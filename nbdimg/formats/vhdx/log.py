@@ -29,7 +29,7 @@ from crc32c import crc32c
 from nbdimg.errors import CorruptImage, UnsupportedFeature
 from nbdimg.formats.vhdx import structs as s
 from nbdimg.formats.vhdx.header import Header, read, with_checksum
-from nbdimg.storage.file import BlockFile, Buffer
+from nbdimg.storage.file import BlockFile
 from nbdimg.units import MiB, align_up
 
 _SECTOR = s.LOG_SECTOR_SIZE
@@ -259,23 +259,6 @@ def _head_length(descriptor_count: int) -> int:
     return align_up(s.LOG_ENTRY.size + descriptor_count * s.LOG_DESCRIPTOR.size, _SECTOR)
 
 
-def scan(ring: Buffer, header: Header) -> Scanner:
-    """All of a ring that is in memory."""
-    assert len(ring) == header.log_length
-    scanner, view = Scanner(header), memoryview(ring)
-    scanner.feed(view)
-    start = 0
-    while scanner.is_open:
-        scanner.feed(view[start : start + _SECTOR])
-        start += _SECTOR
-    return scanner
-
-
-def find_active(ring: Buffer, header: Header) -> Sequence | None:
-    """The active sequence of a ring that is in memory; of `header` the log's place and LogGuid count."""
-    return scan(ring, header).active()
-
-
 async def load_active(file: BlockFile, header: Header, *, ignore_log: bool = False) -> Sequence | None:
     """What must be replayed before anything else is read. None: nothing, the log is empty.
 
@@ -309,7 +292,8 @@ async def load_active(file: BlockFile, header: Header, *, ignore_log: bool = Fal
         raise CorruptImage(
             file.path,
             f"LogGuid is {header.log_guid} and the log at {header.log_offset} of {header.log_length} bytes holds no "
-            f"valid sequence of entries, expected is one{why}: what it held is lost, unless there was nothing yet",
+            f"valid sequence of entries, expected is one{why}: what it held is lost, unless there was nothing yet; "
+            "--accept-lost-log goes on without it",
             header.log_offset,
         )
     if active is not None and file.size < active.head.flushed_offset:

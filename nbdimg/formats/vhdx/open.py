@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+
 from nbdimg.errors import ConfigError, CorruptImage, ImageError
 from nbdimg.formats.options import Backing, Opened, OpenOptions
-from nbdimg.formats.vhdx.bat import Bat, Geometry
 from nbdimg.formats.vhdx.driver import VhdxDriver
-from nbdimg.formats.vhdx.header import Header, load_headers
+from nbdimg.formats.vhdx.header import Headers, load_headers
 from nbdimg.formats.vhdx.journal import Journal
-from nbdimg.formats.vhdx.locator import candidates, verify_linkage
-from nbdimg.formats.vhdx.metadata import Metadata, load_metadata
-from nbdimg.formats.vhdx.region import Regions, load_regions
+from nbdimg.formats.vhdx.locator import Locator, candidates, verify_linkage
+from nbdimg.formats.vhdx.log import load_active
+from nbdimg.formats.vhdx.metadata import Metadata
+from nbdimg.formats.vhdx.parts import Parts, load_parts
 from nbdimg.formats.vhdx.replay import open_replayed, replay_to_file
-from nbdimg.formats.vhdx.space import Space
-from nbdimg.formats.vhdx.structs import HEADER_SECTION_SIZE
 from nbdimg.image.driver import FormatDriver
 from nbdimg.image.gate import Reference
 from nbdimg.storage.file import BlockFile
 from nbdimg.units import MiB, align_up
+
+logger = logging.getLogger("nbdimg")
 
 
 async def open_driver(file: BlockFile, options: OpenOptions) -> Opened:
@@ -25,81 +28,60 @@ async def open_driver(file: BlockFile, options: OpenOptions) -> Opened:
 
     A read-write open replays the log into the file; a read-only one replays it in memory.
 
-    Raises: CorruptImage, UnsupportedFeature: what the image is not or has not. ConfigError: a snapshot was asked for.
+    Raises: CorruptImage, UnsupportedFeature: what the image is not or has not. ConfigError: a snapshot was asked for,
+    or a parent is given to an image without one.
     """
     if options.snapshot is not None:
         raise ConfigError(f"{file.path}: a vhdx image has no internal snapshots")
     headers = await load_headers(file)
+    is_lost = options.accepts_lost_log and await _has_lost_log(file, headers)
     if options.writable:
-        headers = await replay_to_file(file, headers)
+        headers = await replay_to_file(file, headers, ignore_log=is_lost)
     else:
-        file = await open_replayed(file, headers.current)
-    regions = await load_regions(file, headers.current)
-    metadata = await load_metadata(file, regions)
-    geometry = Geometry(
-        size=metadata.virtual_size,
-        block_size=metadata.block_size,
-        sector_size=metadata.logical_sector_size,
-        has_parent=metadata.has_parent,
-        is_fixed=metadata.leaves_blocks_allocated and not metadata.has_parent,
-    )
-    _check_bat(file, regions, geometry)
-    journal = space = None
-    if options.writable:
-        journal = Journal(file, headers)
-        space = Space(file, _structures(headers.current, regions))
-    driver = VhdxDriver(
-        file,
-        Bat(file, regions.bat_offset, geometry, space),
-        journal,
-        space,
-        block_size=metadata.block_size,
-        sector_size=metadata.logical_sector_size,
-        data_write_guid=headers.current.data_write_guid,
-    )
-    return Opened(driver, _parent(file, metadata))
+        file = await open_replayed(file, headers.current, ignore_log=is_lost)
+    parts = await load_parts(file, headers)
+    _check_bat(file, parts)
+    _tell_damage(file.path, parts)
+    journal = Journal(file, headers) if options.writable else None
+    return Opened(VhdxDriver(file, parts, journal), _parent(file, parts.metadata, options.parent_path))
 
 
-def _check_bat(file: BlockFile, regions: Regions, geometry: Geometry) -> None:
-    needed = 8 * geometry.entry_count
-    if needed > regions.bat_length:
+async def _has_lost_log(file: BlockFile, headers: Headers) -> bool:
+    """Whether the log is in use and holds nothing to replay, which is told. Raises: as `load_active`."""
+    if not headers.current.has_log or await load_active(file, headers.current, ignore_log=True) is not None:
+        return False
+    logger.warning("%s: the log is in use and holds no valid entry; what it held is lost, as was accepted", file.path)
+    return True
+
+
+def _check_bat(file: BlockFile, parts: Parts) -> None:
+    parts.check_bat_length(file.path)
+    offset = parts.regions.bat_offset
+    stop = offset + 8 * parts.geometry.entry_count
+    if stop > align_up(file.size, MiB):
         raise CorruptImage(
             file.path,
-            f"the BAT region has {regions.bat_length} bytes, expected at least {needed} for {geometry.block_count} "
-            f"blocks (offset {regions.bat_offset})",
-            regions.bat_offset,
-        )
-    if regions.bat_offset + needed > align_up(file.size, MiB):
-        raise CorruptImage(
-            file.path,
-            f"the BAT ends at {regions.bat_offset + needed}, expected inside the file's {file.size} bytes "
-            f"(offset {regions.bat_offset})",
-            regions.bat_offset,
+            f"the BAT ends at {stop}, expected inside the file's {file.size} bytes (offset {offset})",
+            offset,
         )
 
 
-def _structures(header: Header, regions: Regions) -> list[tuple[int, int]]:
-    """Where no payload block may lie."""
-    return [
-        (0, HEADER_SECTION_SIZE),
-        (header.log_offset, header.log_offset + header.log_length),
-        *((entry.offset, entry.offset + entry.length) for entry in regions.entries),
-    ]
+def _tell_damage(path: str, parts: Parts) -> None:
+    """Of headers and region tables there are two each, and one is enough to go on with."""
+    damaged = [f"region table {slot + 1}" for slot in parts.regions.damaged_slots]
+    if parts.headers.other is None:
+        damaged.insert(0, f"header {2 - parts.headers.slot}")
+    for name in damaged:
+        logger.warning("%s: %s is damaged, the other copy is used; nbdimg check --repair all mends it", path, name)
 
 
-def _parent(file: BlockFile, metadata: Metadata) -> Backing | None:
+def _parent(file: BlockFile, metadata: Metadata, given: str | None) -> Backing | None:
     locator = metadata.locator
-    if not metadata.has_parent or locator is None:
+    if locator is None:
+        if given is not None:
+            raise ConfigError(f"{file.path}: a parent is given and the image has none, expected a differencing image")
         return None
-    references = tuple(
-        Reference(file.path, "parent locator", name, locator.offset, is_writable=False) for name in candidates(locator)
-    )
-    if not references:
-        raise CorruptImage(
-            file.path,
-            f"the parent locator's paths name no file, expected one at least (offset {locator.offset})",
-            locator.offset,
-        )
+    references = parent_references(file.path, locator, given)
 
     def verify(parent: FormatDriver) -> None:
         if not isinstance(parent, VhdxDriver):
@@ -113,3 +95,21 @@ def _parent(file: BlockFile, metadata: Metadata) -> Backing | None:
             )
 
     return Backing(references, "vhdx", verify)
+
+
+def parent_references(path: str, locator: Locator, given: str | None) -> tuple[Reference, ...]:
+    """Where the parent of the image at `path` may be, best first: only where it is `given`, if it is; else by each name
+    that the locator has, and in the end by the same names without regard to case, as Windows takes them.
+
+    Raises: CorruptImage: the locator names no file.
+    """
+    if given is not None:
+        return (Reference(path, "the given parent", given, locator.offset, is_writable=False, is_given=True),)
+    exact = [Reference(path, "parent locator", name, locator.offset, is_writable=False) for name in candidates(locator)]
+    if not exact:
+        raise CorruptImage(
+            path,
+            f"the parent locator's paths name no file, expected one at least (offset {locator.offset})",
+            locator.offset,
+        )
+    return (*exact, *(replace(reference, ignores_case=True) for reference in exact))

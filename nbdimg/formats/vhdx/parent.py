@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from nbdimg.formats.vhdx.header import load_headers
-from nbdimg.formats.vhdx.metadata import Item, load_metadata, read_item
-from nbdimg.formats.vhdx.region import load_regions
+from nbdimg.formats.vhdx.metadata import Item, read_item
+from nbdimg.formats.vhdx.parts import load_parts
 from nbdimg.formats.vhdx.replay import open_replayed
 from nbdimg.formats.vhdx.structs import (
     LOGICAL_SECTOR_SIZE,
@@ -50,8 +50,8 @@ async def read_parent(path: str | os.PathLike[str]) -> Parent:
         lock_image(opened.descriptor, opened.path, writable=False)
         headers = await load_headers(file)
         file = await open_replayed(file, headers.current)
-        regions = await load_regions(file, headers.current)
-        metadata = await load_metadata(file, regions)
+        parts = await load_parts(file, headers)
+        metadata = parts.metadata
         items = [item for item in metadata.items if item.is_virtual_disk and (item.is_user or item.id not in _OWN)]
         return Parent(
             path=opened.path,
@@ -60,7 +60,7 @@ async def read_parent(path: str | os.PathLike[str]) -> Parent:
             disk_id=metadata.disk_id,
             logical_sector_size=metadata.logical_sector_size,
             physical_sector_size=metadata.physical_sector_size,
-            items=tuple([(item, await read_item(file, regions, item)) for item in items]),
+            items=tuple([(item, await read_item(file, parts.regions, item)) for item in items]),
         )
     finally:
         await file.close()

@@ -1,6 +1,7 @@
 """Repair of what can be mended without a guest's bytes being at stake.
 
-    the log             is replayed, as every open for writing does; one that is broken stays as it is
+    the log             is replayed, as every open for writing does; one that is broken stays as it is, unless it is
+                        accepted that what it held is lost
     a lost header       is written again from the other one
     a lost region table is written again from the other one, through the log
     trailing space      is cut off, unless an entry of the BAT is wrong: then nobody knows whose it is
@@ -15,32 +16,40 @@ from nbdimg.errors import ImageError
 from nbdimg.formats.vhdx import structs as s
 from nbdimg.formats.vhdx.check import Progress, Survey, VhdxReport
 from nbdimg.formats.vhdx.header import load_headers
-from nbdimg.formats.vhdx.offline import Parts, Session, touch
+from nbdimg.formats.vhdx.log import load_active
+from nbdimg.formats.vhdx.offline import Session, touch
+from nbdimg.formats.vhdx.parts import Parts
 from nbdimg.formats.vhdx.replay import replay_to_file
 from nbdimg.storage.file import BlockFile
 from nbdimg.units import MiB
 
+_REPLAYED = "clean: it has been replayed"
+_LOST = "clean: what it held was lost, and it has been declared empty"
 
-async def repair(file: BlockFile, *, leaks_only: bool, progress: Progress | None = None) -> VhdxReport:
+
+async def repair(
+    file: BlockFile, *, leaks_only: bool, accepts_lost_log: bool = False, progress: Progress | None = None
+) -> VhdxReport:
     """Check and mend; the report is of the image afterwards. Nobody else may use the file.
 
-    Args: leaks_only: leave headers and region tables alone.
+    Args: leaks_only: leave headers and region tables alone. accepts_lost_log: declare a log empty that is in use and
+    holds no valid entry.
 
     Raises: OSError: the image can still be opened, and the repair be repeated.
     """
-    log = await _replay(file)
+    log = await _replay(file, accepts_lost_log=accepts_lost_log)
     before = await _surveyed(file, progress)
     if before.parts is None or before.report.check_errors:
         return before.report
-    corruptions_fixed = 0
+    mended = 0
     if not leaks_only and before.report.log == "clean":
-        corruptions_fixed = await _mend(file, before.parts)
+        mended = await _mend(file, before.parts)
     leaks_fixed = await _cut(file, before) if before.has_sound_bat and before.report.log == "clean" else 0
     after = before
-    if corruptions_fixed or leaks_fixed:
+    if mended or leaks_fixed:
         after = await _surveyed(file, progress)
-        after.report.corruptions_fixed = corruptions_fixed
-        after.report.leaks_fixed = leaks_fixed
+    after.report.corruptions_fixed = mended + (log == _LOST)
+    after.report.leaks_fixed = leaks_fixed
     if log is not None and after.report.log == "clean":
         after.report.log = log
     return after.report
@@ -52,16 +61,17 @@ async def _surveyed(file: BlockFile, progress: Progress | None) -> Survey:
     return survey
 
 
-async def _replay(file: BlockFile) -> str | None:
+async def _replay(file: BlockFile, *, accepts_lost_log: bool) -> str | None:
     """What was done; None: nothing. A log that cannot be replayed is for the check to tell."""
     try:
         headers = await load_headers(file)
         if not headers.current.has_log:
             return None
-        await replay_to_file(file, headers)
+        is_lost = accepts_lost_log and await load_active(file, headers.current, ignore_log=True) is None
+        await replay_to_file(file, headers, ignore_log=is_lost)
     except ImageError:
         return None
-    return "clean: it has been replayed"
+    return _LOST if is_lost else _REPLAYED
 
 
 async def _mend(file: BlockFile, parts: Parts) -> int:
@@ -69,8 +79,8 @@ async def _mend(file: BlockFile, parts: Parts) -> int:
     headers, regions = parts.headers, parts.regions
     count = int(headers.other is None)
     if regions.damaged_slots and headers.current.log_length:
-        session = Session(file, headers)
-        await session.begin(changes_data=False)
+        session = Session(file, headers, changes_data=False)
+        await session.begin()
         for slot in regions.damaged_slots:
             start = s.REGION_TABLE_OFFSETS[slot]
             pages = range(0, s.REGION_TABLE_SIZE, s.PAGE_SIZE)

@@ -22,12 +22,13 @@ from nbdimg.errors import ConfigError, CorruptImage, UnsupportedFeature
 from nbdimg.formats.gate import DenyGate
 from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.vhdx import structs as s
-from nbdimg.formats.vhdx.bat import Geometry, State
 from nbdimg.formats.vhdx.create import RESERVE_SIZE
 from nbdimg.formats.vhdx.driver import VhdxDriver
+from nbdimg.formats.vhdx.geometry import Geometry, State
 from nbdimg.formats.vhdx.header import load_headers, read
-from nbdimg.formats.vhdx.offline import PIECE_SIZE, Parts, Session, bat_pieces, load_parts
+from nbdimg.formats.vhdx.offline import PIECE_SIZE, Session, bat_pieces
 from nbdimg.formats.vhdx.open import open_driver
+from nbdimg.formats.vhdx.parts import Parts, load_parts
 from nbdimg.formats.vhdx.region import RegionEntry, build_region_table
 from nbdimg.image.image import Image
 from nbdimg.storage.file import BlockFile
@@ -50,10 +51,10 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
     if size == driver.size:
         return
     await image.flush()
-    await driver.close()
-    parts = await load_parts(file, await load_headers(file))
-    session = Session(file, parts.headers)
     try:
+        await driver.close()
+        parts = await load_parts(file, await load_headers(file))
+        session = Session(file, parts.headers, changes_data=True)
         await _Resize(file, parts, size, session, progress).run()
         opened = await open_driver(file, OpenOptions(DenyGate(), writable=True))
     except BaseException:
@@ -88,7 +89,7 @@ class _Resize:
         self._bat = parts.regions.bat
 
     async def run(self) -> None:
-        await self._session.begin(changes_data=True)
+        await self._session.begin()
         if self._new.size > self._old.size:
             await self._zero_short_block()
             bat = await self._room_for_bat()

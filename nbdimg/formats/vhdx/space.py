@@ -8,7 +8,6 @@ Space that earlier sessions left unused is not looked for: that would take readi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from contextlib import suppress
 
 from nbdimg.errors import CorruptImage
@@ -21,31 +20,19 @@ GROWTH = 64 * MiB
 
 
 class Space:
-    """Offsets and lengths are multiples of 1 MiB.
+    """Offsets and lengths are multiples of 1 MiB. Args: start: behind the last structure."""
 
-    Args: structures: (start, stop) of header section, log and regions: nothing is written to them in place.
-    """
-
-    def __init__(self, file: BlockFile, structures: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, file: BlockFile, start: int) -> None:
         self._file = file
-        self._structures = tuple(structures)
-        self.end = align_up(max([file.size, *(stop for _, stop in structures)]), MiB)
+        self.grown = file.size
+        """The file's size."""
+        self.end = align_up(max(self.grown, start), MiB)
         """Behind the last structure or block that is in use."""
-        self._grown = file.size
         self._growth = GROWTH
         self._free: list[tuple[int, int]] = []
         self._freed: list[tuple[int, int]] = []
         self._leaving: list[tuple[int, int]] = []
         self._growing = asyncio.Lock()
-
-    @property
-    def grown(self) -> int:
-        """The file's size."""
-        return self._grown
-
-    @property
-    def is_dirty(self) -> bool:
-        return bool(self._freed or self._leaving)
 
     def take(self, length: int) -> int | Miss:
         """The offset of space that reads as zeroes."""
@@ -53,7 +40,7 @@ class Space:
             if stop - start >= length:
                 self._free[index : index + 1] = [(start + length, stop)] if stop - start > length else []
                 return start
-        if self.end + length > self._grown:
+        if self.end + length > self.grown:
             return Miss(self, self.end + length)
         start, self.end = self.end, self.end + length
         return start
@@ -61,10 +48,10 @@ class Space:
     async def load(self, key: int) -> None:
         """Extend the file to hold `key` bytes and some more. Raises: OSError."""
         async with self._growing:
-            if key > self._grown:
+            if key > self.grown:
                 size = align_up(key, self._growth)
                 await self._file.truncate(size)
-                self._grown = size
+                self.grown = size
 
     def free(self, offset: int, length: int) -> None:
         """The space will be free once what gave it up is durable."""
@@ -83,14 +70,7 @@ class Space:
                 if await self._file.punch(start, stop - start) or await self._file.zero(start, stop - start):
                     self._free.append((start, stop))
 
-    def check_target(self, offset: int, length: int) -> None:
-        """Raises: CorruptImage: guest data must not be written there."""
-        stop = offset + length
-        for structure_start, structure_stop in self._structures:
-            if offset < structure_stop and structure_start < stop:
-                raise self._refused(offset, f"outside the structure at {structure_start} to {structure_stop}")
-        if stop > self._grown:
-            raise self._refused(offset, f"to end inside the file's {self._grown} bytes")
-
-    def _refused(self, offset: int, expected: str) -> CorruptImage:
-        return CorruptImage(self._file.path, f"a block lies at offset {offset}, expected it {expected}", offset)
+    def cut_short(self, offset: int) -> CorruptImage:
+        """What to raise of a block that is to be written and ends behind `grown`."""
+        message = f"a block lies at offset {offset}, expected it to end inside the file's {self.grown} bytes"
+        return CorruptImage(self._file.path, message, offset)

@@ -9,6 +9,7 @@ import pytest
 
 from tests.formats.contract import DriverContract
 from tests.formats.vhdx.craft import M
+from tests.support.reading import bytes_of
 from tests.support.vhdximages import Builder, dynamic, fixed, judge, run
 
 
@@ -38,7 +39,7 @@ class QemuReads(VhdxContract):
 
         async def main() -> bytes:
             image = await self._open(path, writable=False)
-            guest = await self._read(image, 0, self.size)
+            guest = await bytes_of(image, 0, self.size)
             await image.close()
             return guest
 

@@ -17,7 +17,8 @@ from nbdimg.image.image import Image
 from nbdimg.storage.file import Buffer
 from nbdimg.storage.memory import MemoryFile
 from tests.formats.vhdx.craft import DATA_WRITE_GUID, FILE_WRITE_GUID, ZERO_GUID, M
-from tests.formats.vhdx.test_bat import OneGate, bytes_of
+from tests.formats.vhdx.test_bat import OneGate
+from tests.support.reading import bytes_of
 from tests.support.vhdximages import (
     BAT_OFFSET,
     DATA_OFFSET,
@@ -25,6 +26,7 @@ from tests.support.vhdximages import (
     IS_FIXED,
     NOT_PRESENT,
     PARTIAL,
+    UNDEFINED,
     UNMAPPED,
     ZERO,
     Builder,
@@ -97,6 +99,47 @@ def test_nothing_is_written_before_the_first_change() -> None:
         await image.close()
         assert file.log == []
         assert file.content == builder.content
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("state", [NOT_PRESENT, UNDEFINED, ZERO, UNMAPPED])
+@pytest.mark.parametrize("kind", ["dynamic", "child"])
+def test_trim_and_zeroes_that_change_nothing_begin_no_session(kind: str, state: int) -> None:
+    """B4: what is zero stays as it is, and a part of a block that only the parent has cannot be given back."""
+
+    async def main() -> None:
+        builder = child() if kind == "child" else Builder(8 * M)
+        for block in range(8):
+            builder.set_block(block, state)
+        shows_parent = kind == "child" and state == NOT_PRESENT
+        image, file = await opened(builder)
+        await image.trim(4096, 4096)
+        if not shows_parent:
+            await image.trim(0, 4 * M)
+            await image.zero(M, 3 * M + 512, may_unmap=True, is_fast_only=False)
+            await image.zero(M, 3 * M + 512, may_unmap=False, is_fast_only=True)
+        await image.flush()
+        await image.close()
+        assert set(file.log) <= {"|"}
+        assert file.content == builder.content
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "child"])
+def test_trim_that_changes_something_begins_a_session(kind: str) -> None:
+    """The control of the one above: data goes, or the parent is hidden."""
+
+    async def main() -> None:
+        builder = child() if kind == "child" else Builder(8 * M)
+        if kind == "dynamic":
+            builder.add_full(1, b"x" * M)
+        image, file = await opened(builder)
+        await image.trim(M, M)
+        assert file.header().data_write_guid != DATA_WRITE_GUID
+        assert await bytes_of(image, M, M) == bytes(M)
+        await image.close()
 
     asyncio.run(main())
 

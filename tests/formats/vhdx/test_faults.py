@@ -22,12 +22,13 @@ from nbdimg.formats import open_file
 from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.vhdx.driver import VhdxDriver
 from nbdimg.image.image import Image
-from nbdimg.storage.file import BlockFile, Buffer
+from nbdimg.storage.file import BlockFile
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.storage.ordering import Plan
 from tests.formats.vhdx.craft import M
-from tests.formats.vhdx.test_bat import OneGate, bytes_of
-from tests.support.faultfile import FaultFile, os_error
+from tests.formats.vhdx.test_bat import OneGate
+from tests.support.faultfile import TornFile, os_error
+from tests.support.reading import bytes_of
 from tests.support.vhdximages import IS_FIXED, Builder
 
 SECTOR = 512
@@ -38,19 +39,7 @@ QEMU_EVERY = 40
 PARENT = bytes(n * 7 % 251 for n in range(251)) * (SIZE // 251 + 1)
 
 
-class TornFile(FaultFile):
-    """The write that `fail_at` chooses does its first half before it fails, when `tears` is set."""
-
-    tears = False
-
-    def _is_next(self) -> bool:
-        return self.tears and self._fail_at is not None and len(self.calls) == self._fail_at[0]
-
-    def try_pwrite(self, offset: int, data: Buffer) -> bool:
-        if self._is_next() and not self.slow_only:
-            self.inner.try_pwrite(offset, memoryview(data)[: len(data) // 2])
-        return super().try_pwrite(offset, data)
-
+class PausedFile(TornFile):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What is called meanwhile neither fails nor counts."""
@@ -58,11 +47,6 @@ class TornFile(FaultFile):
         self._fail_at = None
         yield
         self.calls, self._fail_at = calls, fail_at
-
-    async def pwrite(self, offset: int, data: Buffer) -> None:
-        if self._is_next():
-            await self.inner.pwrite(offset, memoryview(data)[: len(data) // 2])
-        await super().pwrite(offset, data)
 
 
 FAULTS = {"EIO": (errno.EIO, False), "ENOSPC": (errno.ENOSPC, False), "short write": (errno.ENOSPC, True)}
@@ -159,7 +143,7 @@ class Expected:
 class Run:
     """One injection. `image` works on or `has_failed`."""
 
-    file: TornFile
+    file: PausedFile
     expected: Expected
     errors: int = 0
     has_failed: bool = False
@@ -207,7 +191,7 @@ async def guest_of(kind: str) -> bytes:
 
 async def injected(kind: str, index: int, number: int, *, tears: bool, slow_only: bool) -> tuple[list[str], bytes, int]:
     """(what is wrong, the file that is left, file calls). `index` is past the last call: nothing fails."""
-    file = TornFile(MemoryFile(KINDS[kind]().content, "disk.vhdx"), slow_only=slow_only)
+    file = PausedFile(MemoryFile(KINDS[kind]().content, "disk.vhdx"), slow_only=slow_only)
     image = await opened(file)
     file.tears = tears
     run = Run(file, Expected(await guest_of(kind)))
@@ -273,7 +257,7 @@ def test_error_at_every_call_loses_nothing_that_was_flushed(
 
 def test_metadata_that_finds_no_space_fails_that_flush_and_the_next_one_tries_again() -> None:
     async def main() -> None:
-        file = FaultFile(MemoryFile(Builder(SIZE).content))
+        file = TornFile(MemoryFile(Builder(SIZE).content))
         image = await opened(file)
         await image.write(0, b"x" * 4096)
         file.fail("pwrite", errno.ENOSPC)
@@ -302,7 +286,7 @@ def test_control_a_plan_that_is_not_run_is_caught(monkeypatch: pytest.MonkeyPatc
 
 def test_control_errors_are_injected() -> None:
     async def main() -> None:
-        file = FaultFile(MemoryFile(Builder(SIZE).content))
+        file = TornFile(MemoryFile(Builder(SIZE).content))
         image = await opened(file)
         file.fail_at(0, errno.EIO)
         with pytest.raises(OSError, match=str(os_error(errno.EIO).strerror)):

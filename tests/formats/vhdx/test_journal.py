@@ -13,12 +13,13 @@ import pytest
 from nbdimg.errors import UnsupportedFeature
 from nbdimg.formats.vhdx.header import Header, load_headers
 from nbdimg.formats.vhdx.journal import Journal
-from nbdimg.formats.vhdx.log import Sequence, find_active
+from nbdimg.formats.vhdx.log import Sequence
 from nbdimg.storage.file import Buffer
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.storage.ordering import Plan, Write, run
 from tests.formats.vhdx import craft
 from tests.formats.vhdx.craft import DATA_WRITE_GUID, FILE_WRITE_GUID, ZERO_GUID, M
+from tests.formats.vhdx.rings import find_active
 from tests.support.faultfile import FaultFile
 from tests.support.vhdximages import Builder
 

@@ -8,7 +8,7 @@ from uuid import UUID
 import pytest
 
 from nbdimg.errors import CorruptImage, ImageError, UnsupportedFeature
-from nbdimg.formats.vhdx.locator import Locator, candidates, matching, parent_locator, parse_locator, verify_linkage
+from nbdimg.formats.vhdx.locator import Locator, candidates, parent_locator, parse_locator, verify_linkage
 from tests.formats.vhdx import craft
 from tests.formats.vhdx.craft import UNKNOWN, locator
 
@@ -125,12 +125,6 @@ CANDIDATES = [
 @pytest.mark.parametrize(("values", "expected"), CANDIDATES)
 def test_candidates_are_names_for_this_system_in_order(values: dict[str, str], expected: list[str]) -> None:
     assert candidates(parse(locator(LINKAGE, *values.items()))) == expected
-
-
-def test_matching_ignores_case_and_prefers_the_same() -> None:
-    listing = ["PARENT.vhdx", "parent.VHDX", "other.vhdx", "Parent.vhdx"]
-    assert matching("parent.VHDX", listing) == ["parent.VHDX", "PARENT.vhdx", "Parent.vhdx"]
-    assert matching("missing.vhdx", listing) == []
 
 
 def test_linkage_is_verified_by_either_identity() -> None:

@@ -21,16 +21,15 @@ from nbdimg.formats.vhdx.log import (
     Zeroes,
     build_entry,
     entry_length,
-    find_active,
     load_active,
     read_changes,
     ring_writes,
-    scan,
 )
 from nbdimg.storage.memory import MemoryFile
 from tests.formats.vhdx import craft
 from tests.formats.vhdx.craft import LOG_GUID, SECTOR, K, M, entry, image, page, ring
 from tests.formats.vhdx.reference import active_sequence, entry_at
+from tests.formats.vhdx.rings import find_active, scan
 
 BAT = 3 * M
 ONE = 8 * K

@@ -16,7 +16,8 @@ from nbdimg.formats import open_image
 from nbdimg.storage.memory import MemoryFile
 from tests.formats.vhdx import craft
 from tests.formats.vhdx.craft import DATA_WRITE_GUID, LOG_GUID, M
-from tests.formats.vhdx.test_bat import bytes_of, opened
+from tests.formats.vhdx.test_bat import opened
+from tests.support.reading import bytes_of
 from tests.support.vhdximages import BAT_OFFSET, FULL, Builder, flattened
 
 OTHER = UUID("dddddddd-0000-0000-0000-00000000000d")
@@ -145,6 +146,196 @@ def test_file_that_is_its_own_parent_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "child.vhdx", Builder(4 * M, parent=".\\child.vhdx"))
     with pytest.raises((ImageError, OSError)):
         asyncio.run(read(tmp_path / "child.vhdx", 0, 512))
+
+
+@pytest.mark.parametrize("name", [".\\PARENT.vhdx", ".\\gone\\Parent.VHDX", "C:\\vm\\parent.VHDX"])
+def test_parent_whose_name_differs_in_case_is_found_in_the_end(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "Parent.vhdx", filled(4 * M, b"\x01"))
+    write(tmp_path / "child.vhdx", Builder(4 * M, parent=name))
+    assert asyncio.run(read(tmp_path / "child.vhdx", 0, 512)) == b"\x01" * 512
+
+
+def test_parent_of_the_same_name_elsewhere_comes_before_one_that_differs_in_case(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "sub" / "PARENT.vhdx", filled(4 * M, b"\x02"))
+    write(tmp_path / "parent.vhdx", filled(4 * M, b"\x01"))
+    write(tmp_path / "child.vhdx", Builder(4 * M, parent=".\\sub\\parent.vhdx"))
+    assert asyncio.run(read(tmp_path / "child.vhdx", 0, 512)) == b"\x01" * 512
+
+
+# The given parent
+
+
+async def read_with(path: Path, parent: Path) -> bytes:
+    image = await open_image(path, writable=False, parent=parent)
+    try:
+        return await bytes_of(image, 0, 512)
+    finally:
+        await image.close()
+
+
+def test_given_parent_is_taken_in_place_of_the_one_that_is_named(tmp_path: Path) -> None:
+    """Wherever it lies; of another GUID it is refused as any is."""
+    for name in ("in", "out"):
+        (tmp_path / name).mkdir()
+    child = tmp_path / "in" / "child.vhdx"
+    write(tmp_path / "in" / "parent.vhdx", filled(4 * M, b"\x01"))
+    write(tmp_path / "out" / "moved.vhdx", filled(4 * M, b"\x02"))
+    write(tmp_path / "out" / "other.vhdx", filled(4 * M, b"\x03", data_write_guid=OTHER))
+    write(child, Builder(4 * M, parent=".\\parent.vhdx"))
+    assert asyncio.run(read(child, 0, 512)) == b"\x01" * 512
+    assert asyncio.run(read_with(child, tmp_path / "out" / "moved.vhdx")) == b"\x02" * 512
+    with pytest.raises(ImageError) as caught:
+        asyncio.run(read_with(child, tmp_path / "out" / "other.vhdx"))
+    assert str(OTHER) in str(caught.value)
+    assert f"expected {DATA_WRITE_GUID} (parent_linkage)" in str(caught.value)
+
+
+def test_given_parent_that_is_missing_is_refused_though_the_named_one_is_there(tmp_path: Path) -> None:
+    write(tmp_path / "parent.vhdx", filled(4 * M, b"\x01"))
+    write(tmp_path / "child.vhdx", Builder(4 * M, parent=".\\parent.vhdx"))
+    with pytest.raises(ImageError, match=r"the given parent '.*gone\.vhdx' cannot be opened: No such file"):
+        asyncio.run(read_with(tmp_path / "child.vhdx", tmp_path / "gone.vhdx"))
+
+
+def test_given_parent_is_of_the_first_image_and_its_own_parent_is_confined(tmp_path: Path) -> None:
+    for name in ("in", "out"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "out" / "base.vhdx", filled(4 * M, b"\x01"))
+    write(tmp_path / "out" / "middle.vhdx", Builder(4 * M, parent=".\\base.vhdx", data_write_guid=OTHER))
+    write(tmp_path / "in" / "top.vhdx", Builder(4 * M, parent=".\\gone.vhdx", linkage=OTHER))
+
+    async def main(roots: tuple[Path, ...]) -> bytes:
+        middle = tmp_path / "out" / "middle.vhdx"
+        image = await open_image(tmp_path / "in" / "top.vhdx", writable=False, parent=middle, roots=roots)
+        try:
+            return await bytes_of(image, 0, 512)
+        finally:
+            await image.close()
+
+    with pytest.raises(ImageError, match=r"middle\.vhdx: parent locator 'base\.vhdx' leads outside"):
+        asyncio.run(main(()))
+    assert asyncio.run(main((tmp_path / "out",))) == b"\x01" * 512
+
+
+def test_given_parent_of_an_image_without_one_is_refused(tmp_path: Path) -> None:
+    parent = tmp_path / "parent.vhdx"
+    write(parent, Builder(4 * M))
+    write(tmp_path / "disk.vhdx", Builder(4 * M))
+    with pytest.raises(ConfigError, match="a parent is given and the image has none, expected a differencing image"):
+        asyncio.run(read_with(tmp_path / "disk.vhdx", parent))
+    (tmp_path / "disk.raw").write_bytes(bytes(M))
+    with pytest.raises(ConfigError, match="a parent is given to a raw image, expected a differencing vhdx image"):
+        asyncio.run(read_with(tmp_path / "disk.raw", parent))
+
+
+# Damage that can be lived with
+
+
+def test_one_bad_copy_of_header_and_region_table_is_told_and_served(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    builder = filled(4 * M, b"\x01")
+    builder.content[131072 + 100] ^= 1
+    builder.content[192 * 1024] ^= 1
+    before = write(tmp_path / "disk.vhdx", builder)
+    assert asyncio.run(read(tmp_path / "disk.vhdx", 0, 512)) == b"\x01" * 512
+    assert [record.getMessage().removeprefix(f"{tmp_path}/") for record in caplog.records] == [
+        f"disk.vhdx: {name} is damaged, the other copy is used; nbdimg check --repair all mends it"
+        for name in ("header 2", "region table 1")
+    ]
+    assert (tmp_path / "disk.vhdx").read_bytes() == before
+
+
+def test_header_that_is_damaged_is_written_anew_by_the_first_change(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    builder = filled(4 * M, b"\x01")
+    builder.content[65536 + 100] ^= 1
+    write(tmp_path / "disk.vhdx", builder)
+
+    async def main() -> None:
+        image = await open_image(tmp_path / "disk.vhdx")
+        await image.write(0, b"x")
+        await image.close()
+
+    asyncio.run(main())
+    assert "header 1 is damaged" in caplog.text
+    caplog.clear()
+    assert asyncio.run(read(tmp_path / "disk.vhdx", 0, 2)) == b"x\x01"
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_lost_log_is_refused_unless_it_is_accepted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, writable: bool
+) -> None:
+    builder = filled(4 * M, b"\x01")
+    builder.content[131072 : 131072 + 4096] = craft.header(3, log_guid=LOG_GUID)
+    before = write(tmp_path / "disk.vhdx", builder)
+
+    async def main(*, accepts: bool) -> bytes:
+        image = await open_image(tmp_path / "disk.vhdx", writable=writable, accepts_lost_log=accepts)
+        try:
+            return await bytes_of(image, 0, 512)
+        finally:
+            await image.close()
+
+    with pytest.raises(CorruptImage, match=r"holds no valid sequence .*; --accept-lost-log goes on without it"):
+        asyncio.run(main(accepts=False))
+    assert (tmp_path / "disk.vhdx").read_bytes() == before
+    assert asyncio.run(main(accepts=True)) == b"\x01" * 512
+    assert ["what it held is lost, as was accepted" in each.getMessage() for each in caplog.records] == [True]
+    after = (tmp_path / "disk.vhdx").read_bytes()
+    if not writable:
+        assert after == before
+    else:
+        assert after[192 * 1024 :] == before[192 * 1024 :]
+        assert asyncio.run(read(tmp_path / "disk.vhdx", 0, 512)) == b"\x01" * 512
+
+
+def test_accepting_a_lost_log_loses_no_log_that_is_whole(tmp_path: Path) -> None:
+    """Nor a file that was truncated."""
+    builder = filled(2 * M, b"\x01")
+    page = bytearray(builder.content[BAT_OFFSET : BAT_OFFSET + 4096])
+    struct.pack_into("<Q", page, 0, 2)
+    size = len(builder.content)
+    builder.content[131072 : 131072 + 4096] = craft.header(3, log_guid=LOG_GUID)
+
+    async def main() -> bytes:
+        image = await open_image(tmp_path / "disk.vhdx", writable=False, accepts_lost_log=True)
+        try:
+            return await bytes_of(image, 0, 512)
+        finally:
+            await image.close()
+
+    entry = craft.entry(9, 0, (BAT_OFFSET, bytes(page)), flushed=size, last=size)
+    builder.content[M : M + len(entry)] = entry
+    write(tmp_path / "disk.vhdx", builder)
+    assert asyncio.run(main()) == bytes(512)
+    entry = craft.entry(9, 0, (BAT_OFFSET, bytes(page)), flushed=size + M, last=size + M)
+    builder.content[M : M + len(entry)] = entry
+    write(tmp_path / "disk.vhdx", builder)
+    with pytest.raises(CorruptImage, match="truncated"):
+        asyncio.run(main())
+
+
+def test_lost_log_of_a_parent_is_accepted_with_the_childs(tmp_path: Path) -> None:
+    builder = filled(4 * M, b"\x01")
+    builder.content[131072 : 131072 + 4096] = craft.header(3, log_guid=LOG_GUID)
+    write(tmp_path / "parent.vhdx", builder)
+    write(tmp_path / "child.vhdx", Builder(4 * M, parent=".\\parent.vhdx"))
+
+    async def main(*, accepts: bool) -> bytes:
+        image = await open_image(tmp_path / "child.vhdx", writable=False, accepts_lost_log=accepts)
+        try:
+            return await bytes_of(image, 0, 512)
+        finally:
+            await image.close()
+
+    with pytest.raises(CorruptImage, match=r"parent\.vhdx: LogGuid is"):
+        asyncio.run(main(accepts=False))
+    assert asyncio.run(main(accepts=True)) == b"\x01" * 512
 
 
 def test_internal_snapshot_is_refused(tmp_path: Path) -> None:
