@@ -12,12 +12,13 @@ Files of an extent may be views: of a compressed cluster, of an encrypted area. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol, runtime_checkable
 
 from nbdimg.image.bitmap import DirtyBitmap
+from nbdimg.image.tables import TableCache
 from nbdimg.storage.file import BlockFile
 from nbdimg.storage.ordering import Plan
 
@@ -136,6 +137,16 @@ class HasBitmaps(Protocol):
     bitmaps: BitmapStore | None
 
 
+@runtime_checkable
+class HasTables(Protocol):
+    """A driver that keeps tables of its metadata in memory."""
+
+    @property
+    def tables(self) -> Mapping[str, TableCache]:
+        """By the kind of table, in the format's words."""
+        ...
+
+
 class FormatDriver(Protocol):
     name: str
     size: int
@@ -149,6 +160,11 @@ class FormatDriver(Protocol):
     @property
     def is_strained(self) -> bool:
         """Whether so much metadata waits for a flush that one should be made before more is changed."""
+        ...
+
+    @property
+    def failure(self) -> str | None:
+        """Why the mapping is not changed any more; None: it is."""
         ...
 
     def map(self, offset: int, stop: int) -> Extent | Miss:

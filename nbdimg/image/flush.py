@@ -15,13 +15,12 @@ by a barrier that began after it was asked for, and a hundred clients that flush
 from __future__ import annotations
 
 import asyncio
-import errno
 from collections.abc import Awaitable, Callable
+from time import perf_counter
 
 from nbdimg.errors import ImageFailed
-from nbdimg.storage.ordering import UnwrittenError
-
-_OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+from nbdimg.histogram import Histogram
+from nbdimg.storage.ordering import OUT_OF_SPACE, UnwrittenError
 
 
 class FlushGate:
@@ -35,6 +34,8 @@ class FlushGate:
         self._running: asyncio.Task[None] | None = None
         self._waiting: asyncio.Task[None] | None = None
         self.failure: str | None = None
+        self.times = Histogram()
+        """Of barriers, also those that failed."""
 
     def check(self) -> None:
         """Raises: ImageFailed: a barrier has failed (F2)."""
@@ -68,12 +69,15 @@ class FlushGate:
         self._running, self._waiting = self._waiting, None
         self.check()
         covered = self._change_count
+        started_s = perf_counter()
         try:
             await self._barrier()
         except OSError as error:
-            if isinstance(error, UnwrittenError) and error.errno in _OUT_OF_SPACE:
+            if isinstance(error, UnwrittenError) and error.errno in OUT_OF_SPACE:
                 raise
             reason = error.strerror or str(error)
             self.failure = f"a flush failed ({reason}): what was written since the last one may be lost; open it anew"
             raise ImageFailed(self._path, self.failure) from None
+        finally:
+            self.times.add(perf_counter() - started_s)
         self._durable_count = covered

@@ -8,15 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
 from nbdimg.errors import RequestError
+from nbdimg.histogram import Histogram
 from nbdimg.image.bitmap import DirtyBitmap
-from nbdimg.image.driver import Allocation, BitmapStore, Extent, ExtentKind, FormatDriver, HasBitmaps, Miss, Unmap
+from nbdimg.image.driver import (
+    Allocation,
+    BitmapStore,
+    Extent,
+    ExtentKind,
+    FormatDriver,
+    HasBitmaps,
+    HasTables,
+    Miss,
+    Unmap,
+)
 from nbdimg.image.flush import FlushGate
+from nbdimg.image.seen import SeenThrough
+from nbdimg.image.tables import TableCache
 from nbdimg.storage import ordering
 from nbdimg.storage.file import BlockFile, Buffer
 from nbdimg.units import KiB, MiB, align_down, align_up
@@ -28,9 +41,6 @@ ZERO_WRITE_SIZE = 1 * MiB
 
 INLINE_FILL_MAX = 128 * KiB
 """Bytes of head and tail that the fast path puts around a write that allocates: it copies them on the loop's thread."""
-
-SEEN_THROUGH_MAX = 32768
-"""Clusters of a chain whose place in a backing image is remembered, about 8 MiB: each level costs a look-up else."""
 
 _ZEROES = memoryview(bytes(ZERO_WRITE_SIZE))
 _ZERO = ExtentKind.ZERO
@@ -60,21 +70,30 @@ class HeadGuard:
 class Image:
     """Guest offsets are below `size`; the caller has checked ranges, and orders overlapping requests.
 
-    `backing` is closed with the image.
+    `backing` is closed with the image, unless it `shares_backing` with others. Then it does not remember places in it
+    either: that memory would be spent once for each of them.
     """
 
     def __init__(
-        self, driver: FormatDriver, *, writable: bool, guard: HeadGuard | None = None, backing: Image | None = None
+        self,
+        driver: FormatDriver,
+        *,
+        writable: bool,
+        guard: HeadGuard | None = None,
+        backing: Image | None = None,
+        shares_backing: bool = False,
     ) -> None:
         self.driver = driver
         self.path = driver.file.path
         self.is_writable = writable
         self.backing = backing
-        self._seen_through: dict[int, Extent] | None = None if backing is None else {}
-        """By cluster of this image; what a backing image maps never changes, so only `_remapped` ends an entry."""
+        self._shares_backing = shares_backing
+        self._seen_through = None if backing is None or shares_backing else SeenThrough(driver.cluster_size)
         self._guard = guard
         self.guarded_size = guard.size if guard else 0
         self.gate = FlushGate(self.path, self._barrier)
+        self.sync_times = Histogram()
+        """Of the single files' barriers that a flush consists of."""
         bitmaps = driver.bitmaps if isinstance(driver, HasBitmaps) else None
         self._bitmaps = bitmaps
         self._recording: BitmapStore | None = bitmaps if bitmaps and writable and bitmaps.recording else None
@@ -85,10 +104,21 @@ class Image:
     def size(self) -> int:
         return self.driver.size
 
+    @property
+    def failure(self) -> str | None:
+        """Why writes or flushes fail until it is opened anew; None: nothing is wrong."""
+        return self.gate.failure or self.driver.failure
+
+    def overhauled(self) -> None:
+        """A change of the driver's tables at large has ended. If the driver failed in it, nobody knows what
+        is mapped where: every later write and flush fails, those in place too.
+        """
+        self.gate.failure = self.failure
+
     def resized(self) -> None:
         """The driver's size has changed."""
         if self._seen_through is not None:
-            self._seen_through.clear()
+            self._seen_through.extents.clear()
 
     # Dirty bitmaps
 
@@ -126,40 +156,38 @@ class Image:
 
     # Look-up
 
+    def tables(self) -> Iterator[tuple[str, TableCache]]:
+        """The tables in memory, of this image and of those behind it, each with its kind."""
+        if isinstance(self.driver, HasTables):
+            yield from self.driver.tables.items()
+        if self.backing is not None:
+            yield from self.backing.tables()
+
     def look_up(self, offset: int, stop: int) -> Extent | Miss:
         """As the driver's `map`, through the chain: never of kind BACKING."""
         seen = self._seen_through
         if seen is not None:
-            known = seen.get(offset // self.driver.cluster_size)
+            known = seen.extents.get(offset // seen.unit)
             if known is not None and known.offset <= offset and stop <= known.stop:
                 return known
         extent = self.driver.map(offset, stop)
-        if isinstance(extent, Extent) and extent.kind is _BACKING:
-            found = self._look_through(extent, offset, min(stop, extent.stop))
-            if seen is not None and isinstance(found, Extent):
-                self._remember(seen, found, offset)
-            return found
-        return extent
-
-    def _remember(self, seen: dict[int, Extent], found: Extent, offset: int) -> None:
-        """Keep what was found around `offset` in the backing image, as far as one cluster goes."""
-        unit = self.driver.cluster_size
-        cluster = offset // unit
-        start, stop = max(found.offset, cluster * unit), min(found.stop, (cluster + 1) * unit)
-        if len(seen) >= SEEN_THROUGH_MAX:
-            seen.clear()
-        file_offset = found.file_offset + start - found.offset
-        seen[cluster] = Extent(found.kind, start, stop - start, found.file, file_offset, False, found.depth)
+        if isinstance(extent, Miss) or extent.kind is not _BACKING:
+            return extent
+        if seen is None:
+            return self._look_through(extent, offset, min(stop, extent.stop))
+        stop = max(stop, min(seen.around(offset), self.size))
+        wide = self.driver.map(offset, stop)
+        if isinstance(wide, Extent):
+            extent = wide
+        found = self._look_through(extent, offset, min(stop, extent.stop))
+        if isinstance(found, Extent):
+            seen.remember(found, offset)
+        return found
 
     def _remapped(self, offset: int, stop: int) -> None:
         """This image's own mapping has changed there."""
-        seen = self._seen_through
-        if seen:
-            unit = self.driver.cluster_size
-            if (stop - offset) // unit > len(seen):
-                seen.clear()
-            for cluster in range(offset // unit, (stop - 1) // unit + 1 if seen else 0):
-                seen.pop(cluster, None)
+        if self._seen_through is not None:
+            self._seen_through.forget(offset, stop)
 
     def _look_through(self, extent: Extent, offset: int, stop: int) -> Extent | Miss:
         """What `extent` leaves to the backing image, at `offset`; beyond that image's end there are zeroes."""
@@ -526,7 +554,11 @@ class Image:
         await self.gate.flush()
 
     async def _barrier(self) -> None:
-        await ordering.run(self.driver.flush_plan())
+        """Of a read-only image too, whose driver plans nothing: see F3."""
+        if not self.is_writable:
+            await self.driver.file.fdatasync()
+            return
+        await ordering.run(self.driver.flush_plan(), self.sync_times)
         with suppress(OSError):
             await self.driver.flushed()
 
@@ -537,9 +569,13 @@ class Image:
                 await self.flush()
                 await self.driver.close()
         finally:
-            await self.driver.abandon()
-            if self.backing is not None:
-                await self.backing.close()
+            await self.discard()
+
+    async def discard(self) -> None:
+        """Close the files and write nothing: what is not flushed is not wanted."""
+        await self.driver.abandon()
+        if self.backing is not None and not self._shares_backing:
+            await self.backing.close()
 
 
 async def _all(reads: list[Awaitable[None]]) -> None:

@@ -23,13 +23,16 @@ from nbdimg.storage.ordering import Write
 class Slice:
     """`entries` of a table from file offset `offset` on."""
 
-    __slots__ = ("entries", "is_dirty", "is_used", "is_writing", "key", "offset", "pin_count")
+    __slots__ = ("entries", "is_dirty", "is_writing", "key", "offset", "pin_count", "seen_count", "use_count")
 
     def __init__(self, key: int, offset: int, entries: array[int]) -> None:
         self.key = key
         self.offset = offset
         self.entries = entries
-        self.is_used = True
+        self.use_count = 0
+        """Look-ups that found what they asked for here."""
+        self.seen_count = -1
+        """What that was when eviction last came by: a slice that is new then counts as used."""
         self.is_dirty = False
         self.is_writing = False
         self.pin_count = 0
@@ -51,7 +54,7 @@ class TableCache:
         encode: Callable[[array[int]], bytes],
     ) -> None:
         self.slices: dict[int, Slice] = {}
-        """By key; for look-ups on the request path, which set `is_used` themselves."""
+        """By key; for look-ups on the request path, which add to `use_count` themselves."""
         self._file = file
         self._slices_max = slices_max
         self._fetch = fetch
@@ -61,6 +64,15 @@ class TableCache:
         self._loading: dict[int, asyncio.Future[None]] = {}
         self.written_count = 0
         """Plans that have become durable: what was read from disk before the last of them may be old."""
+        self.load_count = 0
+        """Look-ups that had to read from disk; who waits for a load that is under way is not counted again."""
+        self._gone_use_count = 0
+
+    @property
+    def hit_count(self) -> int:
+        """Look-ups that memory answered. Behind a load the same look-up is made again, and counts as that."""
+        used_count = self._gone_use_count + sum(slice_.use_count for slice_ in self.slices.values())
+        return max(0, used_count - self.load_count)
 
     async def load(self, key: int) -> None:
         """Bring a slice in. Raises: OSError, ImageError, for everybody who waits for it."""
@@ -68,6 +80,7 @@ class TableCache:
             await asyncio.wait((self._loading[key],))
         if key in self.slices:
             return
+        self.load_count += 1
         loading = self._loading[key] = asyncio.get_running_loop().create_future()
         try:
             await self._fetch(key)
@@ -92,9 +105,11 @@ class TableCache:
         for _ in range(2 * len(self.slices)):
             key, oldest = next(iter(self.slices.items()))
             del self.slices[key]
-            if not (oldest.is_used or oldest.is_dirty or oldest.is_writing or oldest.pin_count):
+            is_used = oldest.use_count != oldest.seen_count
+            if not (is_used or oldest.is_dirty or oldest.is_writing or oldest.pin_count):
+                self._gone_use_count += oldest.use_count
                 return
-            oldest.is_used = False
+            oldest.seen_count = oldest.use_count
             self.slices[key] = oldest
 
     def changed(self, slice_: Slice) -> None:
@@ -126,9 +141,16 @@ class TableCache:
             slice_.is_writing = False
         self._writing = []
 
+    def forget(self) -> None:
+        """The file is closed: give the memory back now, not when the garbage collector finds the cycles around it."""
+        self.slices.clear()
+        self._dirty.clear()
+        self._writing.clear()
+
     def drop(self, key: int) -> None:
         """Forget a slice whose table is gone, changed or not."""
         dropped = self.slices.pop(key, None)
         if dropped is not None:
+            self._gone_use_count += dropped.use_count
             self._dirty.pop(key, None)
             self._writing = [slice_ for slice_ in self._writing if slice_ is not dropped]

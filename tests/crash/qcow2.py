@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from nbdimg.formats.qcow2.bitmap_edit import open_editor
@@ -91,6 +91,13 @@ def driver_of(client: Client) -> Qcow2Driver:
     return driver
 
 
+async def change_alone(client: Client, change: Awaitable[object]) -> None:
+    """A change of tables while the export stands still, as a running server makes it."""
+    assert isinstance(client.target, ExportTarget)
+    async with client.target.export.standstill():
+        await change
+
+
 async def flushed_guest(client: Client) -> bytes:
     """What the disk reads as, durable.
 
@@ -108,24 +115,27 @@ async def make_snapshot(client: Client, name: str) -> bytes:
     """A step that the checker knows. Returns what the snapshot reads as."""
     guest = await flushed_guest(client)
     driver = driver_of(client)
-    await client.step(f"create {name} {digest(guest)}", lambda: create_snapshot(driver, name, now_ns=0))
+    work = create_snapshot(driver, name, now_ns=0)
+    await client.step(f"create {name} {digest(guest)}", lambda: change_alone(client, work))
     return guest
 
 
 async def go_back(client: Client, name: str, guest: bytes) -> None:
     driver = driver_of(client)
-    await client.change(0, guest, lambda: apply_snapshot(driver, name), is_durable=True, size=len(guest))
+    await client.change(
+        0, guest, lambda: change_alone(client, apply_snapshot(driver, name)), is_durable=True, size=len(guest)
+    )
     client.size = len(guest)
 
 
 async def drop_snapshot(client: Client, name: str) -> None:
     driver = driver_of(client)
-    await client.step(f"delete {name}", lambda: delete_snapshot(driver, name))
+    await client.step(f"delete {name}", lambda: change_alone(client, delete_snapshot(driver, name)))
 
 
 async def give_size(client: Client, size: int) -> None:
     image = image_of(client)
-    await client.resize(size, lambda: resize(image, size))
+    await client.resize(size, lambda: change_alone(client, resize(image, size)))
 
 
 some = clients(2, 5, 8 * KiB)

@@ -12,6 +12,7 @@ from nbdimg.formats.qcow2.bitmap_store import BitmapStore
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.mapping import Mapping
 from nbdimg.formats.qcow2.refcount import Refcounts
+from nbdimg.histogram import Histogram
 from nbdimg.image.driver import Extent, ExtentKind, Miss
 from nbdimg.image.tables import Slice
 from nbdimg.storage import ordering
@@ -129,7 +130,7 @@ def test_qcow2_without_barriers_fails_by_hundreds() -> None:
 def test_stages_run_as_one_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     real = ordering.run
 
-    async def at_once(plan: Plan) -> None:
+    async def at_once(plan: Plan, times: Histogram | None = None) -> None:
         writes = tuple(write for stage in plan.stages for write in stage.writes)
         files = tuple(dict.fromkeys(file for stage in plan.stages for file in stage.files))
         is_disjoint = len({(id(write.file), write.offset) for write in writes}) == len(writes)

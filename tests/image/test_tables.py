@@ -93,7 +93,7 @@ def test_add_of_a_resident_slice_keeps_what_has_changed() -> None:
 def test_clean_slices_beyond_the_limit_are_evicted_the_unused_first() -> None:
     tables = Tables(slices_max=2)
     tables.load(0, 1)
-    tables.cache.slices[0].is_used = False
+    tables.cache.slices[0].seen_count = tables.cache.slices[0].use_count
     tables.load(2)
     assert set(tables.cache.slices) == {1, 2}
 

@@ -65,6 +65,17 @@ def create(
     return planned
 
 
+def write_undurable(image: FileIO, planned: Layout) -> None:
+    """A new image with neither data file nor preallocated space into an empty file, without a barrier.
+
+    Raises: OSError.
+    """
+    image.truncate(planned.file_size)
+    for offset, data in planned.pieces():
+        write_at(image, offset, data)
+    write_at(image, 0, planned.header.to_bytes(str(image.name)).rstrip(b"\0"))
+
+
 def data_file_path(path: str, name: str) -> str:
     """Where the external data file of the image at `path` is: a relative name is beside the image."""
     return os.path.join(os.path.dirname(path), name)

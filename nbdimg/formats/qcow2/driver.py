@@ -35,6 +35,7 @@ from nbdimg.formats.qcow2.refcount import Refcounts
 from nbdimg.formats.qcow2.structs import Incompatible
 from nbdimg.image import driver as image
 from nbdimg.image.driver import Allocation, Extent, Miss, Unmap
+from nbdimg.image.tables import TableCache
 from nbdimg.storage.file import BlockFile
 from nbdimg.storage.ordering import Plan, Stage, Write, merged, run
 
@@ -78,6 +79,15 @@ class Qcow2Driver:
     def is_strained(self) -> bool:
         counts = self.refcounts
         return self.mapping.cache.is_strained or (counts is not None and counts.cache.is_strained)
+
+    @property
+    def failure(self) -> str | None:
+        return None if self._fault is None else str(self._fault).removeprefix(f"{self.file.path}: ")
+
+    @property
+    def tables(self) -> dict[str, TableCache]:
+        counts = self.refcounts
+        return {"l2": self.mapping.cache} | ({} if counts is None else {"refcount": counts.cache})
 
     def place(self, offset: int, stop: int) -> Extent | Miss:
         try:
@@ -251,3 +261,6 @@ class Qcow2Driver:
     async def abandon(self) -> None:
         for file in self._files:
             await file.close()
+        self.mapping.forget()
+        if self.refcounts is not None:
+            self.refcounts.forget()

@@ -102,6 +102,11 @@ class Mapping:
         for key in list(self.cache.slices):
             self.cache.drop(key)
 
+    def forget(self) -> None:
+        """See `TableCache.forget`."""
+        self.cache.forget()
+        self.l1.entries = array("Q")
+
     # Loading
 
     def _l1_entry(self, l1_index: int) -> int:
@@ -145,7 +150,7 @@ class Mapping:
         slice_ = self._slices.get(cluster >> self._slice_bits)
         if slice_ is None:
             return self._map_unloaded(cluster, stop)
-        slice_.is_used = True
+        slice_.use_count += 1
         entries = slice_.entries
         index = cluster & (self._slice_clusters - 1)
         entry = entries[index]
@@ -404,9 +409,8 @@ class Mapping:
         self.cache.changed(slice_)
 
     def release(self, allocation: Allocation) -> None:
-        token = allocation.token
-        assert isinstance(token, Token)
-        self._give_back(token.slice_, token.run)
+        assert isinstance(allocation.token, Token)
+        self._give_back(allocation.token.slice_, allocation.token.run)
 
     def _give_back(self, slice_: Slice, run: Run | None) -> None:
         slice_.pin_count -= 1

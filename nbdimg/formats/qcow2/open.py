@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 from nbdimg.errors import ConfigError, CorruptImage, UnsupportedFeature
@@ -24,7 +25,7 @@ from nbdimg.formats.qcow2.snapshots import Snapshot, find_snapshot, load_snapsho
 from nbdimg.formats.qcow2.structs import COPIED, OFFSET_MASK, Crypt, ExtensionType
 from nbdimg.formats.qcow2.subclusters import SubclusterMapping
 from nbdimg.image.gate import OpenGate, Reference
-from nbdimg.storage.file import BlockFile
+from nbdimg.storage.file import BlockFile, fetch
 from nbdimg.storage.ordering import Plan, Stage, Write, run
 from nbdimg.storage.workers import workers
 from nbdimg.units import align_up, div_ceil
@@ -33,9 +34,9 @@ from nbdimg.units import align_up, div_ceil
 async def read_header(file: BlockFile) -> Header:
     """Raises: CorruptImage, UnsupportedFeature."""
     head = bytearray(min(file.size, s.HEADER.size))
-    await file.pread(0, memoryview(head))
+    await fetch(file, 0, memoryview(head))
     head = bytearray(min(file.size, 1 << cluster_bits_of(file.path, bytes(head))))
-    await file.pread(0, memoryview(head))
+    await fetch(file, 0, memoryview(head))
     return Header.from_bytes(file.path, bytes(head))
 
 
@@ -53,6 +54,8 @@ async def open_driver(file: BlockFile, options: OpenOptions) -> Opened:
     snapshots = await load_snapshots(file, header) if header.snapshot_count and _wants_snapshots(options) else []
     l1, size = await _l1_table(file, header, snapshots, options.snapshot)
     refcounts = await _refcounts(file, header, l1, snapshots) if options.writable else None
+    if refcounts is not None and options.file_size_max is not None:
+        refcounts.clusters_max = options.file_size_max >> header.cluster_bits
     bitmaps = await open_store(file, header, refcounts) if options.snapshot is None else None
     data_file = await _open_data_file(file, header, options)
     try:
@@ -151,7 +154,7 @@ async def _l1_table(
             s.L1_FIELDS_OFFSET,
         )
     content = bytearray(8 * count)
-    await file.pread(offset, memoryview(content))
+    await fetch(file, offset, memoryview(content))
     return L1Table(file, offset, decode_offsets(content)), size
 
 
@@ -168,7 +171,7 @@ async def _refcounts(file: BlockFile, header: Header, l1: L1Table, snapshots: li
     for what, owned in (
         ("the L1 table", clusters(header.l1_offset, 8 * header.l1_size)),
         ("the refcount table", clusters(header.refcount_table_offset, header.refcount_table_clusters << bits)),
-        ("a refcount block", [offset >> bits for offset in table if offset]),
+        ("a refcount block", [offset >> bits for offset in _used(table) if offset]),
         ("an L2 table", [(entry & OFFSET_MASK) >> bits for entry in l1.entries if entry > COPIED]),
     ):
         _claim(file.path, metadata, what, owned, bits)
@@ -179,6 +182,11 @@ async def _refcounts(file: BlockFile, header: Header, l1: L1Table, snapshots: li
     for offset, length in regions:
         metadata.update(clusters(offset, length))
     return Refcounts(file, header, table, metadata)
+
+
+def _used(table: array[int]) -> array[int]:
+    """The table without the zeroes at its end, which are nearly all of most tables."""
+    return table[: div_ceil(len(table.tobytes().rstrip(b"\0")), table.itemsize)]
 
 
 def _claim(path: str, metadata: set[int], what: str, owned: Sequence[int], bits: int) -> None:

@@ -17,6 +17,7 @@ A cluster's life:
 
 from __future__ import annotations
 
+import errno
 from array import array
 from collections.abc import Iterator
 from contextlib import suppress
@@ -28,7 +29,7 @@ from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.packed import RefcountCodec, decode_offsets, encode_offsets
 from nbdimg.image.driver import Miss
 from nbdimg.image.tables import Slice, TableCache
-from nbdimg.storage.file import BlockFile
+from nbdimg.storage.file import BlockFile, fetch
 from nbdimg.storage.ordering import Write
 from nbdimg.units import align_up, div_ceil
 
@@ -75,12 +76,20 @@ class Refcounts:
         self.cache = TableCache(file, max(SLICES_MAX, 4 * self._block_slices), self._fetch, self._codec.encode)
         self.end = div_ceil(file.size, header.cluster_size)
         """The cluster behind the last one that was ever used (R3)."""
+        self.clusters_max = s.HOST_OFFSET_MAX >> header.cluster_bits
+        """Clusters up to which `allocate` goes; an operator may allow less than the format does."""
         self._hint = 0
         self._freed: list[Freed] = []
         self._leaving: list[Freed] = []
         self._dirty_pieces: set[int] = set()
         self._writing_pieces: set[int] = set()
         self._has_moved = self._is_moving = False
+
+    def forget(self) -> None:
+        """See `TableCache.forget`."""
+        self.cache.forget()
+        self.table = array("Q")
+        self.metadata.clear()
 
     # Look-up
 
@@ -117,7 +126,7 @@ class Refcounts:
         key = cluster // self._slice_entries
         found = self.cache.slices.get(key)
         if found is not None:
-            found.is_used = True
+            found.use_count += 1
             return found
         block = cluster // self._block_entries
         if block >= len(self.table) or not self.table[block]:
@@ -134,7 +143,10 @@ class Refcounts:
     # Allocation
 
     def allocate(self, count_max: int) -> Run | Miss:
-        """One to `count_max` contiguous clusters, first fit. Raises: CorruptImage (R4)."""
+        """One to `count_max` contiguous clusters, first fit.
+
+        Raises: CorruptImage (R4). OSError: ENOSPC, `clusters_max` would be exceeded.
+        """
         while True:
             cluster = self._hint
             found = self.cache.slices.get(cluster // self._slice_entries) or self._slice(cluster)
@@ -155,6 +167,8 @@ class Refcounts:
                 limit = min(limit, self.end - cluster)
             while count < limit and not entries[index + count]:
                 count += 1
+            if cluster + count > self.clusters_max:
+                raise OSError(errno.ENOSPC, f"the file may not grow beyond {self.clusters_max << self._bits} bytes")
             return self._take(found, cluster, count)
 
     def _take(self, found: Slice, cluster: int, count: int) -> Run:
@@ -462,5 +476,5 @@ async def load_table(file: BlockFile, header: Header) -> array[int]:
             f"(header offset 48)",
             s.REFCOUNT_FIELDS_OFFSET,
         )
-    await file.pread(offset, memoryview(content))
+    await fetch(file, offset, memoryview(content))
     return decode_offsets(content)

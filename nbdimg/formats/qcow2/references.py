@@ -24,6 +24,7 @@ from nbdimg.errors import UnsupportedFeature
 from nbdimg.formats.findings import CheckReport
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.header import Header
+from nbdimg.formats.qcow2.paced import PacedReader
 from nbdimg.formats.qcow2.packed import RefcountCodec, decode_offsets
 from nbdimg.storage.file import BlockFile
 from nbdimg.units import GiB, KiB, align_down, div_ceil
@@ -86,6 +87,7 @@ class References:
     def __init__(self, file: BlockFile, header: Header, report: CheckReport, *, is_fixing: bool) -> None:
         self.report = report
         self._file = file
+        self._reader = PacedReader(file, PIECE_SIZE)
         self._header = header
         self._bits = header.cluster_bits
         self._cluster_size = header.cluster_size
@@ -109,7 +111,6 @@ class References:
         self.beyond: set[int] = set()
         self.has_broken_references = False
         self.bytes_read = 0
-        self._unpaused = 0
         self._ones = array(self.counts.typecode, [1]) * (PIECE_SIZE // 8)
         zero_bit = s.ZERO if header.version >= 3 and not header.has_subclusters else 0
         self._plain = s.COPIED | align_down(s.OFFSET_MASK, self._cluster_size) | zero_bit
@@ -128,13 +129,7 @@ class References:
         self.bytes_read += length
         if self.bytes_read > METADATA_MAX:
             raise self._too_much_metadata(self.bytes_read)
-        content = bytearray(length)
-        view = memoryview(content)
-        self._unpaused += length
-        if self._unpaused >= PIECE_SIZE or not self._file.try_pread(offset, view):
-            self._unpaused = 0
-            await self._file.pread(offset, view)
-        return content
+        return await self._reader.read(offset, length)
 
     def _too_much_metadata(self, length: int) -> UnsupportedFeature:
         return UnsupportedFeature(

@@ -28,6 +28,7 @@ from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.image.driver import ExtentKind, Miss
 from nbdimg.image.image import Image
+from nbdimg.storage.ordering import OUT_OF_SPACE
 from nbdimg.units import MiB, align_up, div_ceil
 
 T = TypeVar("T")
@@ -71,6 +72,7 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
     await _forget(image, driver, progress)
     if size > driver.size:
         await _grow(image, driver, size, progress)
+    await _store_bitmaps(image, driver)
 
 
 def _check_bitmaps(driver: Qcow2Driver) -> None:
@@ -89,6 +91,21 @@ def _check_bitmaps(driver: Qcow2Driver) -> None:
 async def _resize_bitmaps(driver: Qcow2Driver, size: int) -> None:
     if isinstance(driver.bitmaps, BitmapStore):
         await driver.bitmaps.resize(size)
+
+
+async def _store_bitmaps(image: Image, driver: Qcow2Driver) -> None:
+    """Make all bitmaps consistent on disk again; those for which there is no space stay in use until the end."""
+    counts = driver.refcounts
+    if not isinstance(driver.bitmaps, BitmapStore) or counts is None:
+        return
+    try:
+        await driver.bitmaps.store(counts)
+    except UnsupportedFeature:
+        pass
+    except OSError as error:
+        if error.errno not in OUT_OF_SPACE:
+            image.gate.failure = f"its bitmaps could not be stored ({error.strerror}); open it anew"
+            raise
 
 
 async def _answer(ask: Callable[[], T | Miss]) -> T:

@@ -27,17 +27,16 @@ Spec: qcow2.rst "Snapshots", "Cluster mapping".
 
 from __future__ import annotations
 
-import errno
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
-from struct import Struct
 from typing import TypeVar
 
 from nbdimg.errors import ConfigError, CorruptImage, ImageError, UnsupportedFeature, escaped
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.l1 import L1Table
+from nbdimg.formats.qcow2.paced import PacedReader
 from nbdimg.formats.qcow2.packed import compressed_clusters, decode_offsets, encode_offsets
 from nbdimg.formats.qcow2.refcount import Refcounts, Run
 from nbdimg.formats.qcow2.snapshots import (
@@ -51,7 +50,7 @@ from nbdimg.formats.qcow2.snapshots import (
 )
 from nbdimg.formats.qcow2.structs import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from nbdimg.image.driver import Miss
-from nbdimg.storage.ordering import Plan, Stage, Write, run
+from nbdimg.storage.ordering import OUT_OF_SPACE, Plan, Stage, Write, run
 from nbdimg.units import KiB, div_ceil
 
 T = TypeVar("T")
@@ -67,11 +66,7 @@ PIECE_SIZE = 64 * KiB
 FREED_MAX = 16384
 """Runs of clusters that wait to be counted down before a flush does it: a few MiB of memory."""
 
-_SIZE_FIELDS = Struct(">QIIQ")
-"""size, crypt method, L1 size, L1 offset: header bytes 24 to 47, one write that cannot tear, within a sector."""
-assert s.SIZE_OFFSET + _SIZE_FIELDS.size == s.L1_FIELDS_OFFSET + s.L1_FIELDS.size
 _ID_DIGITS_MAX = 18
-_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 async def create_snapshot(driver: Qcow2Driver, name: str, *, now_ns: int, progress: Progress | None = None) -> Snapshot:
@@ -255,6 +250,7 @@ class _Change:
         assert counts is not None
         self._driver = driver
         self._file = driver.file
+        self._reader = PacedReader(driver.file, PIECE_SIZE)
         self._counts: Refcounts = counts
         self._bits = driver.header.cluster_bits
         self._cluster_size = driver.header.cluster_size
@@ -266,7 +262,6 @@ class _Change:
         self._progress = progress
         self._tables_done = 0
         self._table_count = table_count
-        self._unpaused = 0
         self._freed_count = 0
         self._aligned = OFFSET_MASK & ~(self._cluster_size - 1)
         has_zero_flag = driver.header.version >= 3 and not driver.header.has_subclusters
@@ -307,7 +302,7 @@ class _Change:
             except ImageError as error:
                 refusal = error
             except OSError as error:
-                if error.errno not in _OUT_OF_SPACE:
+                if error.errno not in OUT_OF_SPACE:
                     raise
                 refusal = error
             else:
@@ -342,7 +337,7 @@ class _Change:
                 continue
             cluster = self._l2_cluster(index, entry)
             for start in range(0, self._cluster_size, size):
-                yield cluster, start, decode_offsets(await self._read((cluster << self._bits) + start, size))
+                yield cluster, start, decode_offsets(await self._reader.read((cluster << self._bits) + start, size))
             self._tables_done += 1
             if self._progress is not None:
                 self._progress(min(self._tables_done, self._table_count), self._table_count)
@@ -363,15 +358,6 @@ class _Change:
                 entry & OFFSET_MASK,
             )
         return cluster
-
-    async def _read(self, offset: int, length: int) -> bytearray:
-        content = bytearray(length)
-        view = memoryview(content)
-        self._unpaused += length
-        if self._unpaused >= PIECE_SIZE or not self._file.try_pread(offset, view):
-            self._unpaused = 0
-            await self._file.pread(offset, view)
-        return content
 
     async def _runs(self, l1: array[int]) -> AsyncIterator[tuple[int, int]]:
         """(first cluster, count) of all that a tree refers to, once for each reference; always in the same order, and
@@ -514,7 +500,7 @@ class _Change:
     async def switch_l1(self, table: L1Table, size: int) -> None:
         """Make `table` the active L1 table, of a disk of `size` bytes; the one that there was is freed."""
         driver, header = self._driver, self._driver.header
-        fields = _SIZE_FIELDS.pack(size, header.crypt_method, len(table.entries), table.offset)
+        fields = s.SIZE_FIELDS.pack(size, header.crypt_method, len(table.entries), table.offset)
         await self._write(s.SIZE_OFFSET, fields)
         self._placed.clear()
         self.free(header.l1_offset, 8 * header.l1_size)

@@ -66,6 +66,15 @@ class Snapshot:
         return entry.ljust(align_up(len(entry), 8), b"\0")
 
 
+def labels(snapshots: Iterable[Snapshot]) -> dict[str, str]:
+    """By id what each is called: its name, but the id where it has none or an earlier one has the same."""
+    called: dict[str, str] = {}
+    for snapshot in snapshots:
+        is_taken = not snapshot.name or snapshot.name in called.values()
+        called[snapshot.id] = snapshot.id if is_taken else snapshot.name
+    return called
+
+
 def serialize(snapshots: Iterable[Snapshot], current_size: int) -> bytes:
     return b"".join(snapshot.to_bytes(current_size) for snapshot in snapshots)
 

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nbdimg.formats.qcow2 import structs as s
-from nbdimg.formats.qcow2.mapping import Mapping
-from nbdimg.formats.qcow2.refcount import Run
+from nbdimg.formats.qcow2.mapping import Mapping, Token
 from nbdimg.formats.qcow2.structs import ALL_ALLOCATED, COMPRESSED, COPIED, OFFSET_MASK, SUBCLUSTERS
 from nbdimg.image.driver import Allocation, Extent, ExtentKind, Miss, Unmap
 from nbdimg.image.tables import Slice
@@ -24,16 +23,11 @@ _BACKING = ExtentKind.BACKING
 
 
 @dataclass(slots=True)
-class SubclusterToken:
-    """Of an allocation: `count` clusters from entry `index` of `slice_`, the first from subcluster `first` on, the last
-    up to subcluster `last`, in `run` (None: in the cluster that the entry names).
+class SubclusterToken(Token):
+    """The first cluster from subcluster `first` on, the last up to subcluster `last`; `run` is None in the cluster that
+    the entry names.
     """
 
-    slice_: Slice
-    index: int
-    count: int
-    host: int
-    run: Run | None
     first: int
     last: int
 
@@ -90,7 +84,7 @@ class SubclusterMapping(Mapping):
         slice_ = self._slices.get(cluster >> self._slice_bits)
         if slice_ is None:
             return self._map_unloaded(cluster, stop)
-        slice_.is_used = True
+        slice_.use_count += 1
         index = cluster & (self._slice_clusters - 1)
         subcluster = offset >> self._subcluster_bits & (SUBCLUSTERS - 1)
         kind, mask, host = self._masks(slice_, index, subcluster)
@@ -211,11 +205,6 @@ class SubclusterMapping(Mapping):
                 self._free(old, punch=False)
         slice_.pin_count -= 1
         self.cache.changed(slice_)
-
-    def release(self, allocation: Allocation) -> None:
-        token = allocation.token
-        assert isinstance(token, SubclusterToken)
-        self._give_back(token.slice_, token.run)
 
     def _check_entry(self, slice_: Slice, index: int) -> None:
         self._entry(slice_, index)
