@@ -24,6 +24,7 @@ class FakeDriver:
     """
 
     name = "fake"
+    failure: str | None = None
 
     def __init__(
         self,

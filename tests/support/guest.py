@@ -8,6 +8,7 @@ guest reaches the host's loopback interface at 10.0.2.2 (QEMU's user network).
     ttyS1   control: lines from the guest, `key=value`; the host answers a `pause` with one empty line
 
     boot ──"ready="──> script ──"KEY=VALUE"*, "pause=NAME" <──> on_pause(NAME)──> "exit=STATUS" ──> power off
+                         └─ mounted /sysroot ──> its /sbin/init, with the same line, to `ROOT_INIT`'s end ──┘
 
 Kernel and base archive are cached, keyed by kernel version and by everything that goes into the archive.
 """
@@ -22,8 +23,10 @@ import os
 import platform
 import re
 import select
+import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,9 +42,10 @@ POWER_OFF_TIMEOUT_S = 30.0
 DOWNLOAD_TIMEOUT_S = 300.0
 CONSOLE_TAIL_SIZE = 6000  # characters of the console in an error message
 
+KERNEL_OPTIONS = "console=ttyS0 panic=-1 mitigations=off random.trust_cpu=on tsc=reliable cryptomgr.notests"
 KERNEL_META_PACKAGE = "linux-image-cloud-amd64"
 KERNEL_PACKAGE = re.compile(r"^\s*Depends: (linux-image-\d\S*-cloud-amd64)$", re.MULTILINE)
-MODULES = ("virtio_pci", "virtio_net", "nbd", "ext4")
+MODULES = ("virtio_pci", "virtio_net", "virtio_blk", "nbd", "ext4")
 PROGRAMS = ("nbd-client", "mkfs.ext4", "e2fsck", "blkdiscard")
 
 INIT = r"""#!/bin/busybox sh
@@ -59,13 +63,33 @@ exec 3<>/dev/ttyS1
 stty raw -echo <&3
 echo ready= >&3
 sh -eux /script
-echo "exit=$?" >&3
+status=$?
+grep -q " /sysroot " /proc/mounts && exec switch_root /sysroot /sbin/init
+echo "exit=$status" >&3
 poweroff -f
 """
 
 SCRIPT_PRELUDE = r"""
 report() { echo "$1=$2" >&3; }
 pause() { echo "pause=$1" >&3; read -r _ <&3; }
+"""
+
+LIST_MODULES = """
+import __future__, os, select, socket, struct, sys, time
+paths = [getattr(module, "__file__", None) for module in sys.modules.values()]
+print(*filter(None, paths), sep=chr(10))
+"""
+
+ROOT_INIT = r"""#!/bin/busybox sh
+export PATH=/bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+sh -eux /script
+status=$?
+mount -o remount,ro /
+echo "exit=$status" >&3
+poweroff -f
 """
 
 
@@ -132,14 +156,18 @@ def run_guest(
     *,
     timeout_s: float,
     files: Mapping[str, bytes] | None = None,
+    devices: Sequence[str] = (),
+    kernel_options: str = "",
     on_pause: Callable[[str], None] = lambda name: None,
 ) -> GuestResult:
     """Boots a guest, runs `script` in it (`sh -eux`) and returns what it reported, once the guest has powered off.
 
     The script may call `report KEY VALUE` (one line) and `pause NAME`, which runs `on_pause(NAME)` on the host while
     the script waits. `files` are put into the guest by absolute path. `timeout_s` counts from the script's start,
-    pauses included. A script that fails is a result (`status`), not an error. Skips the test if a program or a package
-    is missing.
+    pauses included. A script that fails is a result (`status`), not an error. `devices` are arguments for QEMU,
+    `kernel_options` for the kernel. Skips the test if a program or a package is missing.
+
+    If the script leaves a file system mounted on /sysroot, it becomes the root, see `root_tree`.
 
     Raises:
         GuestTimeoutError: boot, script or power-off took too long; the guest was killed.
@@ -151,12 +179,12 @@ def run_guest(
         archive = Archive()
         archive.add("/script", (SCRIPT_PRELUDE + script).encode())
         for path, data in (files or {}).items():
-            archive.add(path, data, 0o644)
+            archive.add(path, data)
         initrd = Path(directory, "initrd")
         initrd.write_bytes(boot.base_archive.read_bytes() + archive.to_bytes())
         console = Path(directory, "console")
         console.touch()
-        argv = [program, *_qemu_arguments(boot.kernel, initrd, console)]
+        argv = [program, *_qemu_arguments(boot.kernel, initrd, console, kernel_options), *devices]
         pipe = subprocess.PIPE
         with subprocess.Popen(argv, bufsize=0, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT) as qemu:
             try:
@@ -165,14 +193,42 @@ def run_guest(
                 qemu.kill()
 
 
-def _qemu_arguments(kernel: Path, initrd: Path, console: Path) -> list[str]:
+def root_tree(directory: Path, script: str) -> Path:
+    """A root file system's files beneath `directory`: busybox, and an init that runs `script` as `run_guest` does."""
+    for name in ("bin", "sbin", "proc", "sys", "dev"):
+        (directory / name).mkdir(parents=True)
+    busybox = require_program("busybox")
+    shutil.copy(busybox, directory / "bin" / "busybox")
+    applets = subprocess.run([busybox, "--list"], capture_output=True, text=True, timeout=30, check=True).stdout
+    for name in set(applets.split()) - {"busybox"}:
+        (directory / "bin" / name).symlink_to("busybox")
+    (directory / "script").write_text(SCRIPT_PRELUDE + script)
+    init = directory / "sbin" / "init"
+    init.write_text(ROOT_INIT)
+    init.chmod(0o755)
+    return directory
+
+
+def attach_files() -> Mapping[str, bytes]:
+    """Files for `run_guest` that make the program `nbdattach` of tests/support/nbdattach.py, and a Python for it."""
+    python = os.path.realpath(sys.executable)
+    argv = [python, "-I", "-S", "-c", LIST_MODULES]
+    modules = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+    libraries = [path for each in (python, *modules) for path in _libraries(each)]
+    files = {path: Path(path).read_bytes() for path in (python, *modules, *libraries)}
+    files["/nbdattach.py"] = Path(__file__).with_name("nbdattach.py").read_bytes()
+    files["/programs/nbdattach"] = f'#!/bin/busybox sh\nexec {python} -I -S /nbdattach.py "$@"\n'.encode()
+    return files
+
+
+def _qemu_arguments(kernel: Path, initrd: Path, console: Path, kernel_options: str) -> list[str]:
     # Two processors: the kernel maps NBD connections to processors, so with one the second connection stays idle.
     # A plain model with a random number instruction boots a second faster than `max`. KVM is never asked for.
     return [
         *("-accel", "tcg,thread=multi", "-cpu", "Nehalem,+rdrand", "-smp", "2", "-m", "256"),
         *("-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"),
         *("-kernel", str(kernel), "-initrd", str(initrd)),
-        *("-append", "console=ttyS0 panic=-1 mitigations=off random.trust_cpu=on tsc=reliable cryptomgr.notests"),
+        *("-append", f"{KERNEL_OPTIONS} {kernel_options}"),
         *("-nic", "user,model=virtio-net-pci"),
         *("-serial", f"file:{console}", "-serial", "stdio"),
     ]

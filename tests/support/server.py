@@ -22,16 +22,31 @@ START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 20.0
 
 
-class ServerProcess:
-    """A child process with its output in files, ended by its own process id."""
+def complaints(stderr: str) -> list[str]:
+    """What a server says on standard error, without the lines about itself that each start has, and those of clients
+    that came and went.
+    """
+    usual = ("sandbox: ", "runs as root", ": attached to ", ": detached from ")
+    return [line for line in stderr.splitlines() if not any(each in line for each in usual)]
 
-    def __init__(self, argv: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+
+class ServerProcess:
+    """A child process with its output in files, ended by its own process id. It inherits `descriptors`."""
+
+    def __init__(
+        self, argv: Sequence[str], env: Mapping[str, str] | None = None, descriptors: Sequence[int] = ()
+    ) -> None:
         self.directory = tempfile.TemporaryDirectory(prefix="nbdimg-test-")
         self.stdout_path = Path(self.directory.name, "stdout")
         self.stderr_path = Path(self.directory.name, "stderr")
         with open(self.stdout_path, "wb") as out, open(self.stderr_path, "wb") as err:
             self.process = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env={**os.environ, **(env or {})}
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env={**os.environ, "NBDIMG_LOG_FORMAT": "text", **(env or {})},
+                pass_fds=descriptors,
             )
 
     @property
@@ -93,6 +108,7 @@ class NbdimgServer(ServerProcess):
         listen: Sequence[str] | None = None,
         env: Mapping[str, str] | None = None,
         program: Sequence[str] = (sys.executable, "-m", "nbdimg"),
+        descriptors: Sequence[int] = (),
     ) -> None:
         self.socket_directory = tempfile.TemporaryDirectory(prefix="nbd-")
         self.socket_path = os.path.join(self.socket_directory.name, "s")
@@ -104,7 +120,7 @@ class NbdimgServer(ServerProcess):
             *options,
             *(os.fspath(image) for image in images),
         ]
-        super().__init__(argv, env)
+        super().__init__(argv, env, descriptors)
         self.uris = self._wait_ready(len(listeners) * max(1, len(images)))
         self.uri = self.uris[0]
 

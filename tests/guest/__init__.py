@@ -1,0 +1,1 @@
+"""Booted Linux guests whose disks are served by nbdimg."""

@@ -1,0 +1,51 @@
+"""What a service manager does before it starts a service that has sockets."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import IO
+
+HAND_OVER = """
+import os, sys
+descriptors, names, pid = sys.argv[1].split(","), sys.argv[2], sys.argv[3]
+held = [os.dup(int(each)) for each in descriptors]
+for index, each in enumerate(held):
+    os.dup2(each, 100 + index)
+for index in range(len(held)):
+    os.dup2(100 + index, 3 + index)
+os.environ["LISTEN_FDS"] = str(len(held))
+os.environ["LISTEN_PID"] = pid or str(os.getpid())
+if names:
+    os.environ["LISTEN_FDNAMES"] = names
+os.execv(sys.executable, [sys.executable, "-m", "nbdimg", *sys.argv[4:]])
+"""
+"""A program: DESCRIPTOR[,DESCRIPTOR...] NAMES PID ARGUMENT...; it becomes `nbdimg ARGUMENT...`. Without PID it is meant
+for that process, as it should be."""
+
+
+def listening(address: str | tuple[str, int]) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
+    sock.bind(address)
+    sock.listen()
+    return sock
+
+
+def hand_over(
+    sockets: Sequence[socket.socket],
+    names: str,
+    *arguments: str,
+    pid: str = "",
+    stderr: IO[str] | int = subprocess.PIPE,
+) -> subprocess.Popen[str]:
+    """`nbdimg ARGUMENTS` with the sockets as its descriptors from 3 on."""
+    descriptors = [each.fileno() for each in sockets]
+    return subprocess.Popen(
+        [sys.executable, "-c", HAND_OVER, ",".join(map(str, descriptors)), names, pid, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        pass_fds=descriptors,
+    )
