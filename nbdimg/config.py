@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,6 +16,12 @@ DEFAULT_LISTENER = NbdUri(host="127.0.0.1", port=DEFAULT_PORT)
 
 IDENTITY_KINDS = ("dns", "uri", "email", "cn", "spki-sha256", "psk")
 """What an identity may begin with, before its colon."""
+
+SANDBOX_MODES = ("auto", "require", "off")
+"""Whether the process confines itself: as far as the kernel can; or not start where it cannot; or not at all."""
+
+LOG_FORMATS = ("auto", "text", "json")
+"""How lines of the log look: "auto" is text at a terminal, else JSON."""
 
 UNIX_ID_MAX = 2**32 - 2
 """The largest uid or gid; the one above it means "none"."""
@@ -103,11 +110,50 @@ class TlsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TcpAddress:
+    """Where HTTP is listened to; port 0 picks a free one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class AdminConfig:
+    """Where the HTTP API is: at a Unix socket that its owner alone may open, and at an address where each request must
+    bring the token that stands in a file.
+
+    Raises: ConfigError: an address without a token, or the other way round, or nothing at all.
+    """
+
+    socket_path: str | None = None
+    address: TcpAddress | None = None
+    token_path: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.address is not None and self.token_path is None:
+            raise ConfigError(f"the admin API at {self.address} needs a token file")
+        if self.address is None and self.token_path is not None:
+            raise ConfigError("a token file is for an admin API that listens on TCP, which this does not")
+        if self.address is None and self.socket_path is None:
+            raise ConfigError("the admin API needs a socket or an address to listen on")
+
+
+@dataclass(frozen=True, slots=True)
 class ExportConfig:
     """One image. `format` None means: by its magic. `block_size_min` in bytes. `key_path`: a file that holds the
     passphrase of an encrypted image. `roots`: directories besides the image's own in which what it refers to may lie.
     `access`: the rules of which one must match a client; without rules all who connect may open it; a client
     may write when a rule that matches it is not read-only. `is_tls_only` counts in the TLS mode "selective" alone.
+    `parent_path`: the file to take as the parent of a differencing vhdx image. `accepts_lost_log`: see `OpenOptions`.
+
+    With `overlay` the image is only read, and clients get qcow2 overlays of it: each connection its own, thrown away
+    with it ("per-client"), or one that is kept, by the name behind `@` or the client's identity ("kept"). They lie in
+    `overlay_directory`; None: where temporary files do.
+
+    Raises: ConfigError: settings that do not go together.
     """
 
     path: str
@@ -120,6 +166,33 @@ class ExportConfig:
     roots: tuple[str, ...] = ()
     access: tuple[AccessRule, ...] = ()
     is_tls_only: bool = True
+    overlay: Literal["per-client", "kept"] | None = None
+    overlay_directory: str | None = None
+    parent_path: str | None = None
+    accepts_lost_log: bool = False
+
+    def __post_init__(self) -> None:
+        if self.overlay is None:
+            if self.overlay_directory is not None:
+                raise ConfigError("a directory for overlays is given, and no overlays are asked for")
+            return
+        if self.overlay not in ("per-client", "kept"):
+            raise ConfigError(f"overlay is {escaped(self.overlay)}, expected per-client or kept")
+        if self.is_read_only:
+            raise ConfigError("overlays are there to be written, expected the export not to be read-only")
+        if self.key_path is not None:
+            raise ConfigError("the image is encrypted and overlays of it would not be, expected one or the other")
+        if self.overlay == "kept" and self.overlay_directory is None:
+            raise ConfigError("overlays that are kept need a directory of their own")
+
+    @property
+    def only_reads_image(self) -> bool:
+        return self.is_read_only or self.overlay is not None
+
+    @property
+    def overlays_in(self) -> str:
+        """The directory of overlays. The default is not /tmp, which is often in memory."""
+        return self.overlay_directory or os.environ.get("TMPDIR") or "/var/tmp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,3 +203,10 @@ class ServerConfig:
     allows_plaintext: bool = False
     """Whether an address that other machines reach may be listened on without TLS."""
     tls: TlsConfig | None = None
+    sandbox: str = SANDBOX_MODES[0]
+    """One of SANDBOX_MODES, for `nbdimg serve`: a program that serves by the library is never confined."""
+    admin: AdminConfig | None = None
+    metrics_address: TcpAddress | None = None
+    """Where metrics and health are told to everybody."""
+    log_format: str = LOG_FORMATS[0]
+    """One of LOG_FORMATS, for `nbdimg serve`: a program that serves by the library sets up its own logging."""

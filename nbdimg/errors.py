@@ -4,6 +4,7 @@
     ├─ ConfigError              a setting, an option or an argument is wrong
     ├─ ListenError              an address cannot be listened on
     ├─ ProtocolError            the peer broke the protocol: its connection ends
+    │   └─ TlsError             TLS has failed, or is missing where it is required
     ├─ RequestError             one request fails with an errno; its connection goes on
     └─ ImageError               an image cannot be opened, read or written
         ├─ UnrecognizedFormat   no driver claims the file, or the claimed one has none
@@ -44,6 +45,10 @@ class ListenError(NbdimgError):
 
 class ProtocolError(NbdimgError):
     """The peer sent what the protocol forbids and the stream cannot go on."""
+
+
+class TlsError(ProtocolError):
+    """TLS has failed, or is missing where it is required."""
 
 
 class RequestError(NbdimgError):

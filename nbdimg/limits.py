@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nbdimg.units import KiB, MiB
+from nbdimg.units import KiB, MiB, TiB
 
 RECEIVE_SIZE = 256 * KiB
 """Bytes taken from a socket in one turn; the buffer is shared by all connections of a loop."""
@@ -76,6 +76,13 @@ class Limits:
 
     turn_requests: int = 256
     """Requests of one connection in one turn of the loop."""
+
+    overlays: int = 1024
+    """Overlays of one export: those that are open or, where they are kept, their files. As many as `connections`."""
+
+    overlay_size: int = 1 * TiB
+    """What the file of one overlay may take; a write that would need more gets ENOSPC. Mere data never takes much more
+    than the image has, so this is for those who allow less."""
 
     turn_bytes: int = 1 * MiB
     """Reply bytes of one connection in one turn: about half a millisecond, which is what a neighbour waits."""

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from nbdimg.config import DEFAULT_LISTENER, AccessRule, ExportConfig, TlsConfig
-from nbdimg.configfile import ConfigFileError, FileConfig, Overrides, config_without_file, load_config
+from nbdimg.config import DEFAULT_LISTENER, AccessRule, AdminConfig, ExportConfig, TcpAddress, TlsConfig
+from nbdimg.configfile import ConfigFileError, FileConfig, Overrides, config_without_file, export_of, load_config
 from nbdimg.configfile.environment import LIMIT_PREFIX
 from nbdimg.configfile.limits import LIMITS
 from nbdimg.configfile.lines import key_lines
-from nbdimg.configfile.mapping import ACCESS_KEYS, EXPORT_KEYS, TLS_KEYS, TOP_KEYS
+from nbdimg.configfile.mapping import ACCESS_KEYS, ADMIN_KEYS, EXPORT_KEYS, METRICS_KEYS, TLS_KEYS, TOP_KEYS
 from nbdimg.limits import Limits
 from nbdimg.units import MiB
 from nbdimg.uri import NbdUri
@@ -54,6 +54,8 @@ description = "a disk"
 min_block_size = "4K"
 key_file = "second.key"
 allow_references = ["bases", "/srv"]
+parent = "bases/parent.vhdx"
+accept_lost_log = true
 
 [[exports.access]]
 identities = ["dns:a.example"]
@@ -113,6 +115,8 @@ def test_load_full_file_maps_every_key(file: Path) -> None:
         block_size_min=4096,
         key_path=f"{here}/second.key",
         roots=(f"{here}/bases", "/srv"),
+        parent_path=f"{here}/bases/parent.vhdx",
+        accepts_lost_log=True,
         access=(
             AccessRule(identities=("dns:a.example",), networks=("10.0.0.0/8", "::1"), is_read_only=True),
             AccessRule(uids=(0, 1000), gids=(5,)),
@@ -132,18 +136,21 @@ def test_load_empty_file_gives_the_defaults_and_no_export(file: Path) -> None:
 
 def test_load_example_of_the_project_is_accepted() -> None:
     names = [export.name for export in load_config(EXAMPLE, environment={}).server.exports]
-    assert names == ["vm1", "install"]
+    assert names == ["vm1", "golden", "install"]
 
 
 def test_load_example_names_every_key_and_each_default_that_it_names_is_accepted(file: Path) -> None:
     text = EXAMPLE.read_text()
     shown = set(re.findall(r"^#?([a-z_]+) = ", text, re.MULTILINE))
-    tables = {"limits", "exports", "access"}
-    assert shown == ({*TOP_KEYS, *TLS_KEYS, *EXPORT_KEYS, *ACCESS_KEYS, *LIMITS} - tables)
-    live = re.sub(r"^#((?:[a-z_]+ = |\[tls\]).*)", r"\1", text, flags=re.MULTILINE)
+    tables = {"limits", "exports", "access", "admin", "metrics"}
+    assert shown == ({*TOP_KEYS, *TLS_KEYS, *ADMIN_KEYS, *METRICS_KEYS, *EXPORT_KEYS, *ACCESS_KEYS, *LIMITS} - tables)
+    live = re.sub(r"^#((?:[a-z_]+ = |\[(?:tls|admin|metrics)\]).*)", r"\1", text, flags=re.MULTILINE)
     config = load(file, live.replace('mode = "required"', 'mode = "selective"'))
     assert config.server.limits == Limits()
     assert config.server.tls is not None
+    token = str(file.parent / "admin.token")
+    assert config.server.admin == AdminConfig("/run/nbdimg/admin.sock", TcpAddress("127.0.0.1", 9808), token)
+    assert config.server.metrics_address == TcpAddress("0.0.0.0", 9809)
 
 
 # What overrides it
@@ -172,6 +179,16 @@ def test_load_environment_overrides_the_file_and_the_command_line_both(file: Pat
     assert server.limits == Limits(connections=3, options=2, stall_timeout_s=1.5, payload_size=2 * MiB)
 
 
+def test_log_format_is_what_the_last_word_says(file: Path) -> None:
+    text = 'log_format = "json"\n'
+    assert load(file, "").server.log_format == "auto"
+    assert load(file, text).server.log_format == "json"
+    assert load(file, text, NBDIMG_LOG_FORMAT="text").server.log_format == "text"
+    overrides = Overrides(log_format="auto")
+    server = load_config(file, environment={"NBDIMG_LOG_FORMAT": "text"}, overrides=overrides).server
+    assert server.log_format == "auto"
+
+
 def test_config_without_file_takes_environment_and_command_line() -> None:
     exports = (ExportConfig("disk.img"),)
     environment = {"NBDIMG_LIMIT_CONNECTIONS": "2", "NBDIMG_LIMIT_OPTIONS": "2"}
@@ -187,6 +204,7 @@ def test_config_without_file_takes_environment_and_command_line() -> None:
     [
         ("NBDIMG_LISTEN", "http://x", "'http://x': the scheme must be"),
         ("NBDIMG_RELOAD", "never", "'never' is not allowed, expected signal or watch"),
+        ("NBDIMG_LOG_FORMAT", "xml", "'xml' is not allowed, expected auto, text or json"),
         ("NBDIMG_INSECURE_PLAINTEXT", "1", "'1' is not allowed, expected true or false"),
         ("NBDIMG_LIMIT_CONNECTIONS", "many", "'many' is not allowed, expected a whole number from 1"),
         ("NBDIMG_LIMIT_CONNECTIONS", "0", "0 is not allowed"),
@@ -234,6 +252,7 @@ def test_load_every_limit_can_come_from_file_and_environment(file: Path, key: st
         ("listen = ['nbd://[::1]', 'nbd://[::1]']", "1: listen: nbd://[::1]/ is given twice"),
         ("listen = ['nbds://[::1]']", "1: listen: nbds://[::1]/ needs TLS, expected a table [tls]"),
         ("reload = 'often'", "1: reload: 'often' is not allowed, expected signal or watch"),
+        ("log_format = 'xml'", "1: log_format: 'xml' is not allowed, expected auto, text or json"),
         ("insecure_plaintext = 1", "1: insecure_plaintext: 1 is not allowed, expected true or false"),
         ("[limits]\nconnections = '9'", "2: limits.connections: '9' is not allowed, expected a whole number from 1 to"),
         ("[limits]\nconnections = 0", "2: limits.connections: 0 is not allowed"),
@@ -248,6 +267,16 @@ def test_load_every_limit_can_come_from_file_and_environment(file: Path, key: st
         ),
         ("[tls]\nmode = 'maybe'\npsk_file='x'", "2: tls.mode: 'maybe' is not allowed, expected off, required or selec"),
         ("[tls]\nmode = 'off'", "1: tls: TLS needs a certificate file or a file of pre-shared keys"),
+        ("[admin]", "1: admin: the admin API needs a socket or an address to listen on"),
+        ("[admin]\nlisten = '127.0.0.1:9808'", "1: admin: the admin API at 127.0.0.1:9808 needs a token file"),
+        ("[admin]\nsocket = 's'\ntoken_file = 't'", "1: admin: a token file is for an admin API that listens on TCP"),
+        ("[admin]\nsocket = 's'\ntoken = 't'", "3: admin.token: a secret stands in a file of its own, which tls.key_f"),
+        ("[admin]\nlisten = 9808\nsocket = 's'", "2: admin.listen: 9808 is not allowed, expected a string"),
+        ("[metrics]", "1: metrics: listen is missing, expected HOST:PORT"),
+        *(
+            (f"[metrics]\nlisten = '{each}'", f"2: metrics.listen: '{each}' is not allowed, expected HOST:PORT, as ")
+            for each in ("9809", ":9809", "h:", "h:x", "h:65536", "h:²", "::1:9809", "[::1]", "[h]:1", "ftp://h:1")
+        ),
         ("[[exports]]\nname = 'a'", "1: exports[0]: path is missing, expected the name of an image"),
         ("[[exports]]\npath = ''", "2: exports[0].path: '' is not allowed, expected the name of a file"),
         (
@@ -289,6 +318,28 @@ def test_load_every_limit_can_come_from_file_and_environment(file: Path, key: st
 def test_load_wrong_file_names_line_key_value_and_what_is_allowed(file: Path, text: str, expected: str) -> None:
     (problem,) = problems(file, text)
     assert problem.startswith(expected.replace("DIR", str(file.parent)))
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1:0", "[::1]:9808", "localhost:65535"])
+def test_load_address_for_http_is_shown_as_it_was_written(file: Path, text: str) -> None:
+    assert str(load(file, f"[metrics]\nlisten = '{text}'").server.metrics_address) == text
+
+
+def test_load_command_line_says_where_http_is_over_the_file(file: Path) -> None:
+    file.write_text("[admin]\nsocket = 's'\n[metrics]\nlisten = '[::1]:1'\n")
+    assert load_config(file, environment={}).server.admin == AdminConfig(str(file.parent / "s"))
+    overrides = Overrides(admin=AdminConfig("/t"), metrics_address=TcpAddress("h", 2))
+    server = load_config(file, environment={}, overrides=overrides).server
+    assert (server.admin, server.metrics_address) == (AdminConfig("/t"), TcpAddress("h", 2))
+
+
+def test_export_of_a_table_is_what_a_file_would_make_of_it(file: Path) -> None:
+    keys = "path = '/a.img'\nread_only = true\nmin_block_size = '4K'\n"
+    (from_file,) = load(file, f"[[exports]]\n{keys}").server.exports
+    table = {"path": "/a.img", "read_only": True, "min_block_size": "4K"}
+    assert export_of(table, "the table", None) == from_file
+    with pytest.raises(ConfigFileError, match=r"^the table: path: 'a.img' is not allowed, expected the whole name"):
+        export_of({"path": "a.img"}, "the table", None)
 
 
 def test_load_contradicting_limits_are_refused_wherever_they_come_from(file: Path) -> None:

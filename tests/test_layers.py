@@ -18,7 +18,13 @@ import nbdimg
 ROOT = Path(nbdimg.__file__).parent
 SOURCES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(ROOT.rglob("*.py"))}
 
-LEAVES = {"errors": set[str](), "units": {"errors"}, "limits": {"errors", "units"}, "uri": {"errors", "units"}}
+LEAVES = {
+    "errors": set[str](),
+    "units": {"errors"},
+    "limits": {"errors", "units"},
+    "uri": {"errors", "units"},
+    "histogram": set[str](),
+}
 MAY_IMPORT = {
     **LEAVES,
     "wire": {*LEAVES},
@@ -28,18 +34,20 @@ MAY_IMPORT = {
     "export": {"wire", "image", *LEAVES},
     "config": {*LEAVES},
     "configfile": {"config", "export", "formats", "wire", *LEAVES},
-    "server": {"export", "wire", "image", "formats", "config", *LEAVES},
-    "cli": {"", "server", "export", "wire", "image", "formats", "storage", "config", "configfile", *LEAVES},
+    "server": {"export", "wire", "image", "formats", "storage", "config", *LEAVES},
+    "admin": {"server", "export", "wire", "formats", "config", "configfile", *LEAVES},
+    "cli": {"", "admin", "server", "export", "wire", "image", "formats", "storage", "config", "configfile", *LEAVES},
     "__main__": {"cli"},
     "": {"server", "formats", "config", *LEAVES},
 }
 """`""` is nbdimg/__init__.py, the public API: nothing below the command line imports it."""
 
 ONLY_IN = {
-    "socket": {"server"},
+    "socket": {"server", "admin", "cli"},
     "ssl": {"server"},
     "uvloop": {"server"},
-    "asyncio": {"storage", "image", "formats", "export", "server", "cli"},
+    "asyncio": {"storage", "image", "formats", "export", "server", "admin", "cli"},
+    "aiohttp": {"admin"},
     "typer": {"cli"},
     "rich": {"cli"},
     "cryptography": {"formats"},
@@ -48,6 +56,8 @@ ONLY_IN = {
     "crc32c": {"formats"},
     "isal": {"formats"},
 }
+LAZY_LAYERS = {"admin"}
+"""Only functions of other layers import them: HTTP is slow to import, and most servers have none."""
 LAZILY = {"rich", "cryptography", "backports", "compression", "isal"}
 """Not needed to serve a plain image, and slow to import or not installed: functions import them."""
 DESCRIPTOR_CALLS = {"open", "read", "readv", "write", "writev", "lseek", "fsync", "fdatasync", "sendfile", "splice"}
@@ -80,6 +90,8 @@ def import_violation(layer: str, module: str, is_lazy: bool) -> str | None:
         target = rest.partition(".")[0]
         target = target if target in MAY_IMPORT else ""
         allowed = target == layer or target in MAY_IMPORT[layer]
+        if allowed and target in LAZY_LAYERS - {layer} and not is_lazy:
+            return f"{target} is imported where it is used, not at the head of a module"
         return None if allowed else f"{layer or 'nbdimg'} may not import {target or 'nbdimg itself'}"
     if package in ONLY_IN:
         if package in LAZILY and not is_lazy:
@@ -136,6 +148,9 @@ def test_table_has_no_cycle() -> None:
         ("server/x.py", "from ..cli import main", "..cli.main is neither nbdimg's nor the standard library's"),
         ("cli/x.py", "from rich import print", "rich is imported where it is used, not at the head of a module"),
         ("server/x.py", "def f():\n    import rich", "server may not import rich"),
+        ("cli/x.py", "from nbdimg.admin import app", "admin is imported where it is used, not at the head of a module"),
+        ("cli/x.py", "def f():\n    import aiohttp", "cli may not import aiohttp"),
+        ("server/x.py", "def f():\n    from nbdimg.admin import app", "server may not import admin"),
         ("image/x.py", "def f():\n    from backports import zstd", "image may not import backports"),
         ("storage/x.py", "def f():\n    import cryptography", "storage may not import cryptography"),
         ("units.py", "import numpy", "numpy is neither nbdimg's nor the standard library's"),
@@ -153,4 +168,6 @@ def test_control_what_is_allowed_is_not_reported() -> None:
     assert violations("wire/x.py", text) == []
     assert violations("storage/x.py", "import os\nos.pread(0, 1, 0)") == []
     assert violations("cli/x.py", "def f():\n    from rich.progress import Progress") == []
+    assert violations("cli/x.py", "def f():\n    from nbdimg.admin import app") == []
+    assert violations("admin/x.py", "from aiohttp import web\nfrom nbdimg.admin import app") == []
     assert violations("formats/x.py", "async def f():\n    from backports import zstd") == []

@@ -15,9 +15,10 @@ from typing import Annotated, Any
 import typer
 
 from nbdimg.cli.opened import opened
+from nbdimg.cli.options import AsJson, Format
 from nbdimg.cli.output import ProgressReport, complain, print_json, progress, shown
 from nbdimg.errors import ConfigError, ImageError, UnsupportedFeature, escaped
-from nbdimg.formats import DRIVERS, check_format, probed_format
+from nbdimg.formats import check_format, probed_format
 from nbdimg.formats.findings import CheckReport
 from nbdimg.formats.qcow2.check import check as check_qcow2
 from nbdimg.formats.qcow2.open import read_header
@@ -41,9 +42,7 @@ def check(
             metavar="|".join(_REPAIRS), help="Mend leaks alone, or corruptions too; nobody may use the image."
         ),
     ] = None,
-    format: Annotated[
-        str | None, typer.Option(metavar="|".join(DRIVERS), help="The image's format (default: by its magic number).")
-    ] = None,
+    format: Format = None,
     accept_lost_log: Annotated[
         bool,
         typer.Option(
@@ -52,7 +51,7 @@ def check(
             "what it held is lost.",
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """Check an image's metadata; the data and other files are not looked at.
 

@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 
 from nbdimg.cli.opened import opened
+from nbdimg.cli.options import AsJson, Format
 from nbdimg.cli.output import ProgressReport, print_json, progress, shown, sized
 from nbdimg.errors import UnsupportedFeature
-from nbdimg.formats import DRIVERS, check_format, probed_format
+from nbdimg.formats import check_format, probed_format
 from nbdimg.formats.vhdx.compact import Compacted
 from nbdimg.formats.vhdx.compact import compact as compact_vhdx
 from nbdimg.server.loop import run_loop
@@ -17,10 +18,8 @@ from nbdimg.server.loop import run_loop
 
 def compact(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="A vhdx image that no other program has open.")],
-    format: Annotated[
-        str | None, typer.Option(metavar="|".join(DRIVERS), help="The image's format (default: by its magic number).")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    format: Format = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make a vhdx file smaller: blocks of zeroes are dropped, others moved together, the end cut off.
 

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
+from nbdimg.cli.options import AllowReferences, AsJson, Format, Parent
 from nbdimg.cli.output import print_json, shown, sized
-from nbdimg.errors import ImageError, UnsupportedFeature, escaped
-from nbdimg.formats import DRIVERS, check_format, probed_format
+from nbdimg.errors import ConfigError, UnsupportedFeature, escaped
+from nbdimg.formats import DRIVERS, check_format, first_that_opens, probed_format
 from nbdimg.formats.gate import ConfinedGate
 from nbdimg.formats.qcow2.bitmaps import BitmapEntry
 from nbdimg.formats.qcow2.header import Header
@@ -22,6 +23,7 @@ from nbdimg.formats.qcow2.open import read_header
 from nbdimg.formats.qcow2.snapshots import Snapshot
 from nbdimg.formats.qcow2.structs import Compression, Crypt
 from nbdimg.formats.vhdx import info as vhdx
+from nbdimg.formats.vhdx.open import parent_references
 from nbdimg.image.gate import Reference
 from nbdimg.server.loop import run_loop
 from nbdimg.storage.posix import PosixFile
@@ -35,30 +37,28 @@ def info(
     backing_chain: Annotated[
         bool, typer.Option("--backing-chain", help="Open the backing files too, and tell of each.")
     ] = False,
-    format: Annotated[
-        str | None, typer.Option(metavar="|".join(DRIVERS), help="The image's format (default: by its magic number).")
-    ] = None,
-    allow_references: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="DIR", help="Backing files may lie in DIR too, not only in the image's own directory; repeatable."
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    format: Format = None,
+    allow_references: AllowReferences = None,
+    parent: Parent = None,
+    as_json: AsJson = False,
 ) -> None:
     """Tell of an image what its header, snapshots and bitmaps say.
 
     Nothing is locked or changed, and no other file is opened but for --backing-chain.
     """
     check_format(format)
-    images = run_loop(_collect(image, format, backing_chain, tuple(allow_references or ())))
+    if parent is not None and not backing_chain:
+        raise ConfigError("--parent is of use only with --backing-chain: no other file is opened without")
+    images = run_loop(_collect(image, format, backing_chain, tuple(allow_references or ()), parent))
     if as_json:
         print_json(images=images)
     else:
         print("\n\n".join("\n".join(_lines(each)) for each in images))
 
 
-async def _collect(path: str, format: str | None, is_chain: bool, roots: tuple[str, ...]) -> list[dict[str, Any]]:
+async def _collect(
+    path: str, format: str | None, is_chain: bool, roots: tuple[str, ...], parent: str | None
+) -> list[dict[str, Any]]:
     async with AsyncExitStack() as files:
         top = PosixFile(path, writable=False)
         files.push_async_callback(top.close)
@@ -66,22 +66,24 @@ async def _collect(path: str, format: str | None, is_chain: bool, roots: tuple[s
         if not is_chain:
             return [(await _described(top, format))[0]]
         with ConfinedGate(top, roots=roots, lock=False) as gate:
-            return [each async for each in _chain(gate, top, format, files)]
+            return [each async for each in _chain(gate, top, format, parent, files)]
 
 
 async def _chain(
-    gate: ConfinedGate, file: PosixFile, format: str, files: AsyncExitStack
+    gate: ConfinedGate, file: PosixFile, format: str, parent: str | None, files: AsyncExitStack
 ) -> AsyncIterator[dict[str, Any]]:
     while True:
         said, header = await _described(file, format)
         yield said
-        if isinstance(header, vhdx.Info):
-            if not header.metadata.has_parent:
-                return
-            file = await _vhdx_parent(gate, file, header)
+        locator = header.metadata.locator if isinstance(header, vhdx.Info) else None
+        if parent is not None and locator is None:
+            raise ConfigError(f"{file.path}: a parent is given, expected that of a differencing vhdx image")
+        if locator is not None:
+            file = await first_that_opens(parent_references(file.path, locator, parent), gate.open)
+            parent = None
             files.push_async_callback(file.close)
             continue
-        if header is None or header.backing_name is None:
+        if isinstance(header, vhdx.Info) or header is None or header.backing_name is None:
             return
         offset = header.backing_name_offset
         if header.backing_format not in DRIVERS:
@@ -94,19 +96,6 @@ async def _chain(
         format = header.backing_format
         file = await gate.open(Reference(file.path, "backing file", header.backing_name, offset, is_writable=False))
         files.push_async_callback(file.close)
-
-
-async def _vhdx_parent(gate: ConfinedGate, file: PosixFile, found: vhdx.Info) -> PosixFile:
-    """The first that can be opened of the names of a parent."""
-    locator = found.metadata.locator
-    assert locator is not None
-    refusal: ImageError | None = None
-    for name in found.parent_names:
-        try:
-            return await gate.open(Reference(file.path, "parent locator", name, locator.offset, is_writable=False))
-        except ImageError as error:
-            refusal = refusal or error
-    raise refusal or UnsupportedFeature(file.path, "the parent locator holds no path", locator.offset)
 
 
 async def _described(file: PosixFile, format: str) -> tuple[dict[str, Any], Header | vhdx.Info | None]:

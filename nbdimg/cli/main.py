@@ -17,18 +17,21 @@ from typing import Annotated
 
 import typer
 
-from nbdimg import __version__
 from nbdimg.cli.bitmap import bitmap
 from nbdimg.cli.check import check
 from nbdimg.cli.compact import compact
 from nbdimg.cli.config import config
+from nbdimg.cli.connect_help import connect_help
 from nbdimg.cli.create import create
+from nbdimg.cli.ctl import ctl
+from nbdimg.cli.healthcheck import main as healthcheck
 from nbdimg.cli.info import info
 from nbdimg.cli.map import map_
 from nbdimg.cli.output import complain
 from nbdimg.cli.resize import resize
 from nbdimg.cli.serve import serve
 from nbdimg.cli.snapshot import snapshot
+from nbdimg.cli.top import top
 from nbdimg.errors import ConfigError, ImageError, ListenError, NbdimgError
 
 EXIT_FAILED = 1
@@ -61,10 +64,21 @@ app.command()(check)
 app.add_typer(snapshot)
 app.add_typer(bitmap)
 app.add_typer(config)
+app.command()(connect_help)
+app.add_typer(ctl)
+app.command()(top)
+
+
+@app.command("healthcheck", add_help_option=False, context_settings={"ignore_unknown_options": True})
+def _healthcheck(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> int:
+    """Ask a running server how it is: exit status 0 when it is well, 1 otherwise."""
+    return healthcheck(arguments or [])
 
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
+        from nbdimg import __version__
+
         typer.echo(f"nbdimg {__version__}")
         raise typer.Exit
 

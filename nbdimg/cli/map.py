@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from nbdimg.cli.options import AllowReferences, Format, Parent
 from nbdimg.cli.output import JSON_VERSION, shown
 from nbdimg.errors import ConfigError
-from nbdimg.formats import DRIVERS, open_image
+from nbdimg.formats import open_image
 from nbdimg.formats.qcow2.crypt import EncryptedFile
 from nbdimg.image.driver import Extent, ExtentKind
 from nbdimg.image.image import Image
@@ -28,16 +29,9 @@ def map_(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="An image that no other program writes to.")],
     start: Annotated[str, typer.Option(metavar="BYTES", help="Where to begin.")] = "0",
     length: Annotated[str | None, typer.Option(metavar="BYTES", help="How far to go (default: to the end).")] = None,
-    format: Annotated[
-        str | None, typer.Option(metavar="|".join(DRIVERS), help="The image's format (default: by its magic number).")
-    ] = None,
-    allow_references: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="DIR",
-            help="Backing and data files may lie in DIR too, not only in the image's own directory; repeatable.",
-        ),
-    ] = None,
+    format: Format = None,
+    allow_references: AllowReferences = None,
+    parent: Parent = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, its extents as those of qemu-img map.")
     ] = False,
@@ -48,13 +42,19 @@ def map_(
     """
     first = parse_size(start)
     count = None if length is None else parse_size(length)
-    run_loop(_map(image, format, tuple(allow_references or ()), first, count, as_json))
+    run_loop(_map(image, format, tuple(allow_references or ()), parent, first, count, as_json))
 
 
 async def _map(
-    path: str, format: str | None, roots: tuple[str, ...], start: int, length: int | None, as_json: bool
+    path: str,
+    format: str | None,
+    roots: tuple[str, ...],
+    parent: str | None,
+    start: int,
+    length: int | None,
+    as_json: bool,
 ) -> None:
-    image = await open_image(path, format=format, writable=False, roots=roots, is_keyless=True)
+    image = await open_image(path, format=format, writable=False, roots=roots, is_keyless=True, parent=parent)
     try:
         if start > image.size:
             raise ConfigError(f"{path}: --start is {start}, expected at most the image's size, {image.size}")

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from nbdimg.cli.options import AllowReferences, AsJson, Format, Parent
 from nbdimg.cli.output import ProgressReport, print_json, progress, shown, sized
 from nbdimg.errors import ConfigError, escaped
-from nbdimg.formats import DRIVERS, open_image, read_key_file, resize_image
+from nbdimg.formats import open_image, read_key_file, resize_image
 from nbdimg.formats.vhdx.driver import VhdxDriver
 from nbdimg.server.loop import run_loop
 from nbdimg.units import align_up, parse_size
@@ -23,9 +24,7 @@ def resize(
         typer.Argument(metavar="[+|-]SIZE", help="Bytes, or with K, M, G, T, P, E; with a sign, more or less of them."),
     ],
     shrink: Annotated[bool, typer.Option("--shrink", help="Lose what lies behind a smaller size.")] = False,
-    format: Annotated[
-        str | None, typer.Option(metavar="|".join(DRIVERS), help="The image's format (default: by its magic number).")
-    ] = None,
+    format: Format = None,
     key_file: Annotated[
         str | None,
         typer.Option(
@@ -33,14 +32,9 @@ def resize(
             help="The passphrase of an encrypted image, from a file; needed only where zeroes must be written.",
         ),
     ] = None,
-    allow_references: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="DIR",
-            help="Backing and data files may lie in DIR too, not only in the image's own directory; repeatable.",
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    allow_references: AllowReferences = None,
+    parent: Parent = None,
+    as_json: AsJson = False,
 ) -> None:
     """Change the size of the guest's disk; what is new reads as zeroes.
 
@@ -48,7 +42,8 @@ def resize(
     """
     key = None if key_file is None else read_key_file(key_file)
     with progress() as report:
-        found, old, new = run_loop(_resized(image, size, shrink, format, key, tuple(allow_references or ()), report))
+        roots = tuple(allow_references or ())
+        found, old, new = run_loop(_resized(image, size, shrink, format, key, roots, parent, report))
     if as_json:
         print_json(path=image, format=found, size=new, old_size=old)
     elif new == old:
@@ -64,11 +59,12 @@ async def _resized(
     format: str | None,
     key: bytes | None,
     roots: tuple[str, ...],
+    parent: str | None,
     report: ProgressReport | None,
 ) -> tuple[str, int, int]:
     """The image's format, old and new size."""
     wanted(text, 0)
-    image = await open_image(path, format=format, roots=roots, key=key, is_keyless=True)
+    image = await open_image(path, format=format, roots=roots, key=key, is_keyless=True, parent=parent)
     try:
         old = image.size
         size = wanted(text, old)

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from nbdimg.config import ServerConfig
 from nbdimg.configfile import FileConfig, Overrides, load_config
+from nbdimg.server import sandbox
+from nbdimg.server.live import Control
+from nbdimg.server.log import start_logging
 from nbdimg.server.reload import Reloader, stamp, status
 from nbdimg.server.service import Service, serving
-from nbdimg.server.systemd import Inherited, Notifier
+from nbdimg.server.systemd import Inherited, Notifier, is_for_clients
 from nbdimg.uri import NbdUri
 
 
-async def serve_images(config: ServerConfig, inherited: Sequence[Inherited]) -> int:
+async def serve_images(config: ServerConfig, inherited: Sequence[Inherited], *, is_verbose: bool) -> int:
     """Serve until SIGTERM or SIGINT; SIGHUP has the files of TLS read again. Returns the exit status.
 
     Raises: as `serving`.
     """
     stop = _StopSignals()
-    notifier = Notifier()
+    notifier = _prepare(config, None, is_verbose=is_verbose)
     try:
-        async with serving(config, inherited) as service:
+        async with _administered(config, inherited) as attach, _serving(config, inherited) as service:
+            attach(service, Control(service, None))
             if config.tls is not None:
                 asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, service.reload_tls)
             _announce(service, notifier)
@@ -35,7 +42,12 @@ async def serve_images(config: ServerConfig, inherited: Sequence[Inherited]) -> 
 
 
 async def serve_file(
-    path: str, overrides: Overrides, default_listeners: tuple[NbdUri, ...], inherited: Sequence[Inherited]
+    path: str,
+    overrides: Overrides,
+    default_listeners: tuple[NbdUri, ...],
+    inherited: Sequence[Inherited],
+    *,
+    is_verbose: bool,
 ) -> int:
     """Serve what a configuration file says, which SIGHUP has read again. Returns and raises as `serve_images`."""
 
@@ -51,11 +63,13 @@ async def serve_file(
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, is_reload_asked.set)
     seen = stamp(path)
     config = load()
-    notifier = Notifier()
+    notifier = _prepare(config.server, path, is_verbose=is_verbose)
     try:
-        async with serving(config.server, inherited) as service:
+        server = config.server
+        async with _administered(server, inherited) as attach, _serving(server, inherited) as service:
             reloader = Reloader(service, load_again, notifier, path, is_watching=config.reload == "watch", seen=seen)
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.request)
+            attach(service, Control(service, reloader))
             if is_reload_asked.is_set():
                 reloader.request()
             try:
@@ -66,6 +80,38 @@ async def serve_file(
     finally:
         notifier.close()
     return _exit_status(service)
+
+
+def _prepare(config: ServerConfig, path: str | None, *, is_verbose: bool) -> Notifier:
+    """What comes before images and threads. Each image and each client takes descriptors: as many as are allowed."""
+    start_logging(config.log_format, is_verbose=is_verbose)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    notifier = Notifier()
+    sandbox.confine(config, path)
+    return notifier
+
+
+@asynccontextmanager
+async def _administered(
+    config: ServerConfig, inherited: Sequence[Inherited]
+) -> AsyncIterator[Callable[[Service, Control], None]]:
+    """HTTP where it is asked for, until the block ends; what is yielded is given the service when it is there.
+
+    Its libraries take a third of a second to import, so a server without it does not import them.
+    """
+    for_http = [each for each in inherited if not is_for_clients(each)]
+    if config.admin is None and config.metrics_address is None and not for_http:
+        yield lambda service, control: None
+        return
+    from nbdimg.admin.listeners import admin_listening
+
+    async with admin_listening(config, for_http) as backend:
+        yield backend.attach
+
+
+def _serving(config: ServerConfig, inherited: Sequence[Inherited]) -> AbstractAsyncContextManager[Service]:
+    return serving(config, list(filter(is_for_clients, inherited)))
 
 
 class _StopSignals:
@@ -92,6 +138,9 @@ class _StopSignals:
 
 
 def _announce(service: Service, notifier: Notifier) -> None:
+    # What is there stays. With a thousand exports a full collection holds all clients up for 20 ms, again and again.
+    gc.freeze()
+    sandbox.announce()
     for uri in service.uris:
         print(uri)
     sys.stdout.flush()

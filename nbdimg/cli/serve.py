@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
 from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 
 from nbdimg.cli.running import serve_file, serve_images
-from nbdimg.config import DEFAULT_LISTENER, ExportConfig, TlsConfig
+from nbdimg.config import DEFAULT_LISTENER, LOG_FORMATS, SANDBOX_MODES, AdminConfig, ExportConfig, TlsConfig
 from nbdimg.configfile import Overrides, config_without_file
-from nbdimg.configfile.values import listener_uri
+from nbdimg.configfile.values import listener_uri, one_of, tcp_address
 from nbdimg.errors import ConfigError
 from nbdimg.formats import DRIVERS, check_format, create_image
 from nbdimg.limits import Limits
 from nbdimg.server.loop import run_loop
-from nbdimg.server.systemd import inherited_sockets
+from nbdimg.server.systemd import inherited_sockets, is_for_clients
 from nbdimg.units import MiB, parse_size
 
 DEMO_PATH = "demo.img"
@@ -70,6 +68,28 @@ def serve(
             help="Backing and data files may lie in DIR too, not only in the image's own directory; repeatable.",
         ),
     ] = None,
+    overlay: Annotated[
+        bool,
+        typer.Option(
+            "--overlay", help="Never write to the images: give each connection an overlay, thrown away when it ends."
+        ),
+    ] = False,
+    overlay_dir: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Where overlays lie while they are open.", show_default="$TMPDIR or /var/tmp"),
+    ] = None,
+    parent: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="The parent of differencing vhdx images, in place of the one they name."),
+    ] = None,
+    accept_lost_log: Annotated[
+        bool,
+        typer.Option(
+            "--accept-lost-log",
+            help="Open vhdx images whose log is in use and holds nothing valid, as if it were empty: what it held "
+            "is lost.",
+        ),
+    ] = False,
     connections_max: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Clients at once.", show_default=f"{_DEFAULTS.connections}")
     ] = None,
@@ -133,12 +153,38 @@ def serve(
     insecure_plaintext: Annotated[
         bool, typer.Option("--insecure-plaintext", help="Allow addresses that other machines reach.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log connections too.")] = False,
+    sandbox: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(SANDBOX_MODES),
+            help="Give up what serving does not need: as far as the kernel can, or not start where it cannot.",
+            show_default=SANDBOX_MODES[0],
+        ),
+    ] = None,
+    admin_socket: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Serve the HTTP API at a Unix socket that only this user may open."),
+    ] = None,
+    admin_listen: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Serve the HTTP API on TCP, for who has the token.")
+    ] = None,
+    admin_token_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The token for --admin-listen, one line.")
+    ] = None,
+    metrics_listen: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Serve metrics and health over HTTP, for everybody.")
+    ] = None,
+    log_format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(LOG_FORMATS),
+            help="Lines of the log; auto is text at a terminal, else JSON.",
+            show_default=LOG_FORMATS[0],
+        ),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what helps to find a fault, too.")] = False,
 ) -> int:
     """Export disk images over NBD until SIGTERM or SIGINT."""
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.DEBUG if verbose else logging.INFO, format="nbdimg: %(levelname)s: %(message)s"
-    )
     given = {
         "connections": connections_max,
         "handshake_timeout_s": handshake_timeout,
@@ -154,14 +200,21 @@ def serve(
         limits={name: value for name, value in given.items() if value is not None},
         allows_plaintext=insecure_plaintext or None,
         tls=_tls(tls_certificate, tls_psk_file, key=tls_key, client_ca=tls_client_ca, crl=tls_crl, **tls_choices),
+        admin=_admin(admin_socket, admin_listen, admin_token_file),
+        metrics_address=tcp_address(metrics_listen) if metrics_listen is not None else None,
+        sandbox=None if sandbox is None else one_of(*SANDBOX_MODES)(sandbox),
+        log_format=None if log_format is None else one_of(*LOG_FORMATS)(log_format),
     )
     inherited = inherited_sockets()
-    default_listeners = () if inherited else (DEFAULT_LISTENER,)
+    default_listeners = () if any(map(is_for_clients, inherited)) else (DEFAULT_LISTENER,)
     if config is not None:
-        images_own = (images, format, read_only, description, key_file, allow_references, min_block_size != "1")
+        images_own = (
+            *(images, format, read_only, description, key_file, allow_references, min_block_size != "1"),
+            *(parent, accept_lost_log, overlay, overlay_dir),
+        )
         if any(images_own):
             raise ConfigError(f"with --config images and their options stand in {config}, not on the command line")
-        return run_loop(serve_file(config, overrides, default_listeners, inherited))
+        return run_loop(serve_file(config, overrides, default_listeners, inherited, is_verbose=verbose))
     check_format(format)
     block_size_min = parse_size(min_block_size)
     exports = tuple(
@@ -173,11 +226,15 @@ def serve(
             block_size_min=block_size_min,
             key_path=key_file,
             roots=tuple(allow_references or ()),
+            parent_path=parent,
+            accepts_lost_log=accept_lost_log,
+            overlay="per-client" if overlay else None,
+            overlay_directory=overlay_dir,
         )
         for argument in images or [_demo()]
     )
     server = config_without_file(exports, overrides=overrides, default_listeners=default_listeners)
-    return run_loop(serve_images(server, inherited))
+    return run_loop(serve_images(server, inherited, is_verbose=verbose))
 
 
 def _tls(
@@ -188,6 +245,13 @@ def _tls(
         return None
     found: dict[str, Any] = choices
     return TlsConfig(certificate, key, client_ca, crl, psk, **found)
+
+
+def _admin(socket: str | None, listen: str | None, token: str | None) -> AdminConfig | None:
+    """None when no option of the API is given. Raises: ConfigError: some do not go together."""
+    if socket is None and listen is None and token is None:
+        return None
+    return AdminConfig(socket, None if listen is None else tcp_address(listen), token)
 
 
 def _export(argument: str) -> ExportConfig:

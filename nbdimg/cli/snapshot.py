@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from nbdimg.cli.opened import opened
+from nbdimg.cli.options import AsJson, KeyFile
 from nbdimg.cli.output import QUIET_S, ProgressReport, print_json, print_table, progress, shown
 from nbdimg.errors import UnsupportedFeature
 from nbdimg.formats.gate import DenyGate
@@ -26,10 +27,6 @@ _COLUMNS = ("ID", "NAME", "SIZE", "VM STATE", "DATE")
 
 Image = Annotated[str, typer.Argument(metavar="IMAGE", help="A qcow2 image that no other program has open.")]
 Wanted = Annotated[str, typer.Argument(metavar="NAME", help="The snapshot's id or name; the id is tried first.")]
-KeyFile = Annotated[
-    str | None, typer.Option("--key-file", metavar="FILE", help="The passphrase of an encrypted image, from a file.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 snapshot = typer.Typer(
     name="snapshot", help="Make, list, apply and delete the snapshots inside a qcow2 image.", no_args_is_help=True

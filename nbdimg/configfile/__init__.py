@@ -19,16 +19,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nbdimg.config import DEFAULT_LISTENER, ExportConfig, ServerConfig, TlsConfig
+from nbdimg.config import DEFAULT_LISTENER, AdminConfig, ExportConfig, ServerConfig, TcpAddress, TlsConfig
 from nbdimg.configfile.environment import from_environment
 from nbdimg.configfile.limits import limit_contradictions
-from nbdimg.configfile.lines import key_lines
-from nbdimg.configfile.mapping import RELOADS, mapped
+from nbdimg.configfile.mapping import RELOADS, mapped, mapped_export
 from nbdimg.configfile.reader import Reader
 from nbdimg.errors import ConfigError
 from nbdimg.uri import NbdUri
 
-__all__ = ["ConfigFileError", "FileConfig", "Overrides", "config_without_file", "load_config"]
+__all__ = ["ConfigFileError", "FileConfig", "Overrides", "config_without_file", "export_of", "load_config"]
 
 FILE_SIZE_MAX = 16 << 20
 """Bytes of a configuration file; more is some other file."""
@@ -51,6 +50,10 @@ class Overrides:
     limits: Mapping[str, Any] = field(default_factory=dict)
     allows_plaintext: bool | None = None
     tls: TlsConfig | None = None
+    admin: AdminConfig | None = None
+    metrics_address: TcpAddress | None = None
+    sandbox: str | None = None
+    log_format: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ def load_config(
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigFileError([_syntax_problem(name, text, error)]) from None
-    reader = Reader(name, content, key_lines(text))
+    reader = Reader(name, content, text)
     config = FileConfig(*mapped(reader))
     return _finished(reader.problems(), config, environment, overrides, default_listeners)
 
@@ -97,6 +100,21 @@ def config_without_file(
     """The configuration of exports that the command line names. Raises: ConfigFileError: the environment is wrong."""
     config = FileConfig(ServerConfig(exports, listeners=()))
     return _finished([], config, environment, overrides, default_listeners).server
+
+
+def export_of(content: object, what: str, tls: TlsConfig | None) -> ExportConfig:
+    """One export from the keys that a file's `[[exports]]` has, but with whole file names.
+
+    Args: what: names the content in problems, as a file's name does there.
+
+    Raises: ConfigFileError: a key or value is not allowed.
+    """
+    reader = Reader(what, content, None)
+    export = mapped_export(reader, tls)
+    if problems := reader.problems():
+        raise ConfigFileError(problems)
+    assert export is not None
+    return export
 
 
 def _finished(
@@ -117,7 +135,16 @@ def _finished(
     allows_plaintext = next(
         (each for each in (given.allows_plaintext, found.allows_plaintext) if each is not None), server.allows_plaintext
     )
-    server = replace(server, listeners=listeners, allows_plaintext=allows_plaintext, tls=given.tls or server.tls)
+    server = replace(
+        server,
+        listeners=listeners,
+        allows_plaintext=allows_plaintext,
+        tls=given.tls or server.tls,
+        admin=given.admin or server.admin,
+        metrics_address=given.metrics_address or server.metrics_address,
+        sandbox=given.sandbox or server.sandbox,
+        log_format=given.log_format or found.log_format or server.log_format,
+    )
     problems += limit_contradictions(server.limits)
     if problems:
         raise ConfigFileError(problems)

@@ -1,8 +1,8 @@
 """What the environment says over the file.
 
-`NBDIMG_LISTEN` (URIs, spaces between them), `NBDIMG_INSECURE_PLAINTEXT`, `NBDIMG_RELOAD`, and for each key of
-`[limits]` one as `NBDIMG_LIMIT_CONNECTIONS`. Other names that begin with NBDIMG_ are left alone: Kubernetes sets
-`NBDIMG_PORT` and the like for a service of that name.
+`NBDIMG_LISTEN` (URIs, spaces between them), `NBDIMG_INSECURE_PLAINTEXT`, `NBDIMG_RELOAD`, `NBDIMG_LOG_FORMAT`, and for
+each key of `[limits]` one as `NBDIMG_LIMIT_CONNECTIONS`. Other names that begin with NBDIMG_ are left alone: Kubernetes
+sets `NBDIMG_PORT` and the like for a service of that name.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+from nbdimg.config import LOG_FORMATS
 from nbdimg.configfile.limits import LIMIT_NAMES, LIMITS
 from nbdimg.configfile.mapping import RELOADS
 from nbdimg.configfile.values import EnvironmentText, listener_uri, one_of
@@ -28,6 +29,7 @@ class Found:
     listeners: tuple[NbdUri, ...] | None = None
     allows_plaintext: bool | None = None
     reload: str | None = None
+    log_format: str | None = None
     limits: dict[str, Any] = field(default_factory=dict)
 
 
@@ -49,6 +51,8 @@ def _take(found: Found, name: str, value: EnvironmentText) -> None:
         found.allows_plaintext = one_of("true", "false")(value) == "true"
     elif name == "NBDIMG_RELOAD":
         found.reload = one_of(*RELOADS)(value)
+    elif name == "NBDIMG_LOG_FORMAT":
+        found.log_format = one_of(*LOG_FORMATS)(value)
     elif name.startswith(LIMIT_PREFIX):
         key = name.removeprefix(LIMIT_PREFIX).lower()
         if key not in LIMITS:

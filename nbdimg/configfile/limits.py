@@ -8,7 +8,7 @@ from typing import Any
 from nbdimg.configfile.values import Parse, count, seconds, size_in_bytes
 from nbdimg.export.export import BLOCK_SIZE_MIN_MAX
 from nbdimg.limits import OPTION_SIZE_MAX, Limits
-from nbdimg.units import GiB, KiB
+from nbdimg.units import GiB, KiB, MiB
 
 _TIMEOUT_MIN_S = 0.1
 
@@ -28,6 +28,8 @@ LIMITS: dict[str, Parse[Any]] = {
     "output_bytes": size_in_bytes(64 * KiB),
     "turn_requests": count(1, 1 << 16),
     "turn_bytes": size_in_bytes(64 * KiB),
+    "overlays": count(1, 1 << 20),
+    "overlay_size": size_in_bytes(MiB),
 }
 """The keys of `[limits]`: those of `Limits`, without the unit that a file's value has anyway."""
 

@@ -6,7 +6,16 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from nbdimg.config import AccessRule, ExportConfig, ServerConfig, TlsConfig
+from nbdimg.config import (
+    LOG_FORMATS,
+    SANDBOX_MODES,
+    AccessRule,
+    AdminConfig,
+    ExportConfig,
+    ServerConfig,
+    TcpAddress,
+    TlsConfig,
+)
 from nbdimg.configfile.limits import LIMIT_NAMES, LIMITS
 from nbdimg.configfile.reader import Reader, Table
 from nbdimg.configfile.values import (
@@ -20,6 +29,7 @@ from nbdimg.configfile.values import (
     one_of,
     path_in,
     string,
+    tcp_address,
     wire_string,
 )
 from nbdimg.errors import ConfigError, escaped
@@ -31,12 +41,18 @@ from nbdimg.uri import NbdUri
 RELOADS = ("signal", "watch")
 """When a file is read again: at SIGHUP alone, or also when it has changed."""
 
-TOP_KEYS = ("listen", "insecure_plaintext", "reload", "limits", "tls", "exports")
+TOP_KEYS = (
+    *("listen", "insecure_plaintext", "reload", "log_format", "sandbox"),
+    *("limits", "tls", "admin", "metrics", "exports"),
+)
 TLS_KEYS = ("certificate_file", "key_file", "client_ca_file", "crl_file", "psk_file", "mode", "min_version")
 EXPORT_KEYS = (
     *("name", "path", "format", "read_only", "description", "min_block_size", "key_file", "allow_references"),
-    *("tls", "access"),
+    *("tls", "access", "overlay", "overlay_dir", "parent", "accept_lost_log"),
 )
+OVERLAY_MODES = ("per-client", "kept")
+ADMIN_KEYS = ("socket", "listen", "token_file")
+METRICS_KEYS = ("listen",)
 ACCESS_KEYS = ("identities", "networks", "uids", "gids", "read_only")
 
 
@@ -57,6 +73,10 @@ def mapped(reader: Reader) -> tuple[ServerConfig, str]:
         limits=_limits(top.table("limits", tuple(LIMITS))),
         allows_plaintext=top.get("insecure_plaintext", boolean, False),
         tls=tls,
+        sandbox=top.get("sandbox", one_of(*SANDBOX_MODES), SANDBOX_MODES[0]),
+        admin=_admin(top.table("admin", ADMIN_KEYS)) if "admin" in top else None,
+        metrics_address=_metrics(top.table("metrics", METRICS_KEYS)) if "metrics" in top else None,
+        log_format=top.get("log_format", one_of(*LOG_FORMATS), LOG_FORMATS[0]),
     )
     return config, top.get("reload", one_of(*RELOADS), RELOADS[0])
 
@@ -92,27 +112,62 @@ def _tls(table: Table) -> TlsConfig | None:
         return None
 
 
+def _admin(table: Table) -> AdminConfig | None:
+    values: dict[str, Any] = {
+        "socket_path": table.path("socket"),
+        "address": table.get("listen", tcp_address, None),
+        "token_path": table.path("token_file"),
+    }
+    try:
+        return AdminConfig(**values)
+    except ConfigError as error:
+        table.report(str(error))
+        return None
+
+
+def _metrics(table: Table) -> TcpAddress | None:
+    if "listen" not in table:
+        table.report("listen is missing, expected HOST:PORT")
+    return table.get("listen", tcp_address, None)
+
+
 def _exports(top: Table, directory: str, tls: TlsConfig | None) -> tuple[ExportConfig, ...]:
     """Each with a name. Names and writers are compared here, where lines are known."""
     exports: list[ExportConfig] = []
-    lines: list[int] = []
+    names: dict[str | None, Table] = {}
+    paths: dict[str, list[tuple[ExportConfig, Table]]] = {}
     for table in top.tables("exports", EXPORT_KEYS):
         export = _export(table, directory)
         if export is None:
             continue
-        for earlier, line in zip(exports, lines, strict=True):
-            if earlier.name == export.name:
-                table.report(f"the name {escaped(export.name or '')} is taken by the export in line {line}", "name")
-            if earlier.path == export.path and not (earlier.is_read_only and export.is_read_only):
+        if export.name in names:
+            line = names[export.name].line()
+            table.report(f"the name {escaped(export.name or '')} is taken by the export in line {line}", "name")
+        for earlier, other in paths.get(export.path, ()):
+            if not (earlier.only_reads_image and export.only_reads_image):
+                line = other.line()
                 table.report(
                     f"{escaped(export.path)} is exported in line {line} already, expected read_only = true in both",
                     "path",
                 )
-        if "tls" in table and (tls.mode != "selective" if tls else "tls" not in top):
-            table.report('this has a meaning only with tls.mode = "selective"', "tls")
+        if tls is not None or "tls" not in top:
+            _check_tls(table, tls)
         exports.append(export)
-        lines.append(table.line())
+        names.setdefault(export.name, table)
+        paths.setdefault(export.path, []).append((export, table))
     return tuple(exports)
+
+
+def mapped_export(reader: Reader, tls: TlsConfig | None) -> ExportConfig | None:
+    """One export that is all of what was read; None: without a sound path. Problems are in `reader`."""
+    table = reader.table((), reader.content, EXPORT_KEYS)
+    _check_tls(table, tls)
+    return _export(table, reader.directory)
+
+
+def _check_tls(table: Table, tls: TlsConfig | None) -> None:
+    if "tls" in table and (tls is None or tls.mode != "selective"):
+        table.report('this has a meaning only with tls.mode = "selective"', "tls")
 
 
 def _export(table: Table, directory: str) -> ExportConfig | None:
@@ -121,7 +176,7 @@ def _export(table: Table, directory: str) -> ExportConfig | None:
         if "path" not in table:
             table.report("path is missing, expected the name of an image")
         return None
-    return ExportConfig(
+    config = ExportConfig(
         path=path,
         name=table.get("name", export_name, default_name(path, ())),
         format=table.get("format", one_of(*DRIVERS), None),
@@ -132,7 +187,18 @@ def _export(table: Table, directory: str) -> ExportConfig | None:
         roots=table.get("allow_references", list_of(path_in(directory)), ()),
         access=tuple(_access(each) for each in table.tables("access", ACCESS_KEYS)),
         is_tls_only=table.get("tls", boolean, True),
+        parent_path=table.path("parent"),
+        accepts_lost_log=table.get("accept_lost_log", boolean, False),
     )
+    overlays: dict[str, Any] = {
+        "overlay": table.get("overlay", one_of(*OVERLAY_MODES), None),
+        "overlay_directory": table.path("overlay_dir"),
+    }
+    try:
+        return replace(config, **overlays)
+    except ConfigError as error:
+        table.report(str(error), "overlay" if "overlay" in table else "overlay_dir")
+        return config
 
 
 def _access(table: Table) -> AccessRule:

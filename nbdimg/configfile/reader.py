@@ -6,38 +6,50 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any
 
-from nbdimg.configfile.lines import KeyPath
+from nbdimg.configfile.lines import KeyPath, key_lines
 from nbdimg.configfile.values import ElementError, Parse, T, path_in, shown
 from nbdimg.errors import ConfigError, escaped
 
 _SECRET = re.compile(r"pass(word|phrase|wd)?|secret|token|credential|(^|_)(psk|key|private)($|_)|pem$")
-SECRET_KEYS = "tls.key_file, tls.psk_file or an export's key_file"
+SECRET_KEYS = "tls.key_file, tls.psk_file, admin.token_file or an export's key_file"
 
 
 class Reader:
-    """A parsed file, and the problems found in it so far."""
+    """A parsed file, and the problems found in it so far.
 
-    def __init__(self, name: str, content: dict[str, Any], lines: Mapping[KeyPath, int]) -> None:
+    Args:
+        text: the file's. None: what was parsed is not a file, has no lines to tell, and `name` says what it is; the
+            names of files in it must be whole.
+    """
+
+    def __init__(self, name: str, content: object, text: str | None) -> None:
         self.name = name
-        self.directory = os.path.dirname(os.path.abspath(name))
+        self.directory = os.path.dirname(os.path.abspath(name)) if text is not None else ""
         self.content = content
         self._problems: list[tuple[int, str]] = []
-        self._lines = lines
+        self._text = text
+
+    @cached_property
+    def _lines(self) -> Mapping[KeyPath, int]:
+        """Only of a file with problems: to find them takes longer than all the rest."""
+        return {} if self._text is None else key_lines(self._text)
 
     def report(self, path: KeyPath, message: str) -> None:
         line = self.line_of(path)
         key = "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in path).removeprefix(".")
         key = key if key.isprintable() else escaped(key)
-        self._problems.append((line, f"{self.name}:{line}: {key}: {message}"))
+        where = self.name if self._text is None else f"{self.name}:{line}"
+        self._problems.append((line, f"{where}: {key}: {message}" if key else f"{where}: {message}"))
 
     def problems(self) -> list[str]:
         """In the order of lines."""
         return [text for _, text in sorted(self._problems, key=lambda problem: problem[0])]
 
     def line_of(self, path: KeyPath) -> int:
-        """Of the key, or of the innermost one around it that has a line."""
+        """Of the key, or of the innermost one around it that has a line; 1 where there are none."""
         while path and path not in self._lines:
             path = path[:-1]
         return self._lines.get(path, 1)

@@ -11,11 +11,14 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from nbdimg.config import TcpAddress
 from nbdimg.errors import ConfigError, escaped
 from nbdimg.export.export import BLOCK_SIZE_MIN_MAX
 from nbdimg.units import is_power_of_two, parse_size
 from nbdimg.uri import NbdUri
 from nbdimg.wire.constants import STRING_MAX
+
+PORT_MAX = 65535
 
 T = TypeVar("T")
 Parse = Callable[[object], T]
@@ -142,13 +145,29 @@ def listener_uri(value: object) -> NbdUri:
     return uri
 
 
+def tcp_address(value: object) -> TcpAddress:
+    """`HOST:PORT`; a host with colons stands in brackets."""
+    text = string(value)
+    host, _, port = text.rpartition(":")
+    is_bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if is_bracketed else host
+    is_number = port.isascii() and port.isdecimal() and int(port[:6]) <= PORT_MAX
+    if not host or not is_number or (":" in host) != is_bracketed or not host.isprintable() or "/" in host:
+        raise ConfigError(f'{shown(text)} is not allowed, expected HOST:PORT, as "127.0.0.1:9808" or "[::1]:9808"')
+    return TcpAddress(host, int(port))
+
+
 def path_in(directory: str) -> Parse[str]:
+    """Args: directory: where relative names are meant from; empty: they are not allowed."""
+
     def parse(value: object) -> str:
         path = string(value)
         if "-----BEGIN" in path or "\n" in path:
             raise ConfigError("this is the content of a file, expected the name of one")
         if not path or "\0" in path:
             raise ConfigError(f"{escaped(path)} is not allowed, expected the name of a file")
+        if not directory and not os.path.isabs(path):
+            raise ConfigError(f"{escaped(path)} is not allowed, expected the whole name of a file, from / on")
         return os.path.join(directory, path)
 
     return parse

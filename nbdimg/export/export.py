@@ -11,15 +11,21 @@ that overlaps an unfinished change waits for it, and what completes inside `subm
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from time import perf_counter
+from typing import Any, Protocol, TypeVar
 
 from nbdimg import limits
 from nbdimg.errors import ConfigError, escaped
 from nbdimg.export.inflight import Entry, InFlight
+from nbdimg.export.meter import Meter
 from nbdimg.export.status import STATUS_FLAGS, Pairs, dirty_pairs, status_pairs
+from nbdimg.export.validate import check_end
 from nbdimg.image.driver import Extent
 from nbdimg.image.image import Image, Segment
+from nbdimg.limits import Limits
 from nbdimg.units import align_down, align_up, is_power_of_two
 from nbdimg.wire.constants import (
     ALLOCATION_DEPTH,
@@ -41,6 +47,8 @@ Status = list[tuple[int, Pairs]]
 SECTOR_SIZE = 512
 BLOCK_SIZE_MIN_MAX = 64 * 1024
 PREFERRED_SIZE = 4096
+RANGE_MAX = 1 << 64
+"""Behind every byte that a request can name."""
 BITMAP_CONTEXTS_MAX = 1024
 """Dirty bitmaps of one image that clients may ask for: with the longest names, a list of them takes 1 MiB."""
 
@@ -57,8 +65,33 @@ _READ_FLAGS = (
 _WRITE_FLAGS = TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
 
 
+class Overlays(Protocol):
+    """What gives clients exports of their own, in place of the one that they ask for and that all of these lie over."""
+
+    is_kept: bool
+    """Whether each has a name, by which it is found again and shared; else each is for one connection alone."""
+    size: int
+    """Bytes of a new one."""
+
+    async def attach(self, name: str | None, limits: Limits, *, may_make: bool) -> Export:
+        """The overlay `name` (None: a new one without), until `detach`. Without `may_make` it must be there.
+
+        Raises: OptionError: for the client to read. ImageError, OSError: for the operator.
+        """
+        ...
+
+    async def detach(self, export: Export) -> None:
+        """One client fewer has it; what that one has begun is waited for."""
+        ...
+
+    async def close(self) -> None:
+        """Wait until all have been given back."""
+        ...
+
+
 class Export:
     """Args: name: non-empty. block_size_min: a power of two to 64 KiB; clients that negotiate it must obey it.
+    snapshot_id: of the internal snapshot that the image is; None: it is no snapshot.
 
     Raises: ConfigError: a name, description or block size that the protocol does not allow.
     """
@@ -71,7 +104,7 @@ class Export:
         description: str = "",
         block_size_min: int = 1,
         payload_max: int,
-        is_snapshot: bool = False,
+        snapshot_id: str | None = None,
     ) -> None:
         if not name or not _fits_the_wire(name):
             raise ConfigError(f"export name {escaped(name)}: expected 1 to {STRING_MAX} bytes of UTF-8 without NUL")
@@ -82,9 +115,15 @@ class Export:
                 f"the minimum block size is {block_size_min}, expected a power of two from 1 to {BLOCK_SIZE_MIN_MAX}"
             )
         self.name = name
-        self.is_snapshot = is_snapshot
+        self.snapshot_id = snapshot_id
         self.image = image
         self.inflight = InFlight()
+        self.meter = Meter()
+        self._standstill_end: asyncio.Event | None = None
+        """Of the standstill that has begun, or waits to begin."""
+        self._beside_count = 0
+        self._is_quiet = asyncio.Event()
+        """Set when nothing runs beside the queue any more."""
         flags = _READ_FLAGS | (_WRITE_FLAGS if image.is_writable else TransmissionFlag.READ_ONLY)
         self.info = ExportInfo(
             name=name,
@@ -96,9 +135,36 @@ class Export:
             payload_max=payload_max,
             contexts=(BASE_ALLOCATION, ALLOCATION_DEPTH, *_bitmap_contexts(image)),
         )
+        self.overlays: Overlays | None = None
+
+    def lend(self, overlays: Overlays) -> None:
+        """Give clients overlays of this export, from the first one on."""
+        self.overlays = overlays
+        is_shared = TransmissionFlag.CAN_MULTI_CONN if overlays.is_kept else TransmissionFlag(0)
+        self.info = replace(
+            self.info,
+            size=align_down(overlays.size, self.info.block_size_min),
+            flags=(_READ_FLAGS & ~TransmissionFlag.CAN_MULTI_CONN) | _WRITE_FLAGS | is_shared,
+            contexts=(BASE_ALLOCATION, ALLOCATION_DEPTH),
+            is_made_on_entry=True,
+        )
+
+    @property
+    def keeps_overlays(self) -> bool:
+        """Whether clients must say which overlay is theirs."""
+        return self.overlays is not None and self.overlays.is_kept
+
+    @property
+    def is_snapshot(self) -> bool:
+        return self.snapshot_id is not None
 
     def try_read(self, offset: int, stop: int, view: memoryview) -> int:
-        """As `Image.try_read`; 0 also when an unfinished change overlaps the range."""
+        """As `Image.try_read`; 0 also when an unfinished change overlaps the range.
+
+        Raises: RequestError: EINVAL, the export has become smaller since the request was checked.
+        """
+        if stop > self.info.size:
+            self._check_end(Command.READ, offset, stop - offset)
         if self.inflight.count and self.inflight.conflicts(offset, stop, is_exclusive=False):
             return 0
         return self.image.try_read(offset, stop, view)
@@ -106,7 +172,7 @@ class Export:
     def read(self, offset: int, view: memoryview) -> Work[list[Segment]]:
         """As `Image.read`, waiting for storage and for older overlapping changes."""
         entry = self.inflight.enter(offset, offset + len(view), is_exclusive=False)
-        return self._ordered(entry, lambda: self.image.read(offset, view))
+        return self._checked(entry, Command.READ, offset, len(view), lambda: self.image.read(offset, view))
 
     def submit(self, request: Request, contexts: dict[int, str] | None = None) -> Work[Status | None] | None:
         """Carry out any checked request but READ and DISC. None: it is done.
@@ -120,15 +186,15 @@ class Export:
             assert payload is not None
             if payload and (self._is_blocked(request) or not self.image.try_write(request.offset, payload)):
                 return self._submit_write(request)
-            return self.image.flush() if request.flags & _FUA else None
+            return self._flush() if request.flags & _FUA else None
         if request.command == Command.FLUSH:
-            return None if self.image.gate.is_clean else self.image.flush()
+            return None if self.image.gate.is_clean else self._flush()
         if request.length == 0:
-            return self.image.flush() if request.flags & _FUA else None
+            return self._flush() if request.flags & _FUA else None
         if request.command == Command.BLOCK_STATUS:
             return self._submit_block_status(request, contexts or {})
         if request.command == Command.CACHE:
-            return self.image.prefetch(request.offset, request.length)
+            return self._submit_cache(request)
         return self._submit_unmap(request)
 
     def _is_blocked(self, request: Request) -> bool:
@@ -171,12 +237,23 @@ class Export:
 
     def _change(self, request: Request, span: tuple[int, int], change: Callable[[], Awaitable[None]]) -> Work[None]:
         """Enter exclusively; with FUA the reply waits for the flush gate, the queue does not."""
-        work = self._ordered(self.inflight.enter(*span, is_exclusive=True), change)
+        entry = self.inflight.enter(*span, is_exclusive=True)
+        work = self._checked(entry, request.command, request.offset, request.length, change)
         return self._then_flush(work) if request.flags & _FUA else work
 
     async def _then_flush(self, work: Work[None]) -> None:
         await work
-        await self.image.flush()
+        await self._flush()
+
+    def _flush(self) -> Work[None]:
+        return self._beside(self.image.flush)
+
+    def _submit_cache(self, request: Request) -> Work[None]:
+        async def prefetch() -> None:
+            self._check_end(request.command, request.offset, request.length)
+            await self.image.prefetch(request.offset, request.length)
+
+        return self._beside(prefetch)
 
     def _submit_block_status(self, request: Request, contexts: dict[int, str]) -> Work[Status]:
         selected = contexts
@@ -201,25 +278,77 @@ class Export:
                 answers.append((context_id, pairs[:1] if request.flags & CommandFlag.REQ_ONE else pairs))
             return answers
 
-        return self._ordered(entry, status)
+        return self._checked(entry, request.command, offset, length, status)
 
     def _sectors(self, offset: int, length: int) -> tuple[int, int]:
         return align_down(offset, SECTOR_SIZE), align_up(offset + length, SECTOR_SIZE)
 
-    async def _ordered(self, entry: Entry, work: Callable[[], Awaitable[T]]) -> T:
-        """Run when every older overlapping request has left."""
+    def _check_end(self, command: int, offset: int, length: int) -> None:
+        """Raises: RequestError: the export has become smaller since the request was checked."""
+        refusal = check_end(command, offset, length, self.info.size)
+        if refusal is not None:
+            raise refusal
+
+    async def _checked(
+        self, entry: Entry, command: int, offset: int, length: int, work: Callable[[], Awaitable[T]]
+    ) -> T:
+        """Run when every older overlapping request has left, if the range is still there."""
         try:
             if not entry.is_ready:
-                ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-                entry.on_ready = lambda: ready.set_result(None)
-                await ready
+                started_s = perf_counter()
+                await _until_ready(entry)
+                self.meter.waits.add(perf_counter() - started_s)
+            self._check_end(command, offset, length)
             return await work()
         finally:
             self.inflight.leave(entry)
 
+    async def _beside(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Run what has no place in the queue, and waits for nothing but the end of a standstill."""
+        while self._standstill_end is not None:
+            await self._standstill_end.wait()
+        self._beside_count += 1
+        try:
+            await work()
+        finally:
+            self._beside_count -= 1
+            if not self._beside_count:
+                self._is_quiet.set()
+
+    @asynccontextmanager
+    async def standstill(self) -> AsyncIterator[None]:
+        """Within it no request is in flight and no flush runs; those that come wait. One at a time.
+
+        Afterwards the export's size is the image's. Must not be cancelled while it waits.
+        """
+        assert self._standstill_end is None
+        end = self._standstill_end = asyncio.Event()
+        entry = self.inflight.enter(0, RANGE_MAX, is_exclusive=True)
+        try:
+            await _until_ready(entry)
+            while self._beside_count:
+                self._is_quiet.clear()
+                await self._is_quiet.wait()
+            yield
+        finally:
+            self.info = replace(self.info, size=align_down(self.image.size, self.info.block_size_min))
+            self._standstill_end = None
+            self.inflight.leave(entry)
+            end.set()
+
     async def close(self) -> None:
         """Flush and close the image. No request may be in flight. Raises: ImageFailed."""
+        if self.overlays is not None:
+            await self.overlays.close()
         await self.image.close()
+
+
+async def _until_ready(entry: Entry) -> None:
+    """Until every older overlapping request has left."""
+    if not entry.is_ready:
+        ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry.on_ready = lambda: ready.set_result(None)
+        await ready
 
 
 def _bitmap_contexts(image: Image) -> list[str]:
@@ -234,7 +363,7 @@ def _fits_the_wire(text: str) -> bool:
         return False
 
 
-def default_name(path: str, taken: Sequence[str]) -> str:
+def default_name(path: str, taken: Container[str]) -> str:
     """An export's name from its image's path: the stem, made unique."""
     stem = path.rstrip("/").rpartition("/")[2]
     stem = stem.partition(".")[0] or stem

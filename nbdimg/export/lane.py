@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from nbdimg.errors import NbdimgError
 from nbdimg.export.export import Export
+from nbdimg.export.meter import Tally
 from nbdimg.limits import ARENA_SIZE, PIECE_SIZE
 from nbdimg.wire.constants import Command, CommandFlag, TransmissionFlag
 from nbdimg.wire.handshake import Session
@@ -53,19 +54,20 @@ class Lane:
     Args:
         arena, arena_view: the reply buffer.
         replies: the session's dialect.
+        tally: is told what each run did.
     """
 
     def __init__(
-        self, session: Session, export: Export, replies: Replies, arena: bytearray, arena_view: memoryview
+        self, session: Session, export: Export, replies: Replies, tally: Tally, arena: bytearray, arena_view: memoryview
     ) -> None:
         self._export = export
+        self._tally = tally
         self._image = export.image
         self._replies = replies
         self._arena = arena
         self._arena_view = arena_view
         self._plain_write = int(CommandFlag.PAYLOAD_LEN) if session.is_extended else 0
         self._length_max = min(PIECE_SIZE, session.export.payload_max)
-        self._size = session.export.size
         self._is_read_only = bool(session.flags & TransmissionFlag.READ_ONLY)
         self._is_open = not (session.obeys_block_size and session.export.block_size_min > 1)
 
@@ -78,11 +80,12 @@ class Lane:
         if not self._is_open or self._export.inflight.count:
             return Run(fill, 0)
         scratch, position, end = receiver.window()
+        position_before, fill_before = position, fill
         header_size, magic_expected, unpack = receiver.header_size, receiver.magic, receiver.unpack
         arena, arena_view = self._arena, self._arena_view
         put_read, put_done = self._replies.put_read, self._replies.put_done
         data_header_size, done_size = self._replies.data_header_size, self._replies.done_size
-        image, size, plain_write, length_max = self._image, self._size, self._plain_write, self._length_max
+        image, size, plain_write, length_max = self._image, self._export.info.size, self._plain_write, self._length_max
         read_start = read_stop = read_shift = write_start = write_stop = write_shift = 0
         count = write_count = 0
         is_cold = False
@@ -140,6 +143,9 @@ class Lane:
                 count += 1
         except (OSError, NbdimgError) as error:
             failure = Request(command, flags, cookie, offset, length), error
+        if count:
+            self._tally.ran(count, write_count, position - position_before, fill - fill_before)
+        if failure is not None:
             position = body + length if command == _WRITE else body
             write_count += command == _WRITE
         if write_count:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from nbdimg.errors import ConfigError
+from nbdimg.errors import ConfigError, escaped
 from nbdimg.export.access import Client, Right, Rule, right_of
 from nbdimg.export.export import Export
+from nbdimg.export.overlays import is_overlay_name, proven_name
 from nbdimg.wire.constants import TransmissionFlag
 from nbdimg.wire.handshake import ExportInfo
 
@@ -34,6 +36,10 @@ class Registry:
 
     def __iter__(self) -> Iterator[Export]:
         return iter(list(self._exports.values()))
+
+    def __contains__(self, name: str) -> bool:
+        """Whether an export has exactly this name."""
+        return name in self._exports
 
     def add(self, export: Export, terms: Terms | None = None) -> None:
         """Raises: ConfigError: the name is taken."""
@@ -67,15 +73,23 @@ class Registry:
         self._terms[self._exports[name].name] = terms
 
 
+class Wanted(NamedTuple):
+    """What a name means for one client: an export and, where that keeps overlays, which. `name` is the whole of it."""
+
+    export: Export
+    name: str
+    overlay: str | None = None
+
+
 class View:
     """The directory that one client sees. `client` is replaced when TLS has told who it is.
 
-    Args: on_refused: called with an export that was asked for and is hidden from the client.
+    Args: on_refused: called with an export that was asked for and is hidden from the client, and the reason.
     """
 
     __slots__ = ("_on_refused", "_registry", "client", "is_shutting_down")
 
-    def __init__(self, registry: Registry, client: Client, on_refused: Callable[[Export], None]) -> None:
+    def __init__(self, registry: Registry, client: Client, on_refused: Callable[[Export, str], None]) -> None:
         self.client = client
         self.is_shutting_down = registry.is_shutting_down
         self._registry = registry
@@ -83,25 +97,52 @@ class View:
 
     def find(self, name: str) -> ExportInfo | None:
         """None for an export that is not there, and likewise for one that the client has no right to."""
-        export = self._registry.lookup(name, lambda export: self._right(export) is not Right.NONE)
-        if export is not None:
-            return self._info(export)
-        hidden = self._registry.lookup(name)
-        if hidden is not None:
-            self._on_refused(hidden)
-        return None
+        wanted = self.resolve(name)
+        return None if wanted is None else self._info(wanted.export, wanted.name)
+
+    def resolve(self, name: str) -> Wanted | None:
+        """What `name` means; None as from `find`. A name of which an export has the whole means that export."""
+        export = self._lookup(name)
+        if export is None:
+            base, at, overlay = name.rpartition("@")
+            export = self._lookup(base) if at and is_overlay_name(overlay) else None
+            if export is None or not export.keeps_overlays:
+                return None
+            return Wanted(export, f"{export.name}@{overlay}", overlay)
+        if not export.keeps_overlays:
+            return Wanted(export, export.name)
+        proven = proven_name(self.client.identities)
+        if proven is None:
+            name = escaped(export.name + "@NAME")
+            self._on_refused(export, f"its overlays have names: ask for {name}, or show a certificate")
+            return None
+        return Wanted(export, export.name, proven)
+
+    def _lookup(self, name: str) -> Export | None:
+        export = self._registry.lookup(name, lambda export: self.right(export) is not Right.NONE)
+        if export is None:
+            hidden = self._registry.lookup(name)
+            if hidden is not None:
+                self._on_refused(hidden, "access is not allowed")
+        return export
 
     def listed(self) -> Sequence[ExportInfo]:
-        return [self._info(export) for export in self._registry if self._right(export) is not Right.NONE]
+        """Overlays that are kept are nobody's business but of who asks for them."""
+        has_own = proven_name(self.client.identities) is not None
+        return [
+            self._info(export, export.name)
+            for export in self._registry
+            if self.right(export) is not Right.NONE and (has_own or not export.keeps_overlays)
+        ]
 
-    def _right(self, export: Export) -> Right:
+    def right(self, export: Export) -> Right:
         return right_of(self.client, self._registry.terms(export.name).rules)
 
-    def _info(self, export: Export) -> ExportInfo:
+    def _info(self, export: Export, name: str) -> ExportInfo:
         """The export as this client sees it."""
         info = export.info
         is_tls_only = self._registry.terms(export.name).is_tls_only
-        if self._right(export) is Right.READ:
-            flags = (info.flags & ~_CHANGE_FLAGS) | TransmissionFlag.READ_ONLY
-            return replace(info, flags=flags, is_tls_only=is_tls_only)
-        return replace(info, is_tls_only=is_tls_only)
+        flags = info.flags
+        if self.right(export) is Right.READ:
+            flags = (flags & ~_CHANGE_FLAGS) | TransmissionFlag.READ_ONLY
+        return replace(info, name=name, flags=flags, is_tls_only=is_tls_only)

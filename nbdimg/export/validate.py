@@ -17,6 +17,8 @@ Spec: proto.md "Request types", "Command flags", "Error values", "Block size con
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
+from functools import cache
 
 from nbdimg.errors import RequestError
 from nbdimg.wire.constants import Command, CommandFlag, TransmissionFlag
@@ -30,8 +32,9 @@ _CHANGES = frozenset({int(Command.WRITE), int(Command.TRIM), int(Command.WRITE_Z
 _GROWS = frozenset({int(Command.WRITE), int(Command.WRITE_ZEROES)})
 
 
-def _allowed_flags(session: Session) -> dict[int, int]:
-    flags = session.flags
+@cache
+def _refused_flags(flags: TransmissionFlag, has_contexts: bool) -> Mapping[int, int]:
+    """For each command that a session of these flags may send, those that it must not carry."""
     fua = CommandFlag.FUA if flags & TransmissionFlag.SEND_FUA else CommandFlag(0)
     table = {Command.READ: fua, Command.WRITE: fua}
     if flags & TransmissionFlag.SEND_DF:
@@ -46,11 +49,19 @@ def _allowed_flags(session: Session) -> dict[int, int]:
         table[Command.WRITE_ZEROES] = fua | CommandFlag.NO_HOLE
         if flags & TransmissionFlag.SEND_FAST_ZERO:
             table[Command.WRITE_ZEROES] |= CommandFlag.FAST_ZERO
-    if session.contexts:
+    if has_contexts:
         table[Command.BLOCK_STATUS] = fua | CommandFlag.REQ_ONE
         if flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD:
             table[Command.BLOCK_STATUS] |= CommandFlag.PAYLOAD_LEN
-    return {int(command): int(allowed) for command, allowed in table.items()}
+    return {int(command): ~int(allowed) for command, allowed in table.items()}
+
+
+def check_end(command: int, offset: int, length: int, size: int) -> RequestError | None:
+    """Why a request reaches behind the end of an export of `size` bytes; None: it does not."""
+    if offset + length <= size:
+        return None
+    number = errno.ENOSPC if command in _GROWS else errno.EINVAL
+    return RequestError(number, f"bytes {offset} to {offset + length} are beyond the end at {size}")
 
 
 class Rules:
@@ -58,15 +69,14 @@ class Rules:
 
     def __init__(self, session: Session) -> None:
         export = session.export
-        self._refused = {command: ~allowed for command, allowed in _allowed_flags(session).items()}
+        self._refused = _refused_flags(session.flags, bool(session.contexts))
         self._is_read_only = bool(session.flags & TransmissionFlag.READ_ONLY)
-        self._size = export.size
         self._payload_max = export.payload_max
         self._alignment = export.block_size_min if session.obeys_block_size else 1
         self._contexts = session.contexts
 
-    def check(self, request: Request) -> RequestError | None:
-        """Why a request is refused; None: it may be submitted."""
+    def check(self, request: Request, size: int) -> RequestError | None:
+        """Why a request is refused; None: it may be submitted. `size`: the export's now, which may change."""
         if request.fault is not None:
             return RequestError(errno.EINVAL, request.fault)
         command = request.command
@@ -84,11 +94,8 @@ class Rules:
         length = request.length
         if command == _READ and length > self._payload_max:
             return RequestError(errno.EINVAL, f"read of {length} bytes, allowed {self._payload_max}")
-        if request.offset + length > self._size:
-            number = errno.ENOSPC if command in _GROWS else errno.EINVAL
-            return RequestError(
-                number, f"bytes {request.offset} to {request.offset + length} are beyond the end at {self._size}"
-            )
+        if request.offset + length > size:
+            return check_end(command, request.offset, length, size)
         alignment = self._alignment
         if alignment > 1 and (request.offset % alignment or length % alignment):
             return RequestError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from nbdimg.errors import ConfigError, ImageError, ImageLocked, UnsupportedFeature
 from nbdimg.formats import raw
@@ -14,16 +14,19 @@ from nbdimg.formats.probe import HEAD_SIZE, planted, probe
 from nbdimg.formats.qcow2 import open as qcow2
 from nbdimg.formats.qcow2.create import create as qcow2_create
 from nbdimg.formats.qcow2.crypt import read_key_file
+from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.resize import resize as qcow2_resize
-from nbdimg.formats.qcow2.snapshots import load_snapshots
+from nbdimg.formats.qcow2.snapshots import labels, load_snapshots
 from nbdimg.formats.vhdx import open as vhdx
 from nbdimg.formats.vhdx.create import create as vhdx_create
 from nbdimg.formats.vhdx.resize import resize as vhdx_resize
-from nbdimg.image.gate import OpenGate, Reference
+from nbdimg.image.gate import Reference
 from nbdimg.image.image import HeadGuard, Image
-from nbdimg.storage.file import BlockFile
+from nbdimg.storage.file import BlockFile, fetch
 from nbdimg.storage.locks import lock_image
 from nbdimg.storage.posix import PosixFile
+
+F = TypeVar("F", bound=BlockFile)
 
 DRIVERS: dict[str, Callable[[BlockFile, OpenOptions], Awaitable[Opened]]] = {
     "raw": raw.open_driver,
@@ -53,12 +56,13 @@ __all__ = [
     "DRIVERS",
     "check_format",
     "create_image",
+    "first_that_opens",
     "open_file",
     "open_image",
     "probed_format",
     "read_key_file",
     "resize_image",
-    "snapshot_names",
+    "snapshot_labels",
 ]
 
 
@@ -78,16 +82,20 @@ async def open_image(
     key: bytes | None = None,
     snapshot: str | None = None,
     is_keyless: bool = False,
+    parent: str | os.PathLike[str] | None = None,
+    accepts_lost_log: bool = False,
 ) -> Image:
     """Open an image and its chain, locked against other users unless `lock` is False.
 
     Without `format` the file's magic decides; a file without one is raw, and then a write that would plant a magic
     is refused. What the image refers to lies beneath its own directory or one of `roots`. `key` opens an encrypted
     image; `snapshot` is the id or name of an internal one, read-only. With `is_keyless` it opens without a key, for
-    those who do not touch the guest's data.
+    those who do not touch the guest's data. `parent` is the file to take as the parent of a differencing vhdx image,
+    which may lie anywhere; `accepts_lost_log` opens vhdx images whose log is lost, see `vhdx.log.load_active`.
 
     Raises:
-        ConfigError: `format` has no driver; the key or the snapshot does not fit.
+        ConfigError: `format` has no driver; the key or the snapshot does not fit; a parent is given to an image
+            without one.
         ImageLocked: another process uses the image.
         ImageError: it cannot be opened for what it is or refers to.
         OSError: the file cannot be opened or read.
@@ -102,7 +110,15 @@ async def open_image(
             format = await probed_format(file)
             guard = HeadGuard(HEAD_SIZE, planted) if format == "raw" and writable else None
         with ConfinedGate(file, roots=roots, lock=lock) as gate:
-            options = OpenOptions(gate, writable, key, snapshot, is_keyless)
+            options = OpenOptions(
+                gate,
+                writable,
+                key,
+                snapshot,
+                is_keyless,
+                parent_path=None if parent is None else os.fspath(parent),
+                accepts_lost_log=accepts_lost_log,
+            )
             return await open_file(file, format, options, guard=guard)
     except BaseException:
         await file.close()
@@ -114,6 +130,8 @@ async def open_file(file: BlockFile, format: str, options: OpenOptions, *, guard
 
     Raises: as `open_image`; the file is still open then.
     """
+    if options.parent_path is not None and format != "vhdx":
+        raise ConfigError(f"{file.path}: a parent is given to a {format} image, expected a differencing vhdx image")
     opened = await DRIVERS[format](file, options)
     try:
         backing = await _open_backing(opened, options)
@@ -135,9 +153,10 @@ async def _open_backing(opened: Opened, options: OpenOptions) -> Image | None:
             f"{reference.field} {reference.name!r} is of format {backing.format!r}, known are {', '.join(DRIVERS)}",
             reference.offset,
         )
-    file = await _first_that_opens(backing.references, options.gate)
+    file = await first_that_opens(backing.references, options.gate.open)
+    below = OpenOptions(options.gate, key=options.key, accepts_lost_log=options.accepts_lost_log)
     try:
-        image = await open_file(file, backing.format, OpenOptions(options.gate, key=options.key))
+        image = await open_file(file, backing.format, below)
     except BaseException:
         await file.close()
         raise
@@ -150,12 +169,12 @@ async def _open_backing(opened: Opened, options: OpenOptions) -> Image | None:
     return image
 
 
-async def _first_that_opens(references: Sequence[Reference], gate: OpenGate) -> BlockFile:
-    """Raises: ImageError: none does; the first one's reason."""
+async def first_that_opens(references: Sequence[Reference], open: Callable[[Reference], Awaitable[F]]) -> F:
+    """The file of the first that `open`, a gate's, gives. Raises: ImageError: it gives none; the first one's reason."""
     refusals: list[ImageError] = []
     for reference in references:
         try:
-            return await gate.open(reference)
+            return await open(reference)
         except ImageLocked:
             raise
         except ImageError as refusal:
@@ -163,28 +182,21 @@ async def _first_that_opens(references: Sequence[Reference], gate: OpenGate) -> 
     raise refusals[0]
 
 
-async def snapshot_names(path: str | os.PathLike[str]) -> list[str]:
-    """What an image's internal snapshots are called, for `open_image`; one whose name is taken goes by its id.
+async def snapshot_labels(image: Image) -> dict[str, str]:
+    """The ids of an open image's internal snapshots, for `open_image`, and what to call them; oldest first.
 
-    Raises: ImageError: it is malformed. OSError: it cannot be read.
+    Raises: ImageError: their table is malformed. OSError: it cannot be read.
     """
-    file = PosixFile(path, writable=False)
-    try:
-        if await probed_format(file) != "qcow2":
-            return []
-        header = await qcow2.read_header(file)
-        names: list[str] = []
-        for snapshot in await load_snapshots(file, header):
-            names.append(snapshot.id if snapshot.name in names or not snapshot.name else snapshot.name)
-        return names
-    finally:
-        await file.close()
+    driver = image.driver
+    if not isinstance(driver, Qcow2Driver):
+        return {}
+    return labels(await load_snapshots(driver.file, driver.header))
 
 
 async def probed_format(file: PosixFile) -> str:
     """By its magic; raw without one. Raises: UnsupportedFeature: no driver reads it. OSError."""
     head = memoryview(bytearray(min(HEAD_SIZE, file.size)))
-    await file.pread(0, head)
+    await fetch(file, 0, head)
     name = probe(bytes(head)) or "raw"
     if name not in DRIVERS:
         raise UnsupportedFeature(

@@ -14,7 +14,11 @@ class OpenOptions:
     """`key`: a passphrase. `snapshot`: the id or name of an internal snapshot to open in place of the active state.
 
     `is_keyless`: the guest's data does not matter, so an encrypted image opens without its key; to read or write data
-    in it is a ConfigError then. Metadata is never encrypted.
+    in it is a ConfigError then. Metadata is never encrypted. `file_size_max`: where the file may grow to in bytes,
+    but for the tables that count its clusters; a write that would allocate beyond fails with ENOSPC. Only qcow2 obeys.
+
+    `parent_path`: the operator's own choice of the file that is a vhdx image's parent. `accepts_lost_log`: a vhdx image
+    whose log is in use and holds no valid entry is opened as if the log were empty, and so is all of its chain.
     """
 
     gate: OpenGate
@@ -22,6 +26,9 @@ class OpenOptions:
     key: bytes | None = None
     snapshot: str | None = None
     is_keyless: bool = False
+    file_size_max: int | None = None
+    parent_path: str | None = None
+    accepts_lost_log: bool = False
 
 
 @dataclass(frozen=True, slots=True)

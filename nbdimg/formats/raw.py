@@ -25,6 +25,7 @@ class RawDriver:
     name = "raw"
     cluster_size = unmap_size = 1
     is_strained = False
+    failure: str | None = None
 
     def __init__(self, file: BlockFile) -> None:
         self.file = file

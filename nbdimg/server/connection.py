@@ -3,40 +3,55 @@
      ┌─▶ TLS ──┐
      │         ▼
     HANDSHAKE ──GO──▶ TRANSMISSION ──DISC, end of input──▶ FINISHING ──all answered──▶ closed
-        │                  │                                   │
+        │                  │      └──────────drain───────────▶ │ ──all answered──▶ LEAVING ──▶ closed
         └── ProtocolError, deadline, broken socket ────────────┴─────────────────────▶ closed at once
 
 At STARTTLS the socket and the outbox are exchanged for those of TLS; nothing else differs.
+
+An overlay is made before its client's GO is answered, in a task that goes on when the client leaves meanwhile; until it
+ends nothing is received. From there on the connection has the overlay, and gives it back when it closes.
+
+A drain refuses no request: clients that reconnect (QEMU, the kernel) hand an error, ESHUTDOWN too, to their guest as an
+I/O error, and ask again what was not answered. So nothing more is received, what has arrived is answered, and then
+the end of output is said. LEAVING: the client's own end is awaited for a moment, and what it still sends is
+dropped; to close over unread bytes would reset the connection, and the reset may overtake the last replies.
+
 Deadlines are looked at by the server's sweep (`check_deadlines`), not by a timer for each event.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import socket
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from nbdimg.errors import ProtocolError, escaped
-from nbdimg.export.access import Client
-from nbdimg.export.export import Export
-from nbdimg.export.registry import View
+from nbdimg.errors import NbdimgError, ProtocolError, TlsError, escaped
+from nbdimg.export.access import Client, Right
+from nbdimg.export.export import Export, Overlays
+from nbdimg.export.registry import View, Wanted
+from nbdimg.server.audit import Refusal, Visit
 from nbdimg.server.outbox import Outbox, TlsOutbox
+from nbdimg.server.overlays import overlay_refusal
 from nbdimg.server.shared import Shared
 from nbdimg.server.tls import TlsSocket
 from nbdimg.server.transmission import Transmission
 from nbdimg.units import KiB
-from nbdimg.wire.constants import TransmissionFlag
-from nbdimg.wire.handshake import ExportInfo, Handshake, State, TlsMode
+from nbdimg.wire.constants import OptionReply, TransmissionFlag
+from nbdimg.wire.handshake import ExportInfo, Handshake, OptionError, State, TlsMode
 
 logger = logging.getLogger("nbdimg")
 
 HANDSHAKE_RECEIVE_SIZE = 64 * KiB
 """Bytes taken at once during the handshake; under TLS room for two records at least."""
 
-DRAIN_QUIET_S = 0.25
-"""While the server drains, a connection with nothing in flight is closed after this much silence."""
+LEAVE_TIMEOUT_S = 0.25
+"""How long a client that was told the end of output may take to close its side."""
+
+
+_numbers = itertools.count(1)
 
 
 class Watch(NamedTuple):
@@ -61,10 +76,12 @@ class Connection:
         shared: Shared,
         on_closed: Callable[[Connection], None],
     ) -> None:
+        self.number = next(_numbers)
+        """Unique in this process."""
         self._plain_sock = sock
         self._sock: socket.socket | TlsSocket = sock
         self.descriptor = sock.fileno()
-        self._peer = peer
+        self.peer = peer
         self._shared = shared
         self._limits = shared.limits
         self._on_closed = on_closed
@@ -78,14 +95,42 @@ class Connection:
         )
         self._transmission: Transmission | None = None
         self.export: Export | None = None
+        """As it is registered; what the client works with may be an overlay of it."""
+        self._overlay: Export | None = None
+        self._is_entering = False
         self._granted: ExportInfo | None = None
-        self._is_closed = False
+        self._visit: Visit | None = None
+        """Since the client has opened an export."""
+        self._kept_from: Export | None = None
+        """The last export that the client asked for and may not open: clients ask for one in several ways."""
+        self.is_closed = False
         self._is_reading = False
         self._is_finishing = False
         self._is_draining = False
-        self._started_s = shared.loop.time()
+        self._left_s: float | None = None
+        self.started_s = shared.loop.time()
         self._received_bytes = 0
-        self._watch = Watch(self._started_s, 0, 0)
+        self._watch = Watch(self.started_s, 0, 0)
+
+    @property
+    def identities(self) -> frozenset[str]:
+        """What TLS has proven of the client."""
+        return self._view.client.identities
+
+    @property
+    def tls_version(self) -> str | None:
+        """As "TLSv1.3"; None: the connection is plain so far."""
+        return self._tls.version if self._tls is not None and self._is_encrypted else None
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether the client was given an export that it may not change."""
+        return self._granted is not None and bool(self._granted.flags & TransmissionFlag.READ_ONLY)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that wait for storage, for others, or for their client to take the reply."""
+        return 0 if self._transmission is None else self._transmission.in_flight
 
     def start(self) -> None:
         """Greet the client."""
@@ -101,7 +146,7 @@ class Connection:
             self._shared.loop.remove_reader(self.descriptor)
 
     def unpause(self) -> None:
-        if not (self._is_reading or self._is_finishing or self._is_closed):
+        if not (self._is_reading or self._is_finishing or self.is_closed or self._is_entering):
             self._is_reading = True
             self._shared.loop.add_reader(self.descriptor, self._on_readable)
 
@@ -115,7 +160,9 @@ class Connection:
     def _on_readable(self) -> None:
         self._shared.spinner.touch()
         try:
-            if self._transmission is not None:
+            if self._left_s is not None:
+                self._drop_input()
+            elif self._transmission is not None:
                 self._receive_requests(self._transmission)
             elif self._tls is not None and not self._is_encrypted:
                 self._advance_tls(self._tls)
@@ -154,9 +201,14 @@ class Connection:
         if not options:
             self._end_of_input()
             return
-        self.outbox.put_or_queue(handshake.receive(options))
+        self._answer(handshake, handshake.receive(options))
+
+    def _answer(self, handshake: Handshake, answer: bytes) -> None:
+        self.outbox.put_or_queue(answer)
         if handshake.state is State.DONE:
             self._begin_transmission(handshake)
+        elif handshake.state is State.ENTERING:
+            self._begin_entering(handshake)
         elif handshake.state is State.TLS:
             self._begin_tls()
         elif handshake.state is State.CLOSED:
@@ -170,7 +222,7 @@ class Connection:
             self.pause()
             return
         if self._shared.tls is None:
-            self.protocol_error(ProtocolError("STARTTLS, and TLS was switched off meanwhile"))
+            self.protocol_error(TlsError("STARTTLS, and TLS was switched off meanwhile"))
             return
         self._tls = self._shared.tls.wrap(self._plain_sock)
         self._sock = self._tls
@@ -183,32 +235,78 @@ class Connection:
             identities = tls.advance()
         finally:
             self.outbox.send_pending()
-        if identities is None or self._is_closed:
+        if identities is None or self.is_closed:
             return
         self._is_encrypted = True
+        self._shared.audit.encrypted(tls.version or "")
         self._view.client = replace(self._view.client, identities=identities)
         handshake.tls_started()
         if tls.has_input():
             self._receive_options()
 
+    def _begin_entering(self, handshake: Handshake) -> None:
+        assert handshake.entry is not None
+        wanted = self._view.resolve(handshake.entry.export.name)
+        assert wanted is not None
+        assert wanted.export.overlays is not None
+        self._is_entering = True
+        self.pause()
+        self._shared.start(self._enter(handshake, handshake.entry.export, wanted, wanted.export.overlays))
+
+    async def _enter(self, handshake: Handshake, info: ExportInfo, wanted: Wanted, overlays: Overlays) -> None:
+        """Have an overlay attached, and answer GO."""
+        may_make = self._view.right(wanted.export) is Right.WRITE
+        overlay = None
+        refusal = OptionError(OptionReply.ERR_UNKNOWN, "the export was removed meanwhile")
+        try:
+            overlay = await overlays.attach(wanted.overlay, self._shared.limits, may_make=may_make)
+        except (NbdimgError, OSError) as error:
+            self._refuse(Refusal.IMAGE, f"gets no overlay of export {escaped(wanted.name)}: {error}", wanted.name)
+            refusal = overlay_refusal(error)
+        is_there = self._shared.registry.lookup(wanted.export.name) is wanted.export
+        if overlay is not None and (self.is_closed or not is_there):
+            await overlays.detach(overlay)
+            overlay = None
+        if self.is_closed:
+            return
+        self._is_entering = False
+        self.unpause()
+        try:
+            if overlay is None:
+                self._answer(handshake, handshake.refused(refusal))
+                return
+            self.export, self._overlay = wanted.export, overlay
+            self._answer(handshake, handshake.entered(replace(info, size=overlay.info.size)))
+        except ProtocolError as error:
+            self.protocol_error(error)
+
     def _begin_transmission(self, handshake: Handshake) -> None:
         session = handshake.session
         assert session is not None
-        export = self._shared.registry.lookup(session.export.name)
+        export = self._overlay
+        if export is None:
+            self.export = export = self._shared.registry.lookup(session.export.name)
         if export is None:
             raise ProtocolError(f"export {escaped(session.export.name)} was removed during the handshake")
         self._handshake = None
-        self.export = export
         self._granted = session.export
         self._transmission = Transmission(self, self._shared, session, export, handshake.leftover)
-        self._transmission.is_draining = self._is_draining
+        self._visit = Visit(
+            session.export.name,
+            export.meter,
+            self.peer,
+            self.identities,
+            self.tls_version,
+            is_read_only=self.is_read_only,
+        )
+        self._shared.audit.attached(self._visit)
         if handshake.leftover:
             self._transmission.resume()
 
     def _end_of_input(self) -> None:
         """The client has closed its side; it may still read: all that it asked is answered (rule 16)."""
         if self._handshake is not None and self._mode is TlsMode.REQUIRED and self._tls is None:
-            self._say(logging.WARNING, "left without TLS, which is required here")
+            self._refuse(Refusal.TLS, "left without TLS, which is required here")
         self.finish_input()
         self.close_if_done()
 
@@ -218,11 +316,30 @@ class Connection:
         self.pause()
 
     def close_if_done(self) -> None:
-        if not self._is_finishing or self._is_closed:
+        if not self._is_finishing or self.is_closed:
             return
-        if self.outbox.pending_bytes or (self._transmission is not None and self._transmission.in_flight):
+        if self.outbox.pending_bytes or (self._transmission is not None and self._transmission.has_work()):
             return
-        self.close()
+        if not self._is_draining:
+            self.close()
+        elif self._left_s is None:
+            self._leave()
+
+    def _leave(self) -> None:
+        self._left_s = self._shared.loop.time()
+        try:
+            if self._tls is not None:
+                self._tls.say_goodbye()
+            self._plain_sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            self._on_broken(error)
+            return
+        self._is_reading = True
+        self._shared.loop.add_reader(self.descriptor, self._on_readable)
+
+    def _drop_input(self) -> None:
+        if not self._plain_sock.recv_into(self._shared.scratch):
+            self.close()
 
     def _on_room(self) -> None:
         if self._transmission is not None:
@@ -239,15 +356,24 @@ class Connection:
 
     def protocol_error(self, error: ProtocolError) -> None:
         """The peer broke the protocol: one line in the log, and the end."""
-        self._say(logging.WARNING, str(error))
+        self._refuse(Refusal.TLS if isinstance(error, TlsError) else Refusal.PROTOCOL, str(error))
         self.close()
 
-    def _on_refused(self, export: Export) -> None:
+    def _on_refused(self, export: Export, reason: str) -> None:
         """A hidden export was asked for, which the client was told is not there."""
-        self._say(logging.WARNING, f"may not open export {escaped(export.name)}")
+        if export is not self._kept_from:
+            self._kept_from = export
+            self._refuse(Refusal.ACCESS, f"may not open export {escaped(export.name)}: {reason}", export.name)
+
+    def _refuse(self, reason: Refusal, message: str, export: str | None = None) -> None:
+        """A client that has opened an export is refused nothing: what it does then, the server's own log tells."""
+        if self._visit is None:
+            self._shared.audit.refused(self.peer, reason, message, export, self.identities, self.tls_version)
+        else:
+            self._say(logging.WARNING, message)
 
     def _say(self, level: int, message: str) -> None:
-        self._shared.log.say(level, f"{self._peer}: {message}")
+        self._shared.log.say(level, f"{self.peer}: {message}")
 
     def is_welcome(self) -> bool:
         """Whether a handshake now would give the client what it has; access rules change."""
@@ -259,20 +385,27 @@ class Connection:
         return self._is_encrypted or not (offered.is_tls_only and self._mode is TlsMode.SELECTIVE)
 
     def begin_drain(self) -> None:
-        """The server stops: requests that come from now on are refused, those in flight are answered."""
+        """Answer what has arrived, take nothing more, and part from the client."""
         self._is_draining = self._view.is_shutting_down = True
         if self._transmission is None:
             self.close()
         else:
             self._transmission.is_draining = True
+            self.finish_input()
+            self.close_if_done()
 
     def check_deadlines(self, now: float) -> None:
         """Close the connection if its client has let a deadline pass. Called every so often."""
         limits = self._limits
         transmission = self._transmission
         if transmission is None:
-            if now - self._started_s >= limits.handshake_timeout_s:
-                self._give_up(f"no handshake within {limits.handshake_timeout_s:g} s")
+            if now - self.started_s >= limits.handshake_timeout_s:
+                self._refuse(Refusal.TIMEOUT, f"no handshake within {limits.handshake_timeout_s:g} s")
+                self.close()
+            return
+        if self._left_s is not None:
+            if now - self._left_s >= LEAVE_TIMEOUT_S:
+                self.close()
             return
         stalled_since = self.outbox.stalled_since_s
         if stalled_since is not None and now - stalled_since >= limits.stall_timeout_s:
@@ -280,12 +413,7 @@ class Connection:
             return
         watch = self._watch
         received = self._received_bytes - watch.received_bytes
-        is_mid_request = transmission.is_mid_request()
-        if self._is_draining and not received and not is_mid_request:
-            if now - watch.since_s >= DRAIN_QUIET_S:
-                self._is_finishing = True
-                self.close_if_done()
-        elif not is_mid_request or transmission.handled_count != watch.handled_count:
+        if not transmission.is_mid_request() or transmission.handled_count != watch.handled_count:
             self._watch = Watch(now, transmission.handled_count, self._received_bytes)
         elif now - watch.since_s >= limits.request_timeout_s:
             if received < limits.payload_rate * limits.request_timeout_s:
@@ -299,12 +427,19 @@ class Connection:
 
     def close(self) -> None:
         """Close the socket now; requests in flight run on and are not answered."""
-        if self._is_closed:
+        if self.is_closed:
             return
-        self._is_closed = True
+        self.is_closed = True
         self.pause()
         self.outbox.discard()
         if self._transmission is not None:
             self._transmission.on_broken()
         self._sock.close()
+        if self._visit is not None:
+            assert self._transmission is not None
+            self._shared.audit.detached(self._visit, self._transmission.tally)
+        if self._overlay is not None:
+            assert self.export is not None
+            assert self.export.overlays is not None
+            self._shared.start(self.export.overlays.detach(self._overlay))
         self._on_closed(self)

@@ -82,7 +82,7 @@ def _context(config: TlsConfig) -> ssl.SSLContext:
     if config.certificate_path is not None:
         key_path = config.key_path or config.certificate_path
         _check_file(config.certificate_path, "TLS certificate file")
-        _check_secret(key_path, "TLS key file")
+        check_secret(key_path, "TLS key file")
         try:
             context.load_cert_chain(config.certificate_path, key_path, password=_no_password)
         except ssl.SSLError as error:
@@ -123,7 +123,7 @@ def _check_file(path: str, what: str) -> os.stat_result:
         raise ConfigError(f"{what} {path}: {error.strerror}") from None
 
 
-def _check_secret(path: str, what: str) -> None:
+def check_secret(path: str, what: str) -> None:
     """Only what the world may read is refused: to share a key with a service through a group is common practice."""
     if _check_file(path, what).st_mode & stat.S_IROTH:
         raise ConfigError(f"{what} {path} can be read by everybody on this machine: chmod 0600, or 0640 with a group")
@@ -132,7 +132,7 @@ def _check_secret(path: str, what: str) -> None:
 def _read_keys(path: str) -> dict[str, bytes]:
     """Lines of NAME:HEX, as GnuTLS's psktool writes them; `#` begins a comment."""
     what = "pre-shared key file"
-    _check_secret(path, what)
+    check_secret(path, what)
     keys: dict[str, bytes] = {}
     with open(path, encoding="utf-8", errors="replace") as file:
         text = file.read(PSK_FILE_SIZE_MAX)

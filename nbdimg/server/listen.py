@@ -8,8 +8,11 @@ import logging
 import os
 import socket
 import stat
+from collections.abc import Iterator
+from dataclasses import replace
 from struct import Struct
 
+from nbdimg.config import TcpAddress
 from nbdimg.errors import ConfigError, ListenError
 from nbdimg.export.access import Client
 from nbdimg.uri import NbdUri
@@ -44,14 +47,7 @@ def check_exposure(uri: NbdUri, *, is_allowed: bool) -> None:
 
     Raises: ConfigError: the address is reachable from other machines, without leave.
     """
-    if uri.socket is not None:
-        return
-    host = uri.host or ""
-    try:
-        is_loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = host == "localhost"
-    if is_loopback:
+    if uri.socket is not None or is_loopback(uri.host or ""):
         return
     if not is_allowed:
         raise ConfigError(
@@ -61,28 +57,70 @@ def check_exposure(uri: NbdUri, *, is_allowed: bool) -> None:
     logger.warning("%s: in plain text, anybody on the way can read and change what is transferred", uri)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether `host` means this machine alone. Other names than localhost are not looked up."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def listen(uri: NbdUri) -> tuple[list[socket.socket], NbdUri]:
     """Bind and listen, non-blocking. Returns the sockets and the URI with the real port.
 
     Raises: ListenError: naming the address and the reason.
     """
-    try:
+    with _named(str(uri)):
         if uri.socket is not None:
             return [_listen_unix(uri.socket)], uri
-        return _listen_tcp(uri)
+        assert uri.host is not None
+        sockets = _listen_tcp(uri.host, uri.port)
+        return sockets, replace(uri, port=sockets[0].getsockname()[1])
+
+
+def listen_private(path: str) -> socket.socket:
+    """As `listen`, at a Unix socket that only this process's user, and root, may connect to."""
+    with _named(path):
+        return _listen_unix(path, mode=0o600)
+
+
+def listen_tcp(address: TcpAddress) -> tuple[list[socket.socket], TcpAddress]:
+    """As `listen`; returns the address with the real port."""
+    with _named(str(address)):
+        sockets = _listen_tcp(address.host, address.port)
+        return sockets, replace(address, port=sockets[0].getsockname()[1])
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Turns what the system says into a ListenError."""
+    try:
+        yield
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ListenError(f"cannot listen on {uri}: {reason}") from None
+        raise ListenError(f"cannot listen on {what}: {reason}") from None
 
 
-def _listen_unix(path: str) -> socket.socket:
-    """A socket file that nobody answers at is left over from a server that died, and is replaced."""
+def remove_socket(path: str, inode: int) -> None:
+    """Remove the file of a Unix socket, unless another server's stands there by now."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.stat(path).st_ino == inode:
+            os.unlink(path)
+
+
+def _listen_unix(path: str, mode: int | None = None) -> socket.socket:
+    """A socket file that nobody answers at is left over from a server that died, and is replaced.
+
+    Args: mode: the file's permissions, before anybody can connect.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with contextlib.suppress(FileNotFoundError):
             if stat.S_ISSOCK(os.stat(path).st_mode) and not _answers(path):
                 os.unlink(path)
         sock.bind(path)
+        if mode is not None:
+            os.chmod(path, mode)
         sock.listen(BACKLOG)
         sock.setblocking(False)
     except OSError:
@@ -101,11 +139,10 @@ def _answers(path: str) -> bool:
         return True
 
 
-def _listen_tcp(uri: NbdUri) -> tuple[list[socket.socket], NbdUri]:
-    """One socket for each address that the host name has; port 0 picks a free one."""
-    addresses = socket.getaddrinfo(uri.host, uri.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+def _listen_tcp(host: str, port: int) -> list[socket.socket]:
+    """One socket for each address that the host name has, on one port; 0 picks a free one."""
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
-    port = uri.port
     try:
         for family, kind, protocol, _, address in addresses:
             sock = socket.socket(family, kind, protocol)
@@ -121,7 +158,7 @@ def _listen_tcp(uri: NbdUri) -> tuple[list[socket.socket], NbdUri]:
         for sock in sockets:
             sock.close()
         raise
-    return sockets, NbdUri(host=uri.host, port=port, name=uri.name, is_tls=uri.is_tls)
+    return sockets
 
 
 def prepare(sock: socket.socket) -> None:

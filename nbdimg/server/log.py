@@ -1,8 +1,16 @@
-"""Logging that a client cannot flood: at most so many lines a second from connections, the rest counted."""
+"""Lines of the log: as text or JSON, and not more of them than a client may cause.
+
+A JSON line is one object: `ts` (RFC 3339, UTC), `level`, `message`, what the line was given in `fields`, and
+`traceback` where there is one.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from time import monotonic
 
 LINES_MAX = 20
@@ -13,20 +21,48 @@ PERIOD_S = 1.0
 logger = logging.getLogger("nbdimg")
 
 
-class LimitedLog:
-    """One for a server: what connections say."""
+class JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
 
-    def __init__(self) -> None:
+
+def start_logging(format: str, *, is_verbose: bool) -> None:
+    """Log to standard error from now on. `format`: one of LOG_FORMATS; "auto" is text at a terminal, else JSON."""
+    if format == "auto":
+        format = "text" if sys.stderr.isatty() else "json"
+    handler = logging.StreamHandler(sys.stderr)
+    is_text = format == "text"
+    handler.setFormatter(logging.Formatter("nbdimg: %(levelname)s: %(message)s") if is_text else JsonFormatter())
+    logging.basicConfig(level=logging.DEBUG if is_verbose else logging.INFO, handlers=[handler])
+
+
+class LimitedLog:
+    """What connections cause: at most `lines_max` lines in `period_s`; the rest is counted and told of behind."""
+
+    def __init__(self, to: logging.Logger = logger, lines_max: int = LINES_MAX, period_s: float = PERIOD_S) -> None:
+        self._logger = to
+        self._lines_max = lines_max
+        self._period_s = period_s
         self._period_start_s = monotonic()
         self._line_count = 0
 
-    def say(self, level: int, message: str) -> None:
+    def say(self, level: int, message: str, fields: Mapping[str, object] | None = None) -> None:
+        """`fields` are for JSON lines."""
         now = monotonic()
-        if now - self._period_start_s >= PERIOD_S:
-            if self._line_count > LINES_MAX:
-                logger.warning("%d more lines from connections were not logged", self._line_count - LINES_MAX)
+        if now - self._period_start_s >= self._period_s:
+            if self._line_count > self._lines_max:
+                left_out = self._line_count - self._lines_max
+                self._logger.warning("%d more lines from connections were not logged", left_out)
             self._period_start_s = now
             self._line_count = 0
         self._line_count += 1
-        if self._line_count <= LINES_MAX:
-            logger.log(level, message)
+        if self._line_count <= self._lines_max:
+            self._logger.log(level, "%s", message, extra={"fields": fields or {}})

@@ -8,8 +8,10 @@ load ──▶ difference ──▶ prepare: open images and sockets ──▶ c
 (R1) Up to the commit nothing that a client can see changes; the commit itself cannot fail.
 (R2) Exports, listeners and connections that the difference does not name are not touched.
 (R3) An image that an export which leaves holds is tried without its lock while preparing, and opened when it has
-     been given back. Should that fail, the old export is opened again: only its clients have noticed.
-(R4) One reload at a time; what is asked for meanwhile follows once.
+     been given back. Should that fail, the old export is opened again: only its clients have noticed. Clients of an
+     export that was removed earlier, and hidden, are made to go when its image is wanted.
+(R4) One reload at a time, and none while an operation of `live` runs; what is asked for meanwhile follows once.
+(R5) Exports that were added live are not the file's: they stay, and a file that names one of them is refused.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -24,10 +27,10 @@ from nbdimg.config import ExportConfig, ServerConfig
 from nbdimg.errors import ConfigError, ListenError, NbdimgError
 from nbdimg.export.export import Export
 from nbdimg.limits import Limits
+from nbdimg.server import sandbox
 from nbdimg.server.listen import address_of
-from nbdimg.server.service import Service, check_config, close_exports, named, open_exports, with_names
+from nbdimg.server.service import Service, close_exports, image_of, named, open_exports, with_names
 from nbdimg.server.systemd import Notifier
-from nbdimg.server.terms import check_listener
 from nbdimg.server.tls import Tls
 from nbdimg.uri import NbdUri
 
@@ -125,6 +128,8 @@ class Reloader:
         self._load = load
         self._notifier = notifier
         self._path = path
+        self.refusal: str | None = None
+        """Why the last configuration was refused; None: it was not."""
         self._is_watching = is_watching
         self._seen = {path: seen, **_stamps(_tls_files(service.config))}
         self._watch_interval_s = watch_interval_s
@@ -170,6 +175,10 @@ class Reloader:
 
     async def reload(self) -> bool:
         """Load and apply. False: the configuration was refused, which the log and the service manager were told."""
+        async with self._service.lock:
+            return await self._reload()
+
+    async def _reload(self) -> bool:
         self._notifier.reloading()
         try:
             seen = await asyncio.to_thread(stamp, self._path)
@@ -179,10 +188,14 @@ class Reloader:
         except (NbdimgError, OSError) as error:
             reason = str(error) if isinstance(error, NbdimgError) else f"{error.filename}: {error.strerror}"
             logger.error("nothing was reloaded: %s", reason)
+            self._service.refused_reload_count += 1
+            self.refusal = reason
             self._tell(f"the last reload was refused: {reason}")
             return False
         self._is_watching = is_watching
+        self.refusal = None
         logger.info("reloaded: %s", found)
+        self._service.reload_count += 1
         self._tell(status(self._service))
         return True
 
@@ -197,9 +210,11 @@ class Reloader:
         Raises: ConfigError, ImageError, ListenError, OSError: `new` cannot be; nothing has changed.
         """
         service = self._service
-        check_config(new)
-        for uri in service.inherited:
-            check_listener(uri, new)
+        for each in new.exports:
+            if each.name in service.live:
+                raise ConfigError(f"export {each.name} was added live: remove that one, or give this one another name")
+        service.check(new)
+        sandbox.check(new)
         tls = None if new.tls is None else Tls(new.tls)
         found = difference(service.config, new)
         prepared = await self._prepare(found, new.limits)
@@ -210,17 +225,20 @@ class Reloader:
         except (ConfigError, ListenError):
             await _discard(prepared)
             raise
+        if (service.config.admin, service.config.metrics_address) != (new.admin, new.metrics_address):
+            logger.warning("what is new in [admin] and [metrics] takes a restart")
         leaving = self._commit(found, prepared, new)
         service.server.set_tls(tls)
-        await self._settle(found, prepared, leaving, new.limits)
+        await self._settle(found, prepared, leaving)
         return found
 
     async def _prepare(self, found: Difference, limits: Limits) -> _Prepared:
         prepared = _Prepared([], [])
-        held = {_image_of(each) for each in (*found.removed, *(old for old, _ in found.reopened))}
+        leaving = (each.config for each in self._service.leaving)
+        held = {image_of(each) for each in (*found.removed, *(old for old, _ in found.reopened), *leaving)}
         try:
             for each in (*found.added, *(new for _, new in found.reopened)):
-                if _image_of(each) in held:
+                if image_of(each) in held:
                     await close_exports(await open_exports(each, limits, is_trial=True))
                     prepared.later.append(each)
                 else:
@@ -238,8 +256,8 @@ class Reloader:
         names = [each.name for each in service.registry if each.name not in leaving]
         names += [export.name for _, exports in prepared.ready for export in exports]
         names += [named(each) for each in prepared.later]
-        twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()
-        for name in twice:
+        ((name, count),) = Counter(names).most_common(1) or (("", 0),)
+        if count > 1:
             raise ConfigError(f"two exports would be named {name!r}, expected each name once")
 
     def _open_listeners(self, found: Difference) -> None:
@@ -286,44 +304,39 @@ class Reloader:
         service.config = new
         return leaving
 
-    async def _settle(self, found: Difference, prepared: _Prepared, leaving: Sequence[Export], limits: Limits) -> None:
+    async def _settle(self, found: Difference, prepared: _Prepared, leaving: Sequence[Export]) -> None:
         server = self._service.server
-        if any((old.access, old.is_tls_only) != (new.access, new.is_tls_only) for old, new in found.adjusted):
-            await server.dismiss_unwelcome()
+        adjusted = [export for _, new in found.adjusted for export in self._service.exports[named(new)]]
+        await server.dismiss_unwelcome(adjusted)
+        wanted = {image_of(each) for each in prepared.later}
+        hidden = [each for each in self._service.leaving if image_of(each.config) in wanted]
         for failure in await server.retire(leaving):
             logger.error("%s", failure)
+        for each in hidden:
+            await server.dismiss(server.clients_of(each.exports))
+            await asyncio.wait((each.closing,))
         for config in prepared.later:
-            if not await self._add_late(config, limits):
-                await self._restore(config, found, limits)
+            if not await self._add_late(config):
+                await self._restore(config, found)
 
-    async def _restore(self, failed: ExportConfig, found: Difference, limits: Limits) -> None:
+    async def _restore(self, failed: ExportConfig, found: Difference) -> None:
         """The export that had the image of `failed`, as it was."""
         service = self._service
         exports = [each for each in service.config.exports if each.name != failed.name]
         for old in (*found.removed, *(old for old, _ in found.reopened)):
-            if _image_of(old) == _image_of(failed) and named(old) not in service.exports:
-                if await self._add_late(old, limits):
+            if image_of(old) == image_of(failed) and named(old) not in service.exports:
+                if await self._add_late(old):
                     exports.append(old)
                 break
         service.config = replace(service.config, exports=tuple(exports))
 
-    async def _add_late(self, config: ExportConfig, limits: Limits) -> bool:
+    async def _add_late(self, config: ExportConfig) -> bool:
         try:
-            exports = await open_exports(config, limits)
-            try:
-                self._service.add(config, exports)
-            except ConfigError:
-                await close_exports(exports)
-                raise
+            await self._service.open(config)
         except (NbdimgError, OSError) as error:
             logger.error("%s could not be opened again: %s", named(config), error)
             return False
         return True
-
-
-def _image_of(config: ExportConfig) -> str:
-    """The same for two names of one file."""
-    return os.path.realpath(config.path)
 
 
 def _leaving_names(found: Difference) -> list[str]:
@@ -361,5 +374,5 @@ def _tls_files(config: ServerConfig) -> list[str]:
 
 def status(service: Service) -> str:
     """One line for the service manager."""
-    count = len(service.config.exports)
+    count = len(service.exports)
     return f"serving {count} export{'' if count == 1 else 's'}"

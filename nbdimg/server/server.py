@@ -1,6 +1,6 @@
 """The server: listeners, connections, deadlines, and an orderly end.
 
-listen ─▶ serving ─▶ drain: no new connection, requests in flight are answered, later ones get ESHUTDOWN
+listen ─▶ serving ─▶ drain: no new connection, requests in flight are answered, later ones are not taken
                           ─▶ close: connections cut, tasks awaited, images flushed and closed
 """
 
@@ -19,8 +19,9 @@ from nbdimg.errors import NbdimgError
 from nbdimg.export.export import Export
 from nbdimg.export.registry import Registry
 from nbdimg.limits import Limits
+from nbdimg.server.audit import Audit, Refusal
 from nbdimg.server.connection import Connection
-from nbdimg.server.listen import listen, peer_of, prepare
+from nbdimg.server.listen import listen, peer_of, prepare, remove_socket
 from nbdimg.server.shared import Shared
 from nbdimg.server.tls import Tls
 from nbdimg.uri import NbdUri
@@ -41,19 +42,23 @@ SWEEP_INTERVAL_MAX_S = 0.25
 
 
 class _Listener(NamedTuple):
-    """What `uri` asked for. `path` and `inode`: the Unix socket's file that was made for it."""
+    """What `uri` asked for, `actual` with the real port. `path` and `inode`: the file made for a Unix socket."""
 
     uri: NbdUri
+    actual: NbdUri
     sockets: list[socket.socket]
     path: str | None = None
     inode: int = 0
 
 
 class _Departure(NamedTuple):
-    """Connections that must go before exports are closed; `is_over` when they are gone or shall wait no longer."""
+    """Connections that somebody waits for to go. `is_over`: they are gone or, unless the departure `is_patient`, shall
+    have no more time.
+    """
 
     connections: set[Connection]
     is_over: asyncio.Event
+    is_patient: bool
 
 
 def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -86,12 +91,36 @@ class Server:
         """Accept connections at `uri` from now on. Returns it with the real port. Raises: ListenError."""
         sockets, actual = listen(uri)
         inode = 0 if uri.socket is None else os.stat(uri.socket).st_ino
-        self._start_accepting(_Listener(uri, sockets, uri.socket, inode))
+        self._start_accepting(_Listener(uri, actual, sockets, uri.socket, inode))
         return actual
 
     def adopt(self, sock: socket.socket, uri: NbdUri) -> None:
         """Accept connections at a socket that listens already, and whose file, if it has one, is another's."""
-        self._start_accepting(_Listener(uri, [sock]))
+        self._start_accepting(_Listener(uri, uri, [sock]))
+
+    @property
+    def listeners(self) -> list[NbdUri]:
+        """Where connections are accepted, with real ports."""
+        return [each.actual for each in self._listeners]
+
+    @property
+    def connections(self) -> list[Connection]:
+        """Those that are up, the oldest first."""
+        return sorted(self._connections.values(), key=lambda each: each.number)
+
+    @property
+    def connection_count(self) -> int:
+        return len(self._connections)
+
+    @property
+    def audit(self) -> Audit:
+        """Who came and was refused, counted."""
+        return self._shared.audit
+
+    @property
+    def lent_bytes(self) -> int:
+        """Bytes of buffers that hold payload in flight."""
+        return self._shared.pool.lent_bytes
 
     def is_listening(self, uri: NbdUri) -> bool:
         """Whether `listen` was given it."""
@@ -113,9 +142,7 @@ class Server:
             self._loop.remove_reader(sock.fileno())
             sock.close()
         if listener.path is not None:
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(listener.path).st_ino == listener.inode:
-                    os.unlink(listener.path)
+            remove_socket(listener.path, listener.inode)
 
     def set_limits(self, limits: Limits) -> None:
         """For connections from now on, and for all of them together."""
@@ -158,10 +185,9 @@ class Server:
         except OSError:
             sock.close()
             return
+        self._shared.audit.accept_count += 1
         if len(self._connections) >= self._limits.connections:
-            self._shared.log.say(
-                logging.WARNING, f"{peer}: refused, {self._limits.connections} clients are connected already"
-            )
+            self._shared.audit.refused(peer, Refusal.LIMIT, f"{self._limits.connections} clients are connected already")
             sock.close()
             return
         connection = Connection(sock, peer, client, self._tls_mode(is_tls), self._shared, self._forget)
@@ -214,37 +240,53 @@ class Server:
 
         Returns what went wrong with images; they are closed all the same.
         """
-        await self._dismiss([each for each in self._connections.values() if each.export in exports])
+        await self.dismiss(self.clients_of(exports))
         # Whoever runs now may work for a connection that is gone; what starts later cannot be of these exports.
         if tasks := set(self._shared.tasks):
             await asyncio.wait(tasks)
         return await _close_all(exports)
 
-    async def dismiss_unwelcome(self) -> None:
-        """Make those go, likewise, to whom a handshake would no longer give what they have."""
-        await self._dismiss([each for each in self._connections.values() if not each.is_welcome()])
+    async def outlast(self, exports: Collection[Export]) -> Sequence[NbdimgError | OSError]:
+        """As `retire`, when the last client has left, however long it stays."""
+        await self._wait_gone(self.clients_of(exports), is_patient=True)
+        return await self.retire(exports)
 
-    async def _dismiss(self, leaving: Collection[Connection]) -> None:
-        if self._is_hasty:
-            for connection in leaving:
-                connection.close()
-        if not leaving or self._is_hasty:
-            return
-        departure = _Departure(set(leaving), asyncio.Event())
-        self._departures.append(departure)
-        for connection in leaving:
-            connection.begin_drain()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(departure.is_over.wait(), self._limits.drain_timeout_s)
-        self._departures.remove(departure)
-        for connection in list(departure.connections):
+    async def dismiss_unwelcome(self, exports: Collection[Export]) -> None:
+        """Make those of the exports' clients go to whom a handshake would no longer give what they have."""
+        await self.dismiss([each for each in self.clients_of(exports) if not each.is_welcome()])
+
+    def clients_of(self, exports: Collection[Export]) -> list[Connection]:
+        """Who has opened one of them."""
+        wanted = set(exports)
+        return [each for each in self._connections.values() if each.export in wanted]
+
+    async def dismiss(self, connections: Collection[Connection], *, is_hard: bool = False) -> None:
+        """Make them go in peace within `drain_timeout_s`, or with `is_hard` at once; they are closed on return."""
+        if not (is_hard or self._is_hasty):
+            for connection in connections:
+                connection.begin_drain()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wait_gone(connections), self._limits.drain_timeout_s)
+        for connection in connections:
             connection.close()
 
+    async def _wait_gone(self, connections: Collection[Connection], *, is_patient: bool = False) -> None:
+        staying = {each for each in connections if not each.is_closed}
+        if not staying or (self._is_hasty and not is_patient):
+            return
+        departure = _Departure(staying, asyncio.Event(), is_patient)
+        self._departures.append(departure)
+        try:
+            await departure.is_over.wait()
+        finally:
+            self._departures.remove(departure)
+
     def hasten(self) -> None:
-        """Give clients of retired exports no more time, now and later."""
+        """Give clients that were made to go no more time, now and later."""
         self._is_hasty = True
         for departure in self._departures:
-            departure.is_over.set()
+            if not departure.is_patient:
+                departure.is_over.set()
 
     async def close(self) -> Sequence[NbdimgError | OSError]:
         """Cut what is connected, wait for requests that run, flush and close the images.

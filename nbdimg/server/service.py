@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+import os
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from time import time
 
 from nbdimg.config import ExportConfig, ServerConfig
 from nbdimg.errors import ConfigError, ImageError, NbdimgError
 from nbdimg.export.export import Export, default_name
 from nbdimg.export.registry import Registry
-from nbdimg.formats import open_image, read_key_file, snapshot_names
+from nbdimg.formats import open_image, read_key_file, snapshot_labels
 from nbdimg.image.image import Image
 from nbdimg.limits import Limits
+from nbdimg.server import sandbox
 from nbdimg.server.listen import address_of
+from nbdimg.server.overlays import lend_overlays
 from nbdimg.server.server import Server
 from nbdimg.server.systemd import Inherited
-from nbdimg.server.terms import as_reached, check_identities, check_listener, terms_of
+from nbdimg.server.terms import as_reached, check_admin, check_identities, check_listener, terms_of
 from nbdimg.server.tls import Tls
 from nbdimg.uri import NbdUri
 
@@ -28,25 +33,64 @@ SNAPSHOT_EXPORTS_MAX = 64
 logger = logging.getLogger("nbdimg")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Leaving:
+    """An export out of sight, with its snapshots, whose clients are still there. `closing` ends when they have left and
+    the images are closed, with what went wrong.
+    """
+
+    config: ExportConfig
+    is_live: bool
+    exports: list[Export]
+    closing: asyncio.Task[Sequence[NbdimgError | OSError]]
+
+
 @dataclass(slots=True)
 class Service:
-    """A running server. `uris` name each export at each listener; `failures` what went wrong with images at the end.
+    """A running server. `failures`: what went wrong with images at the end.
 
-    `config` has a name for each export; `exports` are those of a name, its snapshots too. `inherited`: listeners
-    that are not of the configuration.
+    `config` is what the server was configured to serve, with a name for each export; `live` is what was added to that
+    while it serves. `exports` are those of a name, its snapshots too. `lock`: of who changes exports or listeners.
+    `inherited`: listeners that are not of the configuration. `sandbox`: what restricts this process, in a few words.
+    `started_s`: seconds since 1970 UTC.
     """
 
     server: Server
     registry: Registry
     config: ServerConfig
-    uris: list[NbdUri] = field(default_factory=list)
     failures: list[NbdimgError | OSError] = field(default_factory=list)
     exports: dict[str, list[Export]] = field(default_factory=dict)
+    live: dict[str, ExportConfig] = field(default_factory=dict)
+    leaving: list[Leaving] = field(default_factory=list)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     inherited: tuple[NbdUri, ...] = ()
+    sandbox: str = field(default_factory=sandbox.summary)
+    started_s: float = field(default_factory=time)
+    reload_count: int = 0
+    refused_reload_count: int = 0
 
     async def drain(self) -> None:
         """Stop accepting, and wait for clients to finish or the drain's deadline."""
         await self.server.drain()
+
+    @property
+    def uris(self) -> list[NbdUri]:
+        """Each export at each listener."""
+        return [
+            as_reached(uri, self.config, self.registry.terms(each.name), each.name)
+            for uri in self.server.listeners
+            for each in self.registry
+        ]
+
+    async def open(self, config: ExportConfig) -> list[Export]:
+        """Open and register an export. Raises: as `open_exports` and `add`; then nothing is open."""
+        exports = await open_exports(config, self.config.limits)
+        try:
+            self.add(config, exports)
+        except ConfigError:
+            await close_exports(exports)
+            raise
+        return exports
 
     def add(self, config: ExportConfig, exports: list[Export]) -> None:
         """Register what `open_exports` gave. Raises: ConfigError: a name is taken; then none is registered."""
@@ -69,14 +113,47 @@ class Service:
             self.server.set_tls(Tls(self.config.tls))
         except ConfigError as error:
             logger.error("the TLS files were not reloaded: %s", error)
+            self.refused_reload_count += 1
         else:
+            self.reload_count += 1
             logger.info("the TLS files were reloaded")
 
-    def announce(self, uri: NbdUri) -> None:
-        """A listener is open."""
-        self.uris.extend(
-            as_reached(uri, self.config, self.registry.terms(each.name), each.name) for each in self.registry
-        )
+    def check(self, config: ServerConfig) -> None:
+        """Raises: ConfigError: it contradicts itself, the exports added live, or the inherited listeners."""
+        whole = replace(config, exports=(*config.exports, *self.live.values()))
+        check_config(whole)
+        for uri in self.inherited:
+            check_listener(uri, whole)
+
+    def check_added(self, config: ExportConfig) -> None:
+        """Raises: ConfigError: a rule needs TLS that is not there, plain text would reach it without leave, or it lies
+        where the sandbox does not let it be opened.
+        """
+        sandbox.check_export(config)
+        alone = replace(self.config, exports=(config,))
+        check_identities(alone)
+        if self.config.tls is not None and self.config.tls.mode == "selective":
+            for uri in (*self.config.listeners, *self.inherited):
+                check_listener(uri, alone)
+
+    async def add_snapshot(self, name: str, snapshot_id: str, label: str) -> None:
+        """Export one more snapshot of an export's image. Raises: as `open`."""
+        config = self.live.get(name) or next(each for each in self.config.exports if each.name == name)
+        export = await open_snapshot(config, snapshot_id, label, self.config.limits)
+        try:
+            self.registry.add(export, terms_of(config))
+        except ConfigError:
+            await close_exports([export])
+            raise
+        self.exports[name].append(export)
+
+    def remove_snapshot(self, name: str, snapshot_id: str) -> Export | None:
+        """Take a snapshot's export, if it has one, out of sight; `Server.retire` must follow."""
+        export = next((each for each in self.exports[name] if each.snapshot_id == snapshot_id), None)
+        if export is not None:
+            self.exports[name].remove(export)
+            self.registry.remove(export.name)
+        return export
 
     def adjust(self, config: ExportConfig) -> None:
         """What of an export can be another while its image is open."""
@@ -90,6 +167,26 @@ class Service:
         for export in exports:
             self.registry.remove(export.name)
         return exports
+
+    def hide(self, name: str) -> Leaving:
+        """Take an export out of sight and out of the configuration; it is closed when its clients have left."""
+        config = self.live.pop(name, None)
+        is_live = config is not None
+        if config is None:
+            config = next(each for each in self.config.exports if each.name == name)
+            others = tuple(each for each in self.config.exports if each is not config)
+            self.config = replace(self.config, exports=others)
+        exports = self.remove(name)
+        leaving = Leaving(config, is_live, exports, asyncio.create_task(self._outlast(exports)))
+        self.leaving.append(leaving)
+        leaving.closing.add_done_callback(lambda _: self.leaving.remove(leaving))
+        return leaving
+
+    async def _outlast(self, exports: Collection[Export]) -> Sequence[NbdimgError | OSError]:
+        failures = await self.server.outlast(exports)
+        for failure in failures if not self.registry.is_shutting_down else ():
+            logger.error("%s", failure)
+        return failures
 
 
 @asynccontextmanager
@@ -116,21 +213,19 @@ async def serving(config: ServerConfig, inherited: Sequence[Inherited] = ()) -> 
     service.inherited = tuple(each.uri for each in inherited)
     try:
         for export in config.exports:
-            exports = await open_exports(export, config.limits)
-            try:
-                service.add(export, exports)
-            except ConfigError:
-                await close_exports(exports)
-                raise
+            await service.open(export)
         for each in inherited:
             server.adopt(each.socket, each.uri)
-            service.announce(each.uri)
         for listener in config.listeners:
             if address_of(listener) not in taken:
-                service.announce(server.listen(listener))
+                server.listen(listener)
         yield service
     finally:
-        service.failures.extend(await server.close())
+        registry.is_shutting_down = True
+        async with service.lock:
+            service.failures.extend(await server.close())
+        for leaving in list(service.leaving):
+            service.failures.extend(await leaving.closing)
 
 
 def check_config(config: ServerConfig) -> None:
@@ -138,16 +233,17 @@ def check_config(config: ServerConfig) -> None:
     for uri in config.listeners:
         check_listener(uri, config)
     check_identities(config)
+    check_admin(config)
 
 
 def with_names(config: ServerConfig) -> ServerConfig:
     """The same with a name for each export."""
-    taken = [export.name for export in config.exports if export.name]
+    taken = {export.name for export in config.exports if export.name}
     exports: list[ExportConfig] = []
     for export in config.exports:
         name = export.name or default_name(export.path, taken)
-        taken.append(name)
-        exports.append(replace(export, name=name))
+        taken.add(name)
+        exports.append(export if export.name else replace(export, name=name))
     return replace(config, exports=tuple(exports))
 
 
@@ -157,8 +253,13 @@ def named(config: ExportConfig) -> str:
     return config.name
 
 
+def image_of(config: ExportConfig) -> str:
+    """The same for two names of one file."""
+    return os.path.realpath(config.path)
+
+
 async def open_exports(config: ExportConfig, limits: Limits, *, is_trial: bool = False) -> list[Export]:
-    """An image, and each of its internal snapshots as NAME@SNAPSHOT.
+    """An image, and each of its internal snapshots as NAME@SNAPSHOT, but for one that overlays lie over.
 
     Args: is_trial: open it as far as that goes while another export writes to it: neither locked nor for writing.
 
@@ -171,7 +272,7 @@ async def open_exports(config: ExportConfig, limits: Limits, *, is_trial: bool =
     except BaseException as error:
         await close_exports(exports)
         if isinstance(error, OSError):
-            raise ImageError(config.path, error.strerror or str(error)) from None
+            raise ImageError(config.path, sandbox.reason(error)) from None
         raise
     return exports
 
@@ -190,24 +291,44 @@ async def _open_all(
     image = await open_image(
         config.path,
         format=config.format,
-        writable=not (config.is_read_only or is_trial),
+        writable=not (config.only_reads_image or is_trial),
         lock=not is_trial,
         roots=config.roots,
         key=key,
+        parent=config.parent_path,
+        accepts_lost_log=config.accepts_lost_log,
     )
     exports.append(await _export(name, image, config, limits))
-    snapshots = [] if config.format == "raw" else await snapshot_names(config.path)
-    if len(snapshots) > SNAPSHOT_EXPORTS_MAX:
-        logger.warning("%s: %d of %d snapshots are exported", name, SNAPSHOT_EXPORTS_MAX, len(snapshots))
-    for snapshot in snapshots[-SNAPSHOT_EXPORTS_MAX:]:
-        image = await open_image(
-            config.path, format="qcow2", writable=False, lock=False, roots=config.roots, key=key, snapshot=snapshot
-        )
-        exports.append(await _export(f"{name}@{snapshot}", image, config, limits, is_snapshot=True))
+    if config.overlay is not None:
+        await lend_overlays(exports[0], config)
+        return
+    labels = await snapshot_labels(image)
+    if len(labels) > SNAPSHOT_EXPORTS_MAX:
+        logger.warning("%s: %d of %d snapshots are exported", name, SNAPSHOT_EXPORTS_MAX, len(labels))
+    for snapshot_id, label in list(labels.items())[-SNAPSHOT_EXPORTS_MAX:]:
+        exports.append(await _open_snapshot(config, snapshot_id, label, limits, key))
+
+
+async def open_snapshot(config: ExportConfig, snapshot_id: str, label: str, limits: Limits) -> Export:
+    """An internal snapshot as NAME@LABEL, of an image that is open already. Raises: as `open_exports`."""
+    key = read_key_file(config.key_path) if config.key_path is not None else None
+    try:
+        return await _open_snapshot(config, snapshot_id, label, limits, key)
+    except OSError as error:
+        raise ImageError(config.path, sandbox.reason(error)) from None
+
+
+async def _open_snapshot(
+    config: ExportConfig, snapshot_id: str, label: str, limits: Limits, key: bytes | None
+) -> Export:
+    image = await open_image(
+        config.path, format="qcow2", writable=False, lock=False, roots=config.roots, key=key, snapshot=snapshot_id
+    )
+    return await _export(f"{named(config)}@{label}", image, config, limits, snapshot_id=snapshot_id)
 
 
 async def _export(
-    name: str, image: Image, config: ExportConfig, limits: Limits, *, is_snapshot: bool = False
+    name: str, image: Image, config: ExportConfig, limits: Limits, *, snapshot_id: str | None = None
 ) -> Export:
     try:
         export = Export(
@@ -216,7 +337,7 @@ async def _export(
             description=config.description,
             block_size_min=config.block_size_min,
             payload_max=limits.payload_size,
-            is_snapshot=is_snapshot,
+            snapshot_id=snapshot_id,
         )
     except BaseException:
         await image.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 from nbdimg.export.registry import Registry
 from nbdimg.limits import ARENA_SIZE, RECEIVE_SIZE, Limits
+from nbdimg.server.audit import Audit
 from nbdimg.server.buffers import BufferPool
 from nbdimg.server.log import LimitedLog
 from nbdimg.server.spin import Spinner
@@ -24,6 +25,7 @@ class Shared:
         self.limits = limits
         self.tls: Tls | None = None
         self.log = LimitedLog()
+        self.audit = Audit()
         self.spinner = Spinner(loop)
         self.scratch = memoryview(bytearray(RECEIVE_SIZE))
         self.arena = bytearray(ARENA_SIZE)

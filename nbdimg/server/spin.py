@@ -27,21 +27,22 @@ class Spinner:
         self._loop = loop
         self._is_enabled = len(os.sched_getaffinity(0)) > 1
         self._window_s = WINDOW_MAX_S
-        self._last_s = 0.0
+        self.touched_s = 0.0
+        """When requests last came."""
         self._is_spinning = False
 
     def touch(self) -> None:
         """Requests have just arrived."""
         now = perf_counter()
-        if self._window_s < WINDOW_MAX_S and now - self._last_s < WINDOW_MAX_S:
+        if self._window_s < WINDOW_MAX_S and now - self.touched_s < WINDOW_MAX_S:
             self._window_s = WINDOW_MAX_S
-        self._last_s = now
+        self.touched_s = now
         if self._is_enabled and not self._is_spinning and self._window_s >= WINDOW_MIN_S:
             self._is_spinning = True
             self._loop.call_soon(self._spin)
 
     def _spin(self) -> None:
-        if perf_counter() - self._last_s < self._window_s:
+        if perf_counter() - self.touched_s < self._window_s:
             os.sched_yield()
             self._loop.call_soon(self._spin)
             return

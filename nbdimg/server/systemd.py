@@ -7,6 +7,7 @@ sd_watchdog_enabled(3); the protocol is three variables and a datagram socket, s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -23,8 +24,8 @@ FIRST_DESCRIPTOR = 3
 TLS_SUFFIX = "tls"
 """A socket whose name ends so requires TLS: `FileDescriptorName=nbd-tls`."""
 
-ADMIN_NAME = "admin"
-"""Sockets of this name are not for NBD clients."""
+ADMIN_NAME, METRICS_NAME = "admin", "metrics"
+"""Sockets of these names are not for NBD clients."""
 
 logger = logging.getLogger("nbdimg")
 
@@ -35,6 +36,11 @@ class Inherited(NamedTuple):
     socket: socket.socket
     uri: NbdUri
     name: str
+
+
+def is_for_clients(inherited: Inherited) -> bool:
+    """Whether it is for NBD clients, and not for HTTP."""
+    return inherited.name not in (ADMIN_NAME, METRICS_NAME)
 
 
 def inherited_sockets(environment: MutableMapping[str, str] | None = None) -> list[Inherited]:
@@ -94,6 +100,10 @@ class Notifier:
         self._timer: asyncio.TimerHandle | None = None
         if address.startswith(("@", "/")):
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            if address.startswith("@"):
+                # The sandbox does not reach it later. At a path, each message goes to whoever is there by then.
+                with contextlib.suppress(OSError):
+                    self._socket.connect(self._address)
             is_mine = pid in ("", str(os.getpid()))
             if is_mine and period.isdecimal() and int(period):
                 self._interval_s = int(period) / 1e6 / 2

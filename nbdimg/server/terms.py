@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from ipaddress import ip_network
 
@@ -9,8 +10,10 @@ from nbdimg.config import AccessRule, ExportConfig, ServerConfig
 from nbdimg.errors import ConfigError
 from nbdimg.export.access import Right, Rule, normalized
 from nbdimg.export.registry import Terms
-from nbdimg.server.listen import check_exposure
+from nbdimg.server.listen import check_exposure, is_loopback
 from nbdimg.uri import NbdUri
+
+logger = logging.getLogger("nbdimg")
 
 
 def terms_of(config: ExportConfig) -> Terms:
@@ -44,6 +47,19 @@ def check_listener(uri: NbdUri, config: ServerConfig) -> None:
         raise ConfigError(f"{uri} needs TLS: give a certificate with --tls-certificate, or listen with nbd")
     if is_plaintext(uri, config):
         check_exposure(uri, is_allowed=config.allows_plaintext)
+
+
+def check_admin(config: ServerConfig) -> None:
+    """Raises: ConfigError: other machines reach the admin API, whose token goes in clear, without leave."""
+    address = config.admin.address if config.admin is not None else None
+    if address is None or is_loopback(address.host):
+        return
+    if not config.allows_plaintext:
+        raise ConfigError(
+            f"the admin API at {address} is reachable from other machines and HTTP is plain text: listen on 127.0.0.1, "
+            "::1 or a Unix socket, or allow it with --insecure-plaintext"
+        )
+    logger.warning("the admin API at %s: in plain text, anybody on the way can read its token", address)
 
 
 def is_plaintext(uri: NbdUri, config: ServerConfig) -> bool:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 from nbdimg.config import TlsConfig
-from nbdimg.errors import ProtocolError
+from nbdimg.errors import TlsError
 from nbdimg.server.credentials import Credentials, reason
 from nbdimg.units import KiB
 from nbdimg.wire.handshake import TlsMode
@@ -81,6 +81,7 @@ class TlsSocket:
         "_credentials",
         "_incoming",
         "_is_ended",
+        "_is_goodbye_said",
         "_outgoing",
         "_proposed",
         "_sock",
@@ -99,6 +100,7 @@ class TlsSocket:
         self._proposed: frozenset[str] = frozenset()
         self._backlog: bytes | memoryview = b""
         self._is_ended = False
+        self._is_goodbye_said = False
         self.sent_bytes = 0
         """Ciphertext that has left."""
 
@@ -110,22 +112,27 @@ class TlsSocket:
     def advance(self) -> frozenset[str] | None:
         """Take the next bytes of the client's handshake. Returns the client's identities when it is complete.
 
-        Its answers wait in the backlog: `flush` follows, also behind a ProtocolError, which owes the peer an alert.
+        Its answers wait in the backlog: `flush` follows, also behind a TlsError, which owes the peer an alert.
 
-        Raises: BlockingIOError; OSError; ProtocolError: the handshake has failed.
+        Raises: BlockingIOError; OSError; TlsError: the handshake has failed.
         """
         work = self._work.ciphertext[:RECORD_SIZE]
         count = self._sock.recv_into(work)
         if not count:
-            raise ProtocolError("left in the middle of the TLS handshake")
+            raise TlsError("left in the middle of the TLS handshake")
         self._incoming.write(work[:count])
         try:
             self._proposed = self._credentials.advance(self._ssl, self._proposed)
         except ssl.SSLError as error:
-            raise ProtocolError(f"TLS handshake: {reason(error)}") from None
+            raise TlsError(f"TLS handshake: {reason(error)}") from None
         if self._ssl.version() is None:
             return None
         return self._credentials.identities(self._ssl, self._proposed)
+
+    @property
+    def version(self) -> str | None:
+        """The protocol's, as "TLSv1.3"; None before the handshake is complete."""
+        return self._ssl.version()
 
     def has_input(self) -> bool:
         """Whether bytes came behind the handshake in the same receive."""
@@ -147,7 +154,7 @@ class TlsSocket:
     def _receive(self, views: Sequence[memoryview]) -> int:
         """Bytes put into `views`, which have room for two records at least; 0 at the end of input.
 
-        Raises: BlockingIOError; OSError; ProtocolError: what came is no TLS, was tampered with, or is an alert.
+        Raises: BlockingIOError; OSError; TlsError: what came is no TLS, was tampered with, or is an alert.
         """
         filled = self._decrypt(views, 0)
         if filled or self._is_ended:
@@ -183,7 +190,7 @@ class TlsSocket:
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLError as error:
-            raise ProtocolError(f"TLS: {reason(error)}") from None
+            raise TlsError(f"TLS: {reason(error)}") from None
         return filled
 
     # Out
@@ -257,6 +264,14 @@ class TlsSocket:
         self._backlog = self._backlog[sent:]
         return not self._backlog
 
+    def say_goodbye(self) -> None:
+        """Say close_notify, once, if it goes without waiting. Raises: OSError."""
+        if not self._is_goodbye_said and self.flush():
+            self._is_goodbye_said = True
+            with contextlib.suppress(ssl.SSLError):
+                self._ssl.unwrap()
+            self.flush()
+
     def close(self) -> None:
         """Say close_notify if it goes without waiting, and close the socket.
 
@@ -264,9 +279,6 @@ class TlsSocket:
         unread bytes resets the connection, and the reset may overtake the last replies.
         """
         with contextlib.suppress(OSError):
-            if self.flush():
-                with contextlib.suppress(ssl.SSLError):
-                    self._ssl.unwrap()
-                self.flush()
+            self.say_goodbye()
             self._sock.recv_into(self._work.ciphertext)
         self._sock.close()

@@ -11,7 +11,8 @@ three shapes, and comes back as queued parts:
          socket, the connection is *paused*: it neither parses nor receives.
     (T2) A READ's error precedes its data, or follows it in a chunk of its own.
     (T3) Pieces of a stream end where sectors do: no sector is read at two moments.
-    (T4) After DISC or the end of input everything in flight is answered, then the connection closes.
+    (T4) After DISC, the end of input or the beginning of a drain everything in flight is answered, then the connection
+         closes. At a drain, that includes requests which had arrived while it was paused.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Protocol
 from nbdimg.errors import NbdimgError, ProtocolError, RequestError
 from nbdimg.export.export import SECTOR_SIZE, Export, Status, Work
 from nbdimg.export.lane import Lane
+from nbdimg.export.meter import Tally
 from nbdimg.export.validate import Rules
 from nbdimg.image.image import Segment
 from nbdimg.limits import PIECE_SIZE, SPILL_SIZE
@@ -43,7 +45,6 @@ _DISC = int(Command.DISC)
 _DF = int(CommandFlag.DF)
 
 _ZEROES = memoryview(bytes(PIECE_SIZE))
-_SHUTTING_DOWN = RequestError(errno.ESHUTDOWN, "the server is shutting down")
 
 
 def replies_for(session: Session) -> Replies:
@@ -107,7 +108,8 @@ class Transmission:
         )
         if leftover:
             self._receiver.feed(leftover)
-        self._lane = Lane(session, export, self._replies, shared.arena, shared.arena_view)
+        self.tally = Tally(export.meter, self._receiver.header_size, self._replies)
+        self._lane = Lane(session, export, self._replies, self.tally, shared.arena, shared.arena_view)
         self._streams: deque[Stream] = deque()
         self._held: Request | None = None
         self._taken_bytes = 0
@@ -119,6 +121,11 @@ class Transmission:
         """Requests that have arrived complete."""
         self.in_flight = 0
         self.is_draining = False
+        """Nothing more is received."""
+
+    def has_work(self) -> bool:
+        """Whether requests are in flight, or may wait to be handled."""
+        return bool(self.in_flight) or (self._is_paused and not self._has_finished_input)
 
     def is_mid_request(self) -> bool:
         """Whether the client owes the rest of a request."""
@@ -134,6 +141,7 @@ class Transmission:
         Raises: ProtocolError: the connection must end.
         """
         self._receiver.received(count)
+        self.tally.arrived_s = self._shared.spinner.touched_s
         self._process()
 
     def park(self) -> None:
@@ -168,7 +176,7 @@ class Transmission:
             self._pause()
         if has_more:
             self._wake()
-        if self._has_finished_input:
+        if self._has_finished_input or self.is_draining:
             self._shell.close_if_done()
 
     def _handle_all(self) -> int:
@@ -177,24 +185,21 @@ class Transmission:
         turn_requests = self._limits.turn_requests
         handled = 0
         while handled < turn_requests:
-            is_cold = False
-            if not self.is_draining:
-                run = self._lane.run(receiver, outbox.fill, turn_requests - handled)
-                outbox.fill = run.fill
-                handled += run.answered
-                if run.failure is not None:
-                    self._refuse_failed(*run.failure)
-                    handled += 1
-                    continue
-                if run.is_burst:
-                    outbox.send_turn()
-                    continue
-                is_cold = run.is_cold
+            run = self._lane.run(receiver, outbox.fill, turn_requests - handled)
+            outbox.fill = run.fill
+            handled += run.answered
+            if run.failure is not None:
+                self._refuse_failed(*run.failure)
+                handled += 1
+                continue
+            if run.is_burst:
+                outbox.send_turn()
+                continue
             request = receiver.next_request()
             if request is None:
                 break
             handled += 1
-            self._handle(request, is_cold)
+            self._handle(request, run.is_cold)
             if self._has_finished_input or self._is_full():
                 break
         return handled
@@ -203,7 +208,8 @@ class Transmission:
         if request.command == _DISC:
             self._finish_input()
             return
-        refusal = _SHUTTING_DOWN if self.is_draining else self._rules.check(request)
+        request.arrived_s = self.tally.arrived_s
+        refusal = self._rules.check(request, self._export.info.size)
         if refusal is not None:
             self._refuse(request, refusal)
         elif request.command == _READ:
@@ -255,16 +261,18 @@ class Transmission:
         if work is None:
             self._outbox.put(self._replies.done(request))
             self._release(request)
+            self.tally.answered(request)
             return
         self.in_flight += 1
         self._shared.start(self._finish(request, work))
 
     def _refuse(self, request: Request, error: OSError | NbdimgError) -> None:
-        self._outbox.put(self._replies.error(request, *describe(error)))
+        self._outbox.put(self._error(request, error))
         self._release(request)
 
     def _refuse_failed(self, request: Request, error: OSError | NbdimgError) -> None:
-        """A file call failed."""
+        """A file call failed in the lane."""
+        request.arrived_s = self.tally.arrived_s
         if request.command == _READ:
             self._outbox.put(self._read_error(request, error, request.offset))
         else:
@@ -276,10 +284,11 @@ class Transmission:
         try:
             status = await work
             parts = [self._replies.done(request)] if status is None else self._status_parts(request, status)
+            self.tally.answered(request)
         except (OSError, NbdimgError) as error:
-            parts = [self._replies.error(request, *describe(error))]
+            parts = [self._error(request, error)]
         except Exception as error:
-            parts = [self._replies.error(request, *describe(self._bug(request, error)))]
+            parts = [self._error(request, self._bug(request, error))]
         self._release(request)
         self._outbox.queue(parts)
         self._completed()
@@ -289,6 +298,12 @@ class Transmission:
         self._shared.log.say(logging.ERROR, f"{request!r} failed: {type(error).__name__}: {error}")
         logger.debug("the failure's traceback", exc_info=error)
         return RequestError(errno.EIO, "internal error")
+
+    def _error(self, request: Request, error: OSError | NbdimgError) -> bytes:
+        """The reply to a request that failed."""
+        number, text, offset = describe(error)
+        self.tally.answered(request, number)
+        return self._replies.error(request, number, text, offset)
 
     def _status_parts(self, request: Request, status: Status) -> list[Part]:
         last = status[-1][0]
@@ -341,6 +356,7 @@ class Transmission:
             return
         if not length:
             outbox.put(self._replies.done(request))
+            self.tally.answered(request)
             return
         header_size = self._header_size
         at = outbox.room(header_size + length)
@@ -355,6 +371,7 @@ class Transmission:
         if count == length:
             self._replies.put_data(self._shared.arena, at, request, offset, length, True)
             outbox.fill = end
+            self.tally.answered(request)
             return
         self.in_flight += 1
         if not is_streamed:
@@ -384,6 +401,7 @@ class Transmission:
                 start = segment.offset - request.offset
                 parts.extend(_zeroes(segment.length) if segment.is_hole else [view[start : start + segment.length]])
             self._outbox.queue(parts, self._giver(view))
+            self.tally.answered(request)
         self._completed()
 
     async def _segments(self, request: Request, work: Work[list[Segment]], offset: int) -> list[Segment] | None:
@@ -401,6 +419,7 @@ class Transmission:
     def _read_error(self, request: Request, error: OSError | NbdimgError, offset: int) -> bytes:
         """A READ that failed at guest `offset`, or where the error itself says."""
         number, text, where = describe(error)
+        self.tally.answered(request, number)
         return self._replies.error(request, number, text, offset if where is None else where)
 
     def _schedule_pump(self) -> None:
@@ -448,6 +467,7 @@ class Transmission:
         if count >= PIECE_SIZE:
             outbox.send_turn()
         if is_last:
+            self.tally.answered(request)
             self._completed()
         else:
             stream.position += abs(count)
@@ -488,6 +508,7 @@ class Transmission:
         self._outbox.queue(parts, self._giver(view))
         stream.position += len(view)
         if stream.position == stream.stop:
+            self.tally.answered(request)
             self._completed()
         else:
             self._streams.appendleft(stream)

@@ -7,10 +7,16 @@ while it runs is for the next plan.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
+from time import perf_counter
 
+from nbdimg.histogram import Histogram
 from nbdimg.storage.file import BlockFile
+
+OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Errors of a write that say nothing about what was written before: it may be tried again when there is space."""
 
 
 class UnwrittenError(OSError):
@@ -67,8 +73,10 @@ def _close(joined: list[Write], pieces: list[bytes]) -> None:
         joined[-1] = Write(joined[-1].file, joined[-1].offset, b"".join(pieces))
 
 
-async def run(plan: Plan) -> None:
+async def run(plan: Plan, times: Histogram | None = None) -> None:
     """Carry out a plan; on an error no write is under way any more, and from that stage on nothing is durable.
+
+    Args: times: is told how long each file's barrier took.
 
     Raises: UnwrittenError: a write failed. OSError: a barrier failed, and what was written may be lost.
     """
@@ -81,4 +89,7 @@ async def run(plan: Plan) -> None:
                 if isinstance(outcome, BaseException):
                     raise outcome
         for file in stage.files:
+            started_s = perf_counter()
             await file.fdatasync()
+            if times is not None:
+                times.add(perf_counter() - started_s)

@@ -61,8 +61,9 @@ class PosixFile:
             os.close(self.descriptor)
             raise
         self.identity = (status.st_dev, status.st_ino)
-        self._in_memory = system.is_memory_file_system(status.st_dev)
         self._has_nowait = True
+        self._in_memory = False
+        """Asked for where reads know no RWF_NOWAIT."""
         self._writes_inline = True
         self._inline_writes_from = 0.0
 
@@ -81,7 +82,7 @@ class PosixFile:
             if error.errno != errno.EOPNOTSUPP or not self._has_nowait:
                 raise
             self._has_nowait = False
-            self._writes_inline = self._in_memory
+            self._writes_inline = self._in_memory = system.is_memory_file_system(self.identity[0])
             return self.try_pread(offset, view)
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:

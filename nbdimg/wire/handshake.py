@@ -2,13 +2,18 @@
 
     ┌───────┐ client flags  ┌─────────┐  GO, EXPORT_NAME   ┌──────┐
     │ FLAGS │ ────────────▶ │ OPTIONS │ ─────────────────▶ │ DONE │  `session` is set
-    └───────┘               └─────────┘                    └──────┘
-                  STARTTLS │     │ ▲ `tls_started`: everything negotiated before is forgotten
-                           ▼     │ │
-                        ┌─────┐  │ │   ABORT            ┌────────┐
-                        │ TLS │ ─┼─┘   ───────────────▶ │ CLOSED │  send what is left, then close
-                        └─────┘  ▼                      └────────┘
+    └───────┘               └─────────┘ ──────┐            └──────┘
+                  STARTTLS │     │ ▲ ▲        │                ▲
+                           ▼     │ │ │        ▼ made on entry  │
+                        ┌─────┐  │ │ │  ┌──────────┐ `entered` │
+                        │ TLS │ ─┼─┘ └─ │ ENTERING │ ──────────┘
+                        └─────┘  │  `refused` ─────┘   ABORT            ┌────────┐
+                  `tls_started`  │                     ───────────────▶ │ CLOSED │  send what is left, then close
+                                 ▼                                      └────────┘
                             ProtocolError: close without another word
+
+`tls_started`: everything negotiated before is forgotten. In ENTERING what the client wants to enter is being made, and
+the answer to its GO or EXPORT_NAME waits for that.
 
 An option is answered and the stream stays in step whatever its data: its length is known before its meaning. In what
 order the answers are decided for each option:
@@ -30,7 +35,7 @@ from struct import Struct
 from typing import Protocol
 
 from nbdimg import limits
-from nbdimg.errors import NbdimgError, ProtocolError, escaped
+from nbdimg.errors import NbdimgError, ProtocolError, TlsError, escaped
 from nbdimg.units import MiB
 from nbdimg.wire.constants import (
     DIRTY_BITMAP,
@@ -80,6 +85,8 @@ class ExportInfo:
     payload_max: int = limits.Limits().payload_size
     contexts: tuple[str, ...] = ()
     is_tls_only: bool = False
+    is_made_on_entry: bool = False
+    """What the client enters is made when it asks, which takes a moment; only then `size` is sure."""
 
 
 class Directory(Protocol):
@@ -133,8 +140,18 @@ class State(Enum):
     FLAGS = "flags"
     OPTIONS = "options"
     TLS = "tls"
+    ENTERING = "entering"
     DONE = "done"
     CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A GO or EXPORT_NAME whose answer waits for `export`; `answer` makes it of the export as it turns out."""
+
+    option: int
+    export: ExportInfo
+    answer: Callable[[ExportInfo], bytes]
 
 
 class OptionError(NbdimgError):
@@ -197,7 +214,8 @@ class Handshake:
 
     Args:
         directory: the exports this client may see.
-        tls: the listener's TLS mode. In state TLS the owner wraps the socket and calls `tls_started`.
+        tls: the listener's TLS mode. In state TLS the owner wraps the socket and calls `tls_started`. In state ENTERING
+            it has the export `entry` made, and calls `entered` or `refused`.
         options_max, option_bytes_max: how much haggling one client gets.
     """
 
@@ -211,6 +229,7 @@ class Handshake:
     ) -> None:
         self.state = State.FLAGS
         self.session: Session | None = None
+        self.entry: Entry | None = None
         self.leftover = b""
         self._directory = directory
         self._tls = tls
@@ -247,10 +266,40 @@ class Handshake:
         while (reply := self._step()) is not None:
             replies.append(reply)
         if self.state is State.TLS and self._buffer:
-            raise ProtocolError("plain bytes behind STARTTLS")
+            raise TlsError("plain bytes behind STARTTLS")
+        self._keep_leftover()
+        return b"".join(replies)
+
+    def _keep_leftover(self) -> None:
         if self.state is State.DONE:
             self.leftover, self._buffer = self._buffer, b""
-        return b"".join(replies)
+
+    def entered(self, export: ExportInfo) -> bytes:
+        """What `entry` waited for is there: the answer."""
+        assert self.state is State.ENTERING
+        assert self.entry is not None
+        answer = self.entry.answer(export)
+        self._keep_leftover()
+        return answer
+
+    def refused(self, error: OptionError) -> bytes:
+        """What `entry` waited for cannot be: the answer, and those to options that have come meanwhile.
+
+        Raises: ProtocolError: as `receive`.
+        """
+        assert self.state is State.ENTERING
+        assert self.entry is not None
+        if self.entry.option == Option.EXPORT_NAME:
+            raise ProtocolError(f"EXPORT_NAME: {error}")
+        self.state = State.OPTIONS
+        return self._refuse(self.entry.option, error) + self.receive(b"")
+
+    def _enter(self, option: int, export: ExportInfo, answer: Callable[[ExportInfo], bytes]) -> bytes:
+        if not export.is_made_on_entry:
+            return answer(export)
+        self.entry = Entry(option, export, answer)
+        self.state = State.ENTERING
+        return b""
 
     def _step(self) -> bytes | None:
         """Consume one message; None when there is none."""
@@ -323,7 +372,7 @@ class Handshake:
         refusal = self._tls_refusal(number)
         if number == Option.EXPORT_NAME:
             if refusal is not None:
-                raise ProtocolError("EXPORT_NAME before STARTTLS, and TLS is required")
+                raise TlsError("EXPORT_NAME before STARTTLS, and TLS is required")
             return self._export_name(option_data)
         if refusal is not None:
             return self._refuse(number, refusal)
@@ -391,9 +440,13 @@ class Handshake:
             export = self._find(_decoded(option_data))
         except OptionError as error:
             raise ProtocolError(f"EXPORT_NAME: {error}") from None
-        self._finish(export, obeys_block_size=False)
-        padding = bytes(EXPORT_NAME_PADDING) if self._pads_export_name else b""
-        return EXPORT_NAME_ANSWER.pack(export.size, self._flags(export)) + padding
+
+        def answer(export: ExportInfo) -> bytes:
+            self._finish(export, obeys_block_size=False)
+            padding = bytes(EXPORT_NAME_PADDING) if self._pads_export_name else b""
+            return EXPORT_NAME_ANSWER.pack(export.size, self._flags(export)) + padding
+
+        return self._enter(Option.EXPORT_NAME, export, answer)
 
     def _abort(self, number: int, data: _Data) -> bytes:
         self.state = State.CLOSED
@@ -424,6 +477,16 @@ class Handshake:
         asked = {data.u16() for _ in range(data.u16())}
         data.end()
         export = self._find(name)
+        if number == Option.INFO:
+            return self._told(number, export, asked)
+
+        def answer(export: ExportInfo) -> bytes:
+            self._finish(export, obeys_block_size=Info.BLOCK_SIZE in asked)
+            return self._told(number, export, asked)
+
+        return self._enter(number, export, answer)
+
+    def _told(self, number: int, export: ExportInfo, asked: set[int]) -> bytes:
         infos = [INFO_EXPORT.pack(Info.EXPORT, export.size, self._flags(export))]
         if Info.NAME in asked:
             infos.append(U16.pack(Info.NAME) + export.name.encode())
@@ -435,8 +498,6 @@ class Handshake:
                     Info.BLOCK_SIZE, export.block_size_min, export.block_size_preferred, export.payload_max
                 )
             )
-        if number == Option.GO:
-            self._finish(export, obeys_block_size=Info.BLOCK_SIZE in asked)
         replies = [self._reply(number, OptionReply.INFO, info) for info in infos]
         return b"".join(replies) + self._reply(number, OptionReply.ACK)
 

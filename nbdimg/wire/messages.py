@@ -59,13 +59,14 @@ def to_wire(text: str) -> bytes:
 
 
 class Request:
-    """One request. `command` and `flags` are the wire's numbers, known or not; offset and length are bytes.
+    """One request. `command` and `flags` are the wire's numbers, known or not; offset and length are bytes. `arrived_s`
+    is a `perf_counter` time, set by whoever measures.
 
     `payload` is set for a WRITE, and valid only until the receiver's next call unless `owns_payload`: see
     `transmission.Receiver`.
     """
 
-    __slots__ = ("command", "cookie", "flags", "length", "offset", "owns_payload", "payload")
+    __slots__ = ("arrived_s", "command", "cookie", "flags", "length", "offset", "owns_payload", "payload")
 
     contexts: tuple[int, ...] | None = None
     fault: str | None = None
@@ -87,6 +88,7 @@ class Request:
         self.length = length
         self.payload = payload
         self.owns_payload = owns_payload
+        self.arrived_s = 0.0
 
     def keep_payload(self) -> None:
         """Make the payload outlive the receive buffer, by copying it if it must be."""

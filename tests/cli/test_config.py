@@ -76,7 +76,11 @@ def test_check_takes_the_environment_into_account(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["disk.img"], ["--read-only"], ["--format", "raw"], ["--key-file", "x"], ["--min-block-size", "512"]]
+    "arguments",
+    [
+        *(["disk.img"], ["--read-only"], ["--format", "raw"], ["--key-file", "x"], ["--min-block-size", "512"]),
+        *(["--parent", "x"], ["--accept-lost-log"]),
+    ],
 )
 def test_serve_config_with_an_image_or_its_options_exits_2(
     file: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]

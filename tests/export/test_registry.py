@@ -26,7 +26,7 @@ def registry(*names: str) -> Registry:
 
 def view(exports: Registry) -> View:
     """What a client sees that no rule names."""
-    return View(exports, Client(), lambda export: None)
+    return View(exports, Client(), lambda export, reason: None)
 
 
 def test_lookup_by_name_and_with_a_slash() -> None:

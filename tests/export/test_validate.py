@@ -68,7 +68,7 @@ def session(
 
 def answer(session_: Session, command: int, flags: int = 0, offset: int = 0, length: int = 512) -> int:
     """The errno of the refusal, OK for none."""
-    refusal = Rules(session_).check(Request(command, flags, 1, offset, length))
+    refusal = Rules(session_).check(Request(command, flags, 1, offset, length), session_.export.size)
     if refusal is None:
         return OK
     assert str(refusal).isprintable()
@@ -269,7 +269,7 @@ def test_change_of_a_read_only_export_is_eperm_whatever_its_range(command: int, 
 def test_malformed_message_is_einval_before_anything_else() -> None:
     request = PayloadRequest(TRIM, PAYLOAD_LEN, 1, 0, 512)
     request.fault = "command 4 takes no payload"
-    refusal = Rules(session(read_only=True)).check(request)
+    refusal = Rules(session(read_only=True)).check(request, SIZE)
     assert refusal is not None
     assert (refusal.errno, str(refusal)) == (errno.EINVAL, "command 4 takes no payload")
 
@@ -277,7 +277,7 @@ def test_malformed_message_is_einval_before_anything_else() -> None:
 def status_answer(agreed: Session, ids: tuple[int, ...] | None, length: int = 512) -> int:
     request = PayloadRequest(BLOCK_STATUS, PAYLOAD_LEN, 1, 0, length)
     request.contexts = ids
-    refusal = Rules(agreed).check(request)
+    refusal = Rules(agreed).check(request, SIZE)
     return refusal.errno if refusal else OK
 
 

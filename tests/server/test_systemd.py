@@ -11,18 +11,18 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import pytest
 
 from nbdimg.errors import ConfigError
 from nbdimg.server.systemd import Notifier, inherited_sockets
+from tests.support.activation import hand_over, listening
 from tests.support.configured import ConfiguredServer, answers, export
 from tests.support.rawclient import connect_negotiated, try_connect
 from tests.support.rss import wait_until
-from tests.support.server import ServerProcess
+from tests.support.server import ServerProcess, complaints
 
 UNITS = Path("conf/systemd")
 EXPOSURE_MAX = 1.5
@@ -30,53 +30,12 @@ NOTIFY_LIMIT_S = 20.0
 ACTIVATE = shutil.which("systemd-socket-activate")
 ANALYZE = shutil.which("systemd-analyze")
 
-HAND_OVER = """
-import os, sys
-descriptors, names, pid = sys.argv[1].split(","), sys.argv[2], sys.argv[3]
-held = [os.dup(int(each)) for each in descriptors]
-for index, each in enumerate(held):
-    os.dup2(each, 100 + index)
-for index in range(len(held)):
-    os.dup2(100 + index, 3 + index)
-os.environ["LISTEN_FDS"] = str(len(held))
-os.environ["LISTEN_PID"] = pid or str(os.getpid())
-if names:
-    os.environ["LISTEN_FDNAMES"] = names
-os.execv(sys.executable, [sys.executable, "-m", "nbdimg", *sys.argv[4:]])
-"""
-"""What systemd does before it starts a service, for any sockets."""
-
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = tmp_path / "disk.img"
     path.write_bytes(b"\xd1" * 65536)
     return path
-
-
-def hand_over(
-    sockets: Sequence[socket.socket],
-    names: str,
-    *arguments: str,
-    pid: str = "",
-    stderr: IO[str] | int = subprocess.PIPE,
-) -> subprocess.Popen[str]:
-    """`nbdimg ARGUMENTS` with the sockets as its descriptors from 3 on."""
-    descriptors = [each.fileno() for each in sockets]
-    return subprocess.Popen(
-        [sys.executable, "-c", HAND_OVER, ",".join(map(str, descriptors)), names, pid, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-        pass_fds=descriptors,
-    )
-
-
-def listening(address: str | tuple[str, int]) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
-    sock.bind(address)
-    sock.listen()
-    return sock
 
 
 def stop(process: subprocess.Popen[str]) -> tuple[str, str]:
@@ -106,7 +65,7 @@ def test_activation_serves_unix_and_tcp_sockets_and_leaves_their_files(tmp_path:
         assert served(("127.0.0.1", port))
         output, errors = stop(process)
     assert output.split() == [f"nbd+unix:///disk?socket={path}", f"nbd://127.0.0.1:{port}/disk"]
-    assert errors == ""
+    assert complaints(errors) == []
     assert os.path.exists(path)
 
 

@@ -1,0 +1,90 @@
+"""Which path is answered by what, and what stands around every answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from aiohttp import web
+
+from nbdimg.admin import exports, health, openapi, overview
+from nbdimg.admin.backend import BACKEND, Backend
+from nbdimg.admin.guard import Guard
+from nbdimg.admin.problems import BODY_SIZE_MAX, Handler, answering_problems
+from nbdimg.errors import escaped
+from nbdimg.server.listen import peer_of
+
+SEND_TIMEOUT_S = 30.0
+"""For a response that its client does not take."""
+
+HEALTH_ROUTES = (
+    web.get("/livez", health.livez),
+    web.get("/readyz", health.readyz),
+    web.get("/startupz", health.startupz),
+    web.get("/metrics", health.metrics),
+)
+
+ADMIN_ROUTES = (
+    *HEALTH_ROUTES,
+    web.get("/v1/openapi.json", openapi.show_document),
+    web.get("/v1/status", overview.show_status),
+    web.get("/v1/stats", overview.show_stats),
+    web.post("/v1/reload", overview.reload),
+    web.get("/v1/clients", overview.list_clients),
+    web.delete("/v1/clients/{id}", overview.disconnect_client),
+    web.get("/v1/exports", exports.list_exports),
+    web.post("/v1/exports", exports.add_export),
+    web.get("/v1/exports/{name}", exports.show_export),
+    web.delete("/v1/exports/{name}", exports.remove_export),
+    web.post("/v1/exports/{name}/resize", exports.resize_export),
+    web.get("/v1/exports/{name}/snapshots", exports.list_snapshots),
+    web.post("/v1/exports/{name}/snapshots", exports.create_snapshot),
+    web.delete("/v1/exports/{name}/snapshots/{snapshot}", exports.delete_snapshot),
+)
+
+logger = logging.getLogger("nbdimg")
+
+
+def application(backend: Backend, guard: Guard, *, is_admin: bool) -> web.Application:
+    """The whole API, or health and metrics alone."""
+    app = web.Application(
+        middlewares=[_sending, _logging_changes, answering_problems, guard.admit], client_max_size=BODY_SIZE_MAX
+    )
+    app[BACKEND] = backend
+    app.add_routes(ADMIN_ROUTES if is_admin else HEALTH_ROUTES)
+    return app
+
+
+@web.middleware
+async def _sending(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give up on a client that does not take its answer."""
+    response = await handler(request)
+    response.headers["Server"] = "nbdimg"
+    response.headers["Cache-Control"] = "no-store"
+    try:
+        async with asyncio.timeout(SEND_TIMEOUT_S):
+            await response.prepare(request)
+            await response.write_eof()
+    except (TimeoutError, ConnectionError):
+        if request.transport is not None:
+            request.transport.abort()
+    return response
+
+
+@web.middleware
+async def _logging_changes(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """One line for each request that may change something, whatever came of it."""
+    if request.method in ("GET", "HEAD"):
+        return await handler(request)
+    peer = _peer(request)
+    response = await handler(request)
+    logger.info("%s: admin: %s %s: %d", peer, request.method, escaped(request.rel_url.raw_path), response.status)
+    return response
+
+
+def _peer(request: web.Request) -> str:
+    """Who asks, as the log names NBD clients."""
+    transport = request.transport
+    if transport is None:
+        return "a client that is gone"
+    return peer_of(transport.get_extra_info("socket"), transport.get_extra_info("peername"))[0]

@@ -1,0 +1,68 @@
+"""What HTTP requests are answered from."""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import Any, Literal
+
+from aiohttp import web
+
+from nbdimg.admin.problems import Refusal
+from nbdimg.server.live import Control
+from nbdimg.server.service import Service
+from nbdimg.server.states import ClientState, ExportState, SnapshotState
+
+
+class Backend:
+    """A server before, while and after it serves: HTTP answers from the first moment to the last, and says which it is.
+
+    starting ──attach──▶ serving ──drain begins──▶ stopping
+    """
+
+    def __init__(self) -> None:
+        self.started_s = monotonic()
+        self._service: Service | None = None
+        self._control: Control | None = None
+
+    def attach(self, service: Service, control: Control) -> None:
+        """All exports are open, and all listeners."""
+        self._service = service
+        self._control = control
+
+    @property
+    def state(self) -> Literal["starting", "serving", "stopping"]:
+        if self._service is None:
+            return "starting"
+        return "stopping" if self._service.registry.is_shutting_down else "serving"
+
+    def exports(self) -> list[ExportState]:
+        """All that are open, in every state: none while starting."""
+        return [] if self._control is None else self._control.exports()
+
+    @property
+    def service(self) -> Service:
+        """Raises: Refusal: images are being opened."""
+        if self._service is None:
+            raise _starting()
+        return self._service
+
+    @property
+    def control(self) -> Control:
+        """Raises: Refusal: images are being opened, or the server stops."""
+        if self._control is None:
+            raise _starting()
+        if self.state == "stopping":
+            raise Refusal(503, "the server stops")
+        return self._control
+
+
+def _starting() -> Refusal:
+    return Refusal(503, "the server is starting: images are being opened")
+
+
+def fields_of(state: ExportState | ClientState | SnapshotState) -> dict[str, Any]:
+    """As JSON wants it. `dataclasses.asdict` copies deeply and takes five times as long; exports may be many."""
+    return {name: getattr(state, name) for name in state.__slots__}
+
+
+BACKEND = web.AppKey("backend", Backend)

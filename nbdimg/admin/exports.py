@@ -1,0 +1,92 @@
+"""`/v1/exports`: what is exported, and its snapshots."""
+
+from __future__ import annotations
+
+from typing import cast
+from urllib.parse import quote
+
+from aiohttp import web
+
+from nbdimg.admin.backend import BACKEND, fields_of
+from nbdimg.admin.problems import Refusal
+from nbdimg.admin.requests import BODY_NAME, checked, json_body, query_choice, table_body
+from nbdimg.configfile import export_of
+from nbdimg.configfile.values import boolean, export_name, size_in_bytes
+from nbdimg.errors import ConfigError
+from nbdimg.server.live import Control, RemoveMode
+from nbdimg.server.states import ExportState
+
+REMOVE_MODES = ("drain", "hide", "hard")
+SIZE_MAX = (1 << 63) - 1
+"""Bytes of a disk: the largest file offset."""
+
+
+async def list_exports(request: web.Request) -> web.Response:
+    return web.json_response({"exports": [fields_of(each) for each in request.app[BACKEND].control.exports()]})
+
+
+async def show_export(request: web.Request) -> web.Response:
+    return web.json_response(fields_of(_found(request)[1]))
+
+
+async def add_export(request: web.Request) -> web.Response:
+    backend = request.app[BACKEND]
+    control = backend.control
+    config = export_of(await json_body(request), BODY_NAME, backend.service.config.tls)
+    names = await control.add(config)
+    states = [fields_of(control.export(name)) for name in names]
+    headers = {"Location": f"/v1/exports/{quote(names[0], safe='')}"}
+    return web.json_response({"exports": states}, status=201, headers=headers)
+
+
+async def remove_export(request: web.Request) -> web.Response:
+    control, state = _found(request)
+    mode = query_choice(request, "mode", REMOVE_MODES)
+    await control.remove(state.name, cast(RemoveMode, mode))
+    return web.Response(status=204)
+
+
+async def resize_export(request: web.Request) -> web.Response:
+    control, state = _found(request)
+    table, reader = await table_body(request, ("size", "shrink"))
+    size = table.get("size", size_in_bytes(1, SIZE_MAX), 0)
+    may_shrink = table.get("shrink", boolean, False)
+    if "size" not in table:
+        table.report("size is missing, expected bytes")
+    checked(reader)
+    return web.json_response(fields_of(await control.resize(state.name, size, shrink=may_shrink)))
+
+
+async def list_snapshots(request: web.Request) -> web.Response:
+    control, state = _found(request)
+    return web.json_response({"snapshots": [fields_of(each) for each in await control.snapshots(state.name)]})
+
+
+async def create_snapshot(request: web.Request) -> web.Response:
+    control, state = _found(request)
+    table, reader = await table_body(request, ("name",))
+    name = table.get("name", export_name, "")
+    if "name" not in table:
+        table.report("name is missing, expected the new snapshot's")
+    checked(reader)
+    snapshot = await control.snapshot_create(state.name, name)
+    headers = {"Location": f"/v1/exports/{quote(state.name, safe='')}/snapshots/{quote(snapshot.name, safe='')}"}
+    return web.json_response(fields_of(snapshot), status=201, headers=headers)
+
+
+async def delete_snapshot(request: web.Request) -> web.Response:
+    control, state = _found(request)
+    wanted = request.match_info["snapshot"]
+    if not any(wanted in (each.id, each.name) for each in await control.snapshots(state.name)):
+        raise Refusal(404, f"{state.name!r} has no snapshot {wanted!r:.80}")
+    await control.snapshot_delete(state.name, wanted)
+    return web.Response(status=204)
+
+
+def _found(request: web.Request) -> tuple[Control, ExportState]:
+    """Raises: Refusal: the path names no export."""
+    control = request.app[BACKEND].control
+    try:
+        return control, control.export(request.match_info["name"])
+    except ConfigError as error:
+        raise Refusal(404, str(error)) from None

@@ -1,0 +1,40 @@
+"""Health for whoever restarts, routes and starts: `/livez`, `/readyz`, `/startupz`. None of them touches storage.
+
+/livez      the loop runs: whoever reads the answer has the proof
+/startupz   200 once all exports and listeners are open
+/readyz     200 while clients can come and every export takes requests; ?verbose says which does not, and why
+"""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from nbdimg.admin.backend import BACKEND
+from nbdimg.admin.metrics import exposition
+
+
+async def livez(_: web.Request) -> web.Response:
+    return web.Response(text="ok\n")
+
+
+async def startupz(request: web.Request) -> web.Response:
+    state = request.app[BACKEND].state
+    return web.Response(status=503, text="starting\n") if state == "starting" else web.Response(text="ok\n")
+
+
+async def readyz(request: web.Request) -> web.Response:
+    """`[+]` and `[-]` before each export, as Kubernetes' own servers say it."""
+    backend = request.app[BACKEND]
+    exports = [each for each in backend.exports() if not each.is_hidden]
+    failed = sum(each.failure is not None for each in exports)
+    is_ready = backend.state == "serving" and not failed
+    verdict = "ok" if is_ready else f"{failed} of {len(exports)} exports failed" if failed else backend.state
+    lines = [verdict]
+    if "verbose" in request.query:
+        lines[:0] = [f"[-]{each.name} {each.failure}" if each.failure else f"[+]{each.name} ok" for each in exports]
+    return web.Response(status=200 if is_ready else 503, text="".join(f"{line}\n" for line in lines))
+
+
+async def metrics(request: web.Request) -> web.Response:
+    body, content_type = exposition(request.app[BACKEND].service)
+    return web.Response(body=body, headers={"Content-Type": content_type})

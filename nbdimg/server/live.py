@@ -1,0 +1,360 @@
+"""A running server's exports and clients, looked at and changed while it serves.
+
+Every operation that changes exports runs alone: one lock holds them and reloads apart. What waits for clients does not
+hold it, so that another operation can cut short what a slow client delays. An operation runs to its end also when its
+caller is cancelled.
+
+The file's exports and those added live are kept apart. A reload makes the file's exports be as the file says, and one
+that was removed live comes back; it never touches exports that were added live, and refuses a file that names one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
+
+from nbdimg.config import ExportConfig
+from nbdimg.errors import ConfigError, ImageFailed, ImageLocked, NbdimgError, UnsupportedFeature, escaped
+from nbdimg.export.export import Export, default_name
+from nbdimg.formats import resize_image
+from nbdimg.formats.qcow2.driver import Qcow2Driver
+from nbdimg.formats.qcow2.snapshot_changes import create_snapshot, delete_snapshot
+from nbdimg.formats.qcow2.snapshots import Snapshot, find_snapshot, load_snapshots
+from nbdimg.server.connection import Connection
+from nbdimg.server.reload import Reloader
+from nbdimg.server.service import SNAPSHOT_EXPORTS_MAX, Leaving, Service, image_of, named
+from nbdimg.server.states import ClientState, ExportState, SnapshotState, client_state, export_state, snapshot_state
+
+T = TypeVar("T")
+
+NAMES_MAX = 5
+"""Names in a message that says which there are."""
+
+logger = logging.getLogger("nbdimg")
+
+RemoveMode = Literal["hide", "drain", "hard"]
+"""What becomes of the clients of an export that leaves; see `Control.remove`."""
+
+
+class Control:
+    """Operations on a running service. `reloader` None: it was started without a configuration file.
+
+    Each raises ConfigError for a name that is not there, naming some that are, and while the server stops.
+    """
+
+    def __init__(self, service: Service, reloader: Reloader | None) -> None:
+        self._service = service
+        self._reloader = reloader
+        self._running: set[asyncio.Task[Any]] = set()
+
+    def exports(self) -> list[ExportState]:
+        """All, in order of appearance; hidden ones last."""
+        clients: dict[Export, list[Connection]] = {}
+        for connection in self._service.server.connections:
+            if connection.export is not None:
+                clients.setdefault(connection.export, []).append(connection)
+        return [
+            export_state(export, clients.get(export, []), is_live=is_live, is_hidden=is_hidden)
+            for export, is_live, is_hidden in self._known()
+        ]
+
+    def _known(self) -> Iterator[tuple[Export, bool, bool]]:
+        """Each export, whether it was added live, and whether it is hidden."""
+        service = self._service
+        for name, exports in service.exports.items():
+            for export in exports:
+                yield export, name in service.live, False
+        for leaving in service.leaving:
+            for export in leaving.exports:
+                yield export, leaving.is_live, True
+
+    def export(self, name: str) -> ExportState:
+        """The visible one of this name, else the hidden one."""
+        for export, is_live, is_hidden in self._known():
+            if export.name == name:
+                clients = self._service.server.clients_of([export])
+                return export_state(export, clients, is_live=is_live, is_hidden=is_hidden)
+        raise self._unknown(name)
+
+    def clients(self, export: str | None = None) -> list[ClientState]:
+        """All, or those of one export, the longest connected first."""
+        if export is not None:
+            self.export(export)
+        now_s = asyncio.get_running_loop().time()
+        found = [client_state(each, now_s) for each in self._service.server.connections]
+        return [each for each in found if export is None or each.export == export]
+
+    # Exports and clients come and go
+
+    async def add(self, config: ExportConfig) -> list[str]:
+        """Open an image and export it, with its snapshots; returns their names. Without a name it gets one.
+
+        Raises: ConfigError: a name is taken, a rule needs TLS that is not there, the image is still open for clients
+            of an export that was removed. ImageError: it cannot be opened. OSError: its key file cannot be read.
+        """
+        return await self._alone(self._add(config))
+
+    async def _add(self, config: ExportConfig) -> list[str]:
+        service = self._service
+        name = config.name or default_name(config.path, service.exports)
+        self._check_free(name)
+        config = replace(config, name=name)
+        service.check_added(config)
+        try:
+            exports = await service.open(config)
+        except ImageLocked:
+            holder = next((each for each in service.leaving if image_of(each.config) == image_of(config)), None)
+            if holder is None:
+                raise
+            raise ConfigError(
+                f"{config.path} is still open for clients of {escaped(named(holder.config))}, which was removed: "
+                "remove that again with drain or hard"
+            ) from None
+        service.live[name] = config
+        logger.info("export %s was added: %s", escaped(name), config.path)
+        return [each.name for each in exports]
+
+    async def remove(self, name: str, mode: RemoveMode) -> None:
+        """Take an export out of sight at once, with its snapshots. A snapshot cannot be removed alone.
+
+        hide    who is connected goes on as before; when the last one has left, the images are closed, in the background
+        drain   what clients have asked is answered, then their connections end, after `drain_timeout_s` at the latest;
+                returns when the images are closed
+        hard    connections are cut; returns when the images are closed
+
+        A hidden export can be removed again with "drain" or "hard", one that drains with "hard". An export of the
+        file comes back with the next reload.
+
+        Raises: ImageError, OSError: a flush failed at the end; the export is gone all the same.
+        """
+        leaving = self._leaving(name)
+        if leaving is None:
+            leaving = await self._alone(self._hide(name))
+            logger.info("export %s was removed: %s", escaped(name), mode)
+        if mode != "hide":
+            await self._to_the_end(self._see_off(leaving, is_hard=mode == "hard"))
+
+    def _leaving(self, name: str) -> Leaving | None:
+        """What was removed under a name that is not visible."""
+        if name in self._service.exports:
+            return None
+        return next((each for each in reversed(self._service.leaving) if each.config.name == name), None)
+
+    async def _hide(self, name: str) -> Leaving:
+        if name not in self._service.exports:
+            snapshot = self._visible(name)
+            raise ConfigError(f"{escaped(snapshot.name)} is a snapshot, which is removed with its image or deleted")
+        return self._service.hide(name)
+
+    async def _see_off(self, leaving: Leaving, *, is_hard: bool) -> None:
+        server = self._service.server
+        await server.dismiss(server.clients_of(leaving.exports), is_hard=is_hard)
+        failures = await asyncio.shield(leaving.closing)
+        if failures:
+            raise failures[0]
+
+    async def disconnect(self, client_id: int, hard: bool = False) -> None:
+        """Make one client go: as `remove` with "drain" or, with `hard`, at once. It may connect again.
+
+        Raises: ConfigError: no client has this id.
+        """
+        server = self._service.server
+        found = [each for each in server.connections if each.number == client_id]
+        if not found:
+            raise ConfigError(f"there is no client {client_id}")
+        logger.info("%s: disconnected on request", found[0].peer)
+        await self._to_the_end(server.dismiss(found, is_hard=hard))
+
+    # An image changes
+
+    async def resize(self, name: str, size: int, *, shrink: bool = False) -> ExportState:
+        """Give an export's disk another size in bytes, durably. Requests wait meanwhile.
+
+        NBD has no word for it: clients that connect see the new size, those that are connected may use it from now on.
+        Behind a smaller end writes get ENOSPC, other requests EINVAL, also those that waited.
+
+        Raises: ConfigError: it is smaller and `shrink` is not given, it cannot be, the export is read-only or a
+            snapshot. UnsupportedFeature, ImageError, OSError: the size is the old one.
+        """
+        return await self._alone(self._resize(name, size, shrink=shrink))
+
+    async def _resize(self, name: str, size: int, *, shrink: bool) -> ExportState:
+        export = self._changeable(name)
+        old = export.image.size
+        if size < old and not shrink:
+            raise ConfigError(
+                f"{escaped(name)}: the size would go from {old} to {size} bytes and lose what lies behind, which takes "
+                "shrink"
+            )
+        async with _overhaul(export):
+            await resize_image(export.image, size, may_shrink=shrink)
+        logger.info("export %s was resized from %d to %d bytes", escaped(name), old, size)
+        return self.export(name)
+
+    async def snapshots(self, name: str) -> list[SnapshotState]:
+        """An image's snapshots, oldest first; of a format without them, none. Raises: ImageError, OSError."""
+        return await self._alone(self._snapshots(name))
+
+    async def _snapshots(self, name: str) -> list[SnapshotState]:
+        export = self._image_export(name)
+        driver = export.image.driver
+        if not isinstance(driver, Qcow2Driver):
+            return []
+        found = await load_snapshots(driver.file, driver.header)
+        return [self._snapshot_state(name, each, driver.size) for each in found]
+
+    async def snapshot_create(self, name: str, tag: str) -> SnapshotState:
+        """Keep an export's disk as it is now under `tag`, durably, and export that as NAME@TAG. Requests wait
+        meanwhile.
+
+        Raises: ConfigError: the tag is taken or cannot be one, the export is read-only or a snapshot.
+            UnsupportedFeature: the format has no snapshots. ImageError, OSError.
+        """
+        return await self._alone(self._snapshot_create(name, tag))
+
+    async def _snapshot_create(self, name: str, tag: str) -> SnapshotState:
+        export = self._changeable(name)
+        driver = _qcow2_driver(export)
+        self._check_free(f"{name}@{tag}")
+        async with _overhaul(export):
+            made = await create_snapshot(driver, tag, now_ns=time.time_ns())
+        logger.info("export %s: snapshot %s was made", escaped(name), escaped(tag))
+        await self._export_snapshot(name, made.id, tag)
+        return self._snapshot_state(name, made, driver.size)
+
+    async def snapshot_delete(self, name: str, tag: str) -> None:
+        """Forget a snapshot by its id or name. Its export is removed first, its clients drain.
+
+        Raises: ConfigError: there is no such snapshot; else as `snapshot_create`.
+        """
+        await self._alone(self._snapshot_delete(name, tag))
+
+    async def _snapshot_delete(self, name: str, tag: str) -> None:
+        export = self._changeable(name)
+        driver = _qcow2_driver(export)
+        service = self._service
+        snapshot = find_snapshot(driver.file.path, await load_snapshots(driver.file, driver.header), tag)
+        exported = service.remove_snapshot(name, snapshot.id)
+        if exported is not None:
+            for failure in await service.server.retire([exported]):
+                logger.error("%s", failure)
+        try:
+            async with _overhaul(export):
+                await delete_snapshot(driver, snapshot.id)
+        except BaseException:
+            if exported is not None:
+                await self._export_snapshot(name, snapshot.id, exported.name.removeprefix(f"{name}@"))
+            raise
+        logger.info("export %s: snapshot %s was deleted", escaped(name), escaped(tag))
+
+    async def _export_snapshot(self, name: str, snapshot_id: str, label: str) -> None:
+        """What hinders that is logged: the snapshot itself is there."""
+        service = self._service
+        if sum(each.is_snapshot for each in service.exports[name]) >= SNAPSHOT_EXPORTS_MAX:
+            logger.warning("%s: %d snapshots are exported, and not one more", escaped(name), SNAPSHOT_EXPORTS_MAX)
+            return
+        try:
+            await service.add_snapshot(name, snapshot_id, label)
+        except (NbdimgError, OSError) as error:
+            logger.error("snapshot %s of %s is not exported: %s", escaped(label), escaped(name), error)
+
+    def _snapshot_state(self, name: str, snapshot: Snapshot, size: int) -> SnapshotState:
+        exports = self._service.exports[name]
+        exported = next((each.name for each in exports if each.snapshot_id == snapshot.id), None)
+        return snapshot_state(snapshot, size, exported)
+
+    async def reload(self) -> bool:
+        """Read the configuration file again and apply it. False: it was refused, which the log says.
+
+        Raises: ConfigError: the server was started without a configuration file.
+        """
+        if self._reloader is None:
+            raise ConfigError("the server was started without --config, so there is no file to read again")
+        return await self._to_the_end(self._reloader.reload())
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the configuration file was refused when it was last read; None: it was not."""
+        return None if self._reloader is None else self._reloader.refusal
+
+    # What operations share
+
+    async def _alone(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run an operation when no other one and no reload runs."""
+
+        async def locked() -> T:
+            async with self._service.lock:
+                if self._service.registry.is_shutting_down:
+                    work.close()
+                    raise ConfigError("the server stops")
+                return await work
+
+        return await self._to_the_end(locked())
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run it, whatever becomes of the caller."""
+        task = asyncio.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()
+
+    def _check_free(self, name: str) -> None:
+        if name in self._service.registry:
+            raise ConfigError(f"there is an export {escaped(name)} already, expected another name")
+
+    def _visible(self, name: str) -> Export:
+        export = self._service.registry.lookup(name)
+        if export is None or export.name != name:
+            raise self._unknown(name)
+        return export
+
+    def _unknown(self, name: str) -> ConfigError:
+        known = list(self._service.exports)
+        said = ", ".join(map(escaped, known[:NAMES_MAX])) or "none"
+        if len(known) > NAMES_MAX:
+            said += f" and {len(known) - NAMES_MAX} more"
+        return ConfigError(f"there is no export {escaped(name)}, known are {said}")
+
+    def _image_export(self, name: str) -> Export:
+        export = self._visible(name)
+        if export.is_snapshot:
+            raise ConfigError(f"{escaped(name)} is a snapshot, expected the export of an image")
+        return export
+
+    def _changeable(self, name: str) -> Export:
+        export = self._image_export(name)
+        image = export.image
+        if not image.is_writable:
+            raise ConfigError(f"the image of {escaped(name)} is open read-only, expected one that may be changed")
+        if image.failure is not None:
+            raise ImageFailed(image.path, image.failure)
+        return export
+
+
+@asynccontextmanager
+async def _overhaul(export: Export) -> AsyncIterator[None]:
+    """Around a change of an image's tables: nothing is in flight, everything is durable."""
+    async with export.standstill():
+        await export.image.flush()
+        try:
+            yield
+        finally:
+            export.image.overhauled()
+
+
+def _qcow2_driver(export: Export) -> Qcow2Driver:
+    """Raises: UnsupportedFeature: it is another format's."""
+    driver = export.image.driver
+    if not isinstance(driver, Qcow2Driver):
+        raise UnsupportedFeature(export.image.path, f"{driver.name} images have no snapshots, qcow2 images do")
+    return driver

@@ -1,0 +1,266 @@
+"""What the server's process gives up for good before it opens an image or a socket of its configuration.
+
+Landlock then holds all of the process to the directories that the configuration names, whoever asks: a reference in an
+image, a symlink, or a fault of the server's own. It executes nothing, connects to nothing, listens at no other port.
+It comes before the images because those are what cannot be trusted, and because it holds for the threads that are
+started behind it.
+
+Directories and not files, so that images may be added, and files be exchanged, in them: a certificate that is renewed,
+a configuration behind Kubernetes' `..data`. What they are cannot be changed any more. So what a reload or an added
+export needs is compared with it first, and the refusal says that it takes a restart.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import stat
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdimg.config import ExportConfig, ServerConfig
+from nbdimg.errors import ConfigError
+from nbdimg.storage import landlock
+from nbdimg.storage.landlock import Access
+
+READ = Access.READ_FILE | Access.READ_DIR
+WRITE = READ | Access.WRITE_FILE | Access.TRUNCATE
+SOCKETS = Access.MAKE_SOCK | Access.REMOVE_FILE
+OVERLAYS = WRITE | Access.MAKE_REG | Access.REMOVE_FILE
+
+_WORDS = {READ: "reading", WRITE: "writing", SOCKETS: "sockets", OVERLAYS: "overlays"}
+
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/lib64", "/etc/ld.so.cache")
+"""Shared objects that modules load when they are first needed. Mapping them takes no right to execute."""
+
+NAMES = ("/etc/hosts", "/etc/host.conf", "/etc/nsswitch.conf", "/etc/resolv.conf", "/etc/gai.conf")
+"""A listener may be named `localhost`."""
+
+CLOCK = ("/etc/localtime", "/usr/share/zoneinfo")
+MIME_TYPES = ("/etc/mime.types",)
+"""Python's mimetypes, which HTTP libraries import, fails when it is there and cannot be read."""
+
+logger = logging.getLogger("nbdimg")
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """Directories and files by their real paths, and TCP ports to listen at."""
+
+    paths: Mapping[str, Access]
+    ports: frozenset[int]
+
+    def missing(self, path: str, access: Access) -> Access:
+        """What of `access` is not allowed at `path`."""
+        while access:
+            if (granted := self.paths.get(path)) is not None:
+                access &= ~granted
+            if path == "/":
+                break
+            path = os.path.dirname(path)
+        return access
+
+
+@dataclass(frozen=True, slots=True)
+class Sandbox:
+    """What holds since the start. `version` is Landlock's, 0 when it restricts nothing; `config_path` the file's."""
+
+    mode: str
+    version: int
+    allowed: Allowance
+    config_path: str | None
+
+    def __str__(self) -> str:
+        if self.mode == "off":
+            return "off"
+        if not self.version:
+            return "no Landlock"
+        parts = ["files"]
+        if self.version >= landlock.VERSION_OF_TCP:
+            parts.append("TCP")
+        if self.version >= landlock.VERSION_OF_SCOPES:
+            parts += ["abstract sockets", "signals"]
+        return f"Landlock {self.version}: {', '.join(parts)}"
+
+    def check(self, needed: Allowance) -> None:
+        """Raises: ConfigError: the kernel would refuse some of it, other than by saying that it is not there."""
+        if not self.version:
+            return
+        for path, access in needed.paths.items():
+            missing = self.allowed.missing(path, access)
+            if missing and os.path.exists(path):
+                what = next((word for kind, word in _WORDS.items() if missing in kind), _WORDS[WRITE])
+                raise ConfigError(_refusal(f"{path} for {what}"))
+        if self.version >= landlock.VERSION_OF_TCP:
+            for port in sorted(needed.ports - self.allowed.ports):
+                raise ConfigError(_refusal(f"TCP port {port}"))
+
+
+_current: Sandbox | None = None
+"""None: nobody has confined this process. It is the process's, as what it describes is."""
+
+
+def confine(config: ServerConfig, config_path: str | None = None) -> None:
+    """Give up what serving `config` does not need, as far as the kernel can; only the mode "require" insists.
+
+    Must be called before the process starts threads, for which it would not hold.
+
+    Raises: ConfigError: the mode is "require" and the kernel cannot.
+    """
+    global _current
+    allowed, version = allowance(config, config_path), 0
+    if config.sandbox != "off":
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        landlock.give_up_privileges()
+        version = landlock.version()
+        if config.sandbox == "require":
+            _check_version(version)
+        try:
+            allowed = _restricted(allowed) if version else allowed
+        except OSError as error:
+            if config.sandbox == "require":
+                raise ConfigError(f"sandbox is require and Landlock does not work here: {error.strerror}") from None
+            version = 0
+    _current = Sandbox(config.sandbox, version, allowed, config_path)
+
+
+def _check_version(version: int) -> None:
+    """Raises: ConfigError."""
+    if version < landlock.VERSION_OF_TCP:
+        found = f"version {version} of Landlock, which restricts no TCP" if version else "no Landlock"
+        raise ConfigError(
+            f"sandbox is require and this kernel has {found}, expected version {landlock.VERSION_OF_TCP} (Linux 6.7) "
+            "or later; auto takes what there is"
+        )
+
+
+def _restricted(wanted: Allowance) -> Allowance:
+    """What is allowed from now on. Raises: OSError."""
+    wanted = _with_program(wanted)
+    return Allowance(landlock.restrict(wanted.paths, wanted.ports), wanted.ports)
+
+
+def announce() -> None:
+    """Log what restricts this process."""
+    is_missed = _current is not None and _current.mode != "off" and not _current.version
+    logger.log(logging.WARNING if is_missed else logging.INFO, "sandbox: %s", summary())
+    if os.geteuid() == 0:
+        logger.warning("this runs as root, which serving does not need")
+
+
+def summary() -> str:
+    """What restricts this process, in a few words."""
+    return "off" if _current is None else str(_current)
+
+
+def check(config: ServerConfig) -> None:
+    """Raises: ConfigError: serving it takes what this process has given up, or another mode."""
+    if _current is None:
+        return
+    if config.sandbox != _current.mode:
+        raise ConfigError(
+            f"sandbox was {_current.mode} at the start and would be {config.sandbox}: restart nbdimg to change it"
+        )
+    _current.check(allowance(config, _current.config_path))
+
+
+def check_export(config: ExportConfig) -> None:
+    """As `check`, of one export."""
+    if _current is not None and _current.version:
+        _current.check(Allowance(_merged(_export_needs(config)), frozenset()))
+
+
+def reason(error: OSError) -> str:
+    """Why a file cannot be opened. A directory that has taken the place of one of the start has no rule."""
+    found = error.strerror or str(error)
+    if error.errno == errno.EACCES and _current is not None and _current.version:
+        return f"{found}, by its mode, or by the sandbox if its directory was exchanged since the start: then restart"
+    return found
+
+
+def allowance(config: ServerConfig, config_path: str | None = None) -> Allowance:
+    """What serving `config` needs, and reading it again from `config_path`."""
+    ports = {uri.port for uri in config.listeners if uri.socket is None}
+    ports |= {each.port for each in (config.admin and config.admin.address, config.metrics_address) if each}
+    return Allowance(_merged(_needs(config, config_path)), frozenset(ports))
+
+
+def _refusal(what: str) -> str:
+    return f"the sandbox does not allow {what}, which the configuration at the start did not ask for: restart nbdimg"
+
+
+def _merged(needs: Iterable[tuple[str, Access]]) -> dict[str, Access]:
+    found: dict[str, Access] = {}
+    for path, access in needs:
+        found[path] = found.get(path, Access(0)) | access
+    return found
+
+
+def _needs(config: ServerConfig, config_path: str | None) -> Iterator[tuple[str, Access]]:
+    if config_path is not None:
+        yield from _around(config_path, READ)
+    for export in config.exports:
+        yield from _export_needs(export)
+    for uri in config.listeners:
+        if uri.socket is not None:
+            yield _around_socket(uri.socket)
+    if (admin := config.admin) is not None:
+        if admin.socket_path is not None:
+            yield _around_socket(admin.socket_path)
+        if admin.token_path is not None:
+            yield from _around(admin.token_path, READ)
+    if (tls := config.tls) is not None:
+        for path in (tls.certificate_path, tls.key_path, tls.client_ca_path, tls.crl_path, tls.psk_path):
+            if path is not None:
+                yield from _around(path, READ)
+
+
+def _export_needs(config: ExportConfig) -> Iterator[tuple[str, Access]]:
+    """What an image refers to may be a data file, which is written too."""
+    access = READ if config.only_reads_image else WRITE
+    yield from _around(config.path, access)
+    for root in config.roots:
+        yield os.path.realpath(root), access
+    for path in (config.key_path, config.parent_path):
+        if path is not None:
+            yield from _around(path, READ)
+    if config.overlay is not None:
+        yield os.path.realpath(config.overlays_in), OVERLAYS
+
+
+def _around_socket(path: str) -> tuple[str, Access]:
+    return os.path.realpath(os.path.dirname(os.path.abspath(path))), SOCKETS
+
+
+def _around(path: str, access: Access) -> Iterator[tuple[str, Access]]:
+    """The directories in which a file lies, by its name and behind links. Of a device, and of a file in "/", itself:
+    the directory would be too much.
+    """
+    named = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    file = os.path.join(named, os.path.basename(path))
+    real = os.path.realpath(file) if os.path.islink(file) else file
+    is_device = _is_block_device(real)
+    for directory in {named, os.path.dirname(real)}:
+        yield real if directory == "/" or is_device else directory, access
+
+
+def _is_block_device(path: str) -> bool:
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _with_program(allowed: Allowance) -> Allowance:
+    """Also what Python reads when a module is first imported, and libraries on their own. Not the working directory,
+    where `python -m` finds modules too: it may hold anything.
+    """
+    package = str(Path(__file__).parents[1])
+    modules = {os.path.abspath(each) for each in sys.path} - {os.getcwd()}
+    read = {*modules, package, sys.prefix, sys.base_prefix, *LIBRARIES, *NAMES, *CLOCK, *MIME_TYPES, "/proc/self"}
+    needs = [(os.path.realpath(path), READ) for path in read]
+    return Allowance(_merged([*allowed.paths.items(), *needs, (os.devnull, WRITE)]), allowed.ports)

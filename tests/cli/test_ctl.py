@@ -1,0 +1,255 @@
+"""`nbdimg ctl` against a real server: what it prints, what it exits with, and the server's own words for a refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbdimg.cli.healthcheck import SOCKET_VARIABLE
+from nbdimg.cli.main import run
+from nbdimg.config import AdminConfig, ServerConfig, TcpAddress
+from tests.admin.fake import FakeServer
+from tests.admin.served import Served, make_qcow2
+from tests.support.httpclient import http_address
+from tests.support.rawclient import connect_negotiated
+from tests.support.rawprotocol import MIB, ConnectionClosed
+
+DONE, FAILED, USAGE, IMAGE = 0, 1, 2, 3
+TOKEN = "s3cret-token.0123456789"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with Served(tmp_path_factory.mktemp("ctl")) as server:
+        yield server
+        assert "Traceback" not in server.stderr()
+
+
+@pytest.fixture
+def ctl(served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ctl:
+    monkeypatch.setenv(SOCKET_VARIABLE, served.admin)
+    return Ctl(capsys)
+
+
+class Ctl:
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str, status: int = DONE) -> str:
+        """What it prints; when it fails, its only line of complaint without its beginning."""
+        found = run(["ctl", *arguments])
+        captured = self._capsys.readouterr()
+        assert found == status, captured
+        if status == DONE:
+            assert captured.err == ""
+            return captured.out
+        assert captured.out == ""
+        (line,) = captured.err.splitlines()
+        assert line.startswith("nbdimg: ")
+        return line.removeprefix("nbdimg: ")
+
+    def json(self, *arguments: str) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(self(*arguments, "--json"))
+        assert answer["version"] == 1
+        return answer
+
+
+def test_exports_as_table_and_as_json(ctl: Ctl, served: Served) -> None:
+    head, *lines = [line.split() for line in ctl("exports").splitlines()]
+    assert head == ["NAME", "SIZE", "FORMAT", "MODE", "CLIENTS", "IN", "FLIGHT", "STATE", "PATH"]
+    assert ["disk", str(MIB), "raw", "rw", "0", "0", "ok", str(served.images / "disk.img")] in lines
+    assert {"disk", "vm"} <= {each["name"] for each in ctl.json("exports")["exports"]}
+
+
+def test_clients_shows_who_is_connected(ctl: Ctl, served: Served) -> None:
+    with connect_negotiated(served.socket_path, "disk"):
+        (client,) = ctl.json("clients", "disk")["clients"]
+        lines = [line.split() for line in ctl("clients").splitlines()]
+        assert lines[0][:5] == ["ID", "PEER", "EXPORT", "TLS", "MODE"]
+        shown = next(line for line in lines if line[0] == str(client["id"]))
+        assert {"disk", "rw", str(os.getpid())} <= set(shown)
+    assert ctl("clients", "nope", status=USAGE).startswith("there is no export 'nope', known are 'disk', 'vm'")
+
+
+def test_add_relative_name_is_meant_from_here_and_remove_takes_it_away(
+    ctl: Ctl, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.image("new.img")
+    monkeypatch.chdir(served.images)
+    options = ["--format=raw", "--read-only", "--description=news", "--min-block-size=4K", "--allow-references=."]
+    assert ctl("add", "other=new.img", *options) == "other: 1 MiB (1048576 bytes), raw\n"
+    with connect_negotiated(served.socket_path, "other") as client:
+        assert client.read(0, 4096).data == b"\xa5" * 4096
+        assert ctl("remove", "other", "--mode=hard") == "other: removed\n"
+        with pytest.raises(ConnectionClosed):
+            client.read(0, 4096)
+    (state,) = ctl.json("add", "new.img")["exports"]
+    assert (state["name"], state["path"], state["is_read_only"]) == ("new", str(served.images / "new.img"), False)
+    assert ctl.json("remove", "new") == {"version": 1, "name": "new", "mode": "drain"}
+
+
+def test_add_existing_file_with_an_equals_sign_is_taken_as_it_is(ctl: Ctl, served: Served) -> None:
+    path = served.image("a=b.img")
+    assert ctl("add", str(path)).startswith("a=b: ")
+    ctl("remove", "a=b")
+
+
+def test_add_that_is_refused_says_why_in_the_servers_words(ctl: Ctl, served: Served) -> None:
+    missing = str(served.images / "missing.img")
+    assert ctl("add", missing, status=IMAGE) == f"{missing}: No such file or directory"
+    assert "another process or export has it open" in ctl("add", f"x={served.images}/disk.img", status=IMAGE)
+    said = ctl("add", f"disk={served.image('y.img')}", status=USAGE)
+    assert said == "there is an export 'disk' already, expected another name"
+    said = ctl("add", "--format=vmdk", missing, status=USAGE)
+    assert said.startswith("request body: format: 'vmdk' is not allowed, expected raw, qcow2 or vhdx")
+    assert ctl("add", "--min-block-size=x", missing, status=USAGE).startswith("'x' is not a size")
+
+
+def test_resize_and_shrink(ctl: Ctl, served: Served) -> None:
+    served.added("sized")
+    assert ctl("resize", "sized", "3M") == "sized: 3 MiB (3145728 bytes)\n"
+    assert "takes shrink" in ctl("resize", "sized", "1M", status=USAGE)
+    assert ctl.json("resize", "sized", "1M", "--shrink")["export"]["size"] == MIB
+
+
+def test_snapshot_create_list_delete(ctl: Ctl, served: Served) -> None:
+    path = served.images / "snapped.qcow2"
+    make_qcow2(path)
+    ctl("add", str(path))
+    assert ctl("snapshot", "list", "snapped") == ""
+    assert ctl("snapshot", "create", "snapped", "a/b") == ("snapped: made snapshot 1 (a/b), exported as snapped@a/b\n")
+    head, line = [each.split() for each in ctl("snapshot", "list", "snapped").splitlines()]
+    assert head == ["ID", "NAME", "SIZE", "DATE", "EXPORT"]
+    assert (line[0], line[1], line[2], line[4]) == ("1", "a/b", str(MIB), "snapped@a/b")
+    assert [each["name"] for each in ctl.json("snapshot", "list", "snapped")["snapshots"]] == ["a/b"]
+    assert ctl("snapshot", "delete", "snapped", "a/b") == "snapped: deleted snapshot a/b\n"
+    assert ctl("snapshot", "delete", "snapped", "a/b", status=USAGE) == "'snapped' has no snapshot 'a/b'"
+    assert "raw images have no snapshots" in ctl("snapshot", "create", "disk", "x", status=IMAGE)
+    ctl("remove", "snapped")
+
+
+def test_disconnect_by_id(ctl: Ctl, served: Served) -> None:
+    with connect_negotiated(served.socket_path, "vm") as client:
+        (found,) = ctl.json("clients", "vm")["clients"]
+        assert ctl("disconnect", str(found["id"]), "--hard") == f"client {found['id']}: disconnected\n"
+        with pytest.raises(ConnectionClosed):
+            client.read(0, 512)
+    assert ctl("disconnect", "999999", status=USAGE) == "there is no client 999999"
+
+
+def test_reload_and_its_refusal(ctl: Ctl, served: Served) -> None:
+    assert ctl("reload") == "reloaded\n"
+    served.write(served.text + "zzz = 1\n")
+    try:
+        assert "zzz: unknown key" in ctl("reload", status=USAGE)
+    finally:
+        served.write(served.text)
+    assert ctl.json("reload") == {"version": 1, "reloaded": True}
+
+
+def test_status(ctl: Ctl, served: Served) -> None:
+    first, *_ = ctl("status").splitlines()
+    assert first.startswith(f"serving, pid {served.pid}, up for ")
+    assert ctl.json("status")["pid"] == served.pid
+
+
+def test_names_that_would_steer_the_terminal_are_escaped(ctl: Ctl, served: Served) -> None:
+    served.added("\x1b[31mred")
+    assert "\x1b" not in ctl("exports")
+    assert "\\x1b[31mred" in ctl("exports")
+    assert ctl("remove", "\x1b[31mred") == "\\x1b[31mred: removed\n"
+
+
+@pytest.mark.parametrize("arguments", [["remove"], ["resize", "disk"], ["nope"], ["disconnect", "x"]])
+def test_wrong_command_line_exits_2(ctl: Ctl, arguments: list[str]) -> None:
+    assert ctl(*arguments, status=USAGE).endswith("; see nbdimg --help")
+
+
+def test_remove_wrong_mode_is_refused_by_the_server(ctl: Ctl) -> None:
+    assert ctl("remove", "disk", "--mode=soft", status=USAGE) == "mode is 'soft', expected drain, hide or hard"
+
+
+# Reaching a server
+
+
+def test_without_a_server_it_exits_1_and_says_what_to_look_at(ctl: Ctl, tmp_path: Path) -> None:
+    said = ctl("exports", f"--socket={tmp_path}/nope", status=FAILED)
+    assert said == (
+        f"cannot reach the server at {tmp_path}/nope: No such file or directory; "
+        "is a server running, with --admin-socket?"
+    )
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        assert ctl("exports", f"--url={url}", status=FAILED) == f"cannot reach the server at {url}: Connection refused"
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b"NBDMAGICIHAVEOPT", "no HTTP server (BadStatusLine"),
+        (b"", "Remote end closed connection without response"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", "status 200 and no JSON"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", "status 200 and no JSON"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n{}", "no HTTP server (IncompleteRead"),
+    ],
+)
+def test_what_is_no_admin_api_exits_1(ctl: Ctl, tmp_path: Path, raw: bytes, reason: str) -> None:
+    path = f"{tmp_path}/s"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+
+        def answer() -> None:
+            with listener.accept()[0] as sock:
+                sock.recv(65536)
+                sock.sendall(raw)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert ctl("exports", f"--socket={path}", status=FAILED).startswith(
+            f"cannot reach the server at {path}: {reason}"
+        )
+        thread.join(30)
+
+
+def test_over_tcp_with_a_token(ctl: Ctl, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text(TOKEN + "\n")
+    token.chmod(0o600)
+    admin = AdminConfig(address=TcpAddress("127.0.0.1", 0), token_path=str(token))
+    with FakeServer(ServerConfig((), admin=admin)) as server:
+        server.attach()
+        ((host, port),) = http_address(server.log)
+        url = f"--url=http://{host}:{port}"
+        assert {each["name"] for each in ctl.json("exports", url, f"--token-file={token}")["exports"]} == {"a", "b"}
+        assert ctl("exports", url, status=USAGE) == "a token is needed: Authorization: Bearer TOKEN"
+        other = tmp_path / "other"
+        other.write_text("wrong-token-0123456789")
+        assert ctl("exports", url, f"--token-file={other}", status=USAGE) == "the token is wrong"
+        assert ctl("add", url, f"--token-file={token}", "x.img", status=USAGE).startswith(
+            "request body: path: 'x.img' is not"
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--url=127.0.0.1:9808"], "'127.0.0.1:9808' is not allowed, expected http://HOST:PORT"),
+        (["--url=ftp://h:1"], "'ftp://h:1' is not allowed"),
+        (["--url=http://h:x"], "'http://h:x' is not allowed"),
+        (["--url=http://h:1/v1"], "'http://h:1/v1' is not allowed"),
+        (["--token-file=/nope"], "--token-file goes with --url"),
+        (["--url=http://h:1", "--token-file=/nope"], "token file /nope: No such file or directory"),
+        (["--url=http://h:1", "--token-file=/dev/null"], "token file /dev/null: expected one line with the token"),
+    ],
+)
+def test_wrong_url_or_token_file_exits_2(ctl: Ctl, options: list[str], said: str) -> None:
+    assert ctl("exports", *options, status=USAGE).startswith(said)

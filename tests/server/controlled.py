@@ -1,0 +1,136 @@
+"""A server in a thread with its operations within reach, and clients at work beside them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from nbdimg.config import ExportConfig, ServerConfig
+from nbdimg.server.live import Control
+from nbdimg.server.reload import Reloader
+from nbdimg.server.systemd import Notifier
+from nbdimg.uri import NbdUri
+from tests.server.tls_live import LiveServer
+from tests.support.rawclient import Client, connect_negotiated
+from tests.support.rss import wait_until
+
+T = TypeVar("T")
+WAIT_S = 30.0
+
+
+class ControlledServer(LiveServer):
+    """`exports` at a Unix socket. `reload` makes `wanted` what the configuration file says."""
+
+    def __init__(self, directory: Path, *exports: ExportConfig, **more: Any) -> None:
+        self.wanted = ServerConfig(exports, listeners=(NbdUri(socket=str(directory / "s")),), **more)
+        super().__init__(self.wanted)
+        self._file = str(directory / "file")
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self.control = self.ask(self._controlled())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close_reloader()
+        super().__exit__(kind, error, trace)
+
+    async def _controlled(self) -> Control:
+        self._reloader = Reloader(self.service, lambda: (self.wanted, False), Notifier({}), self._file)
+        return Control(self.service, self._reloader)
+
+    def close_reloader(self) -> None:
+        """As a process does before the server stops."""
+        self.ask(self._reloader.close())
+
+    def start(self, work: Coroutine[Any, Any, T]) -> Any:
+        """Its concurrent future."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def ask(self, work: Coroutine[Any, Any, T]) -> T:
+        """What an operation returns or raises."""
+        result: T = self.start(work).result(WAIT_S)
+        return result
+
+    def now(self, function: Callable[..., T], *arguments: object) -> T:
+        """What it returns in the server's own thread."""
+
+        async def called() -> T:
+            return function(*arguments)
+
+        return self.ask(called())
+
+    def look(self) -> dict[str, int]:
+        """The exports' names, and how many clients each has."""
+        return {each.name: each.connections for each in self.now(self.control.exports)}
+
+    @property
+    def socket_path(self) -> str:
+        return str(self.wanted.listeners[0].socket)
+
+    def connect(self, name: str) -> Client:
+        return connect_negotiated(self.socket_path, name, WAIT_S)
+
+
+class Worker(threading.Thread):
+    """Writes and reads back 4 KiB after 4 KiB in the first MiB of an export, until `finish`."""
+
+    def __init__(self, server: ControlledServer, name: str) -> None:
+        super().__init__(daemon=True)
+        self._server = server
+        self._export = name
+        self._is_over = threading.Event()
+        self.count = 0
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            with self._server.connect(self._export) as client:
+                while not self._is_over.is_set():
+                    offset = self.count % 256 * 4096
+                    data = self.count.to_bytes(8, "big") * 512
+                    assert client.write(offset, data).error == 0
+                    assert client.read(offset, 4096).data == data
+                    self.count += 1
+        except BaseException as error:
+            self.error = error
+
+    def finish(self) -> None:
+        self._is_over.set()
+        self.join(WAIT_S)
+        assert not self.is_alive()
+
+
+class AtWork:
+    """Workers on exports for the length of the block; each must have got on in it, without an error."""
+
+    def __init__(self, server: ControlledServer, *names: str) -> None:
+        self._workers = [Worker(server, name) for name in names]
+
+    def __enter__(self) -> Self:
+        for worker in self._workers:
+            worker.start()
+        self.wait_progress()
+        return self
+
+    def wait_progress(self) -> None:
+        """Until each has done some more, or failed."""
+        before = [worker.count for worker in self._workers]
+        pairs = list(zip(self._workers, before, strict=True))
+        assert wait_until(lambda: all(each.error or each.count > count + 1 for each, count in pairs), WAIT_S)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.wait_progress()
+        for worker in self._workers:
+            worker.finish()
+        if kind is None:
+            assert [worker.error for worker in self._workers] == [None] * len(self._workers)

@@ -1,0 +1,291 @@
+"""One line for each attach, detach and refusal, with what is known of the client."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from nbdimg.config import AccessRule, ExportConfig, ServerConfig, TlsConfig
+from nbdimg.limits import Limits
+from nbdimg.server import audit, log
+from nbdimg.server.audit import Audit, Refusal
+from nbdimg.uri import NbdUri
+from tests.server.tls_live import LiveServer, asked_for_tls, client_context, files, tls_client
+from tests.support.certificates import LOOPBACK_NAMES, Authority, Identity
+from tests.support.rawclient import Client
+from tests.support.rawprotocol import Command, ConnectionClosed, Info, Option, Rep, info_data, meta_data
+from tests.support.rss import wait_until
+
+LINE_LIMIT_S = 30
+UID = os.getuid()
+TCP = NbdUri(host="127.0.0.1", port=0)
+
+
+class Trail(logging.Handler):
+    """The audit's records, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def after(self, count: int) -> list[logging.LogRecord]:
+        """The records, once there are `count`. Raises: AssertionError: fewer come, or more."""
+        assert wait_until(lambda: len(self.records) >= count, LINE_LIMIT_S), self.messages()
+        assert len(self.records) == count, self.messages()
+        return list(self.records)
+
+    def messages(self) -> list[str]:
+        return [record.getMessage() for record in self.records]
+
+
+@contextmanager
+def audited() -> Iterator[Trail]:
+    trail, logger = Trail(), logging.getLogger("nbdimg.audit")
+    level = logger.level
+    logger.addHandler(trail)
+    logger.setLevel(logging.INFO)
+    try:
+        yield trail
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(trail)
+
+
+def fields(record: logging.LogRecord) -> dict[str, object]:
+    found: dict[str, object] = record.__dict__["fields"]
+    return found
+
+
+def served(directory: Path, *rules: AccessRule, uri: NbdUri = TCP, **limits: float) -> ServerConfig:
+    (path,) = files(directory, ["disk"])
+    made: dict[str, object] = dict(limits)
+    return ServerConfig((ExportConfig(str(path), "disk", "raw", access=rules),), (uri,), Limits(**made))  # type: ignore[arg-type]
+
+
+def with_tls(config: ServerConfig, authority: Authority, of_server: Identity) -> ServerConfig:
+    return replace(config, tls=TlsConfig(of_server.certificate_path, of_server.key_path, authority.path))
+
+
+# Visits
+
+
+def test_visit_leaves_an_attach_and_a_detach_with_what_was_transferred(tmp_path: Path) -> None:
+    uri = NbdUri(socket=str(tmp_path / "s"))
+    with audited() as trail, LiveServer(served(tmp_path, uri=uri)) as server, Client(server.address) as client:
+        client.greet()
+        client.negotiate("disk")
+        for _ in range(3):
+            assert client.read(0, 4096).error == 0
+        assert client.write(0, b"x" * 512).error == 0
+        assert client.request(Command.TRIM, 0, 65536).error == 0
+        (attach,) = trail.after(1)
+        client.disconnect()
+        _, detach = trail.after(2)
+    peer = f"unix pid {os.getpid()}"
+    known: dict[str, object] = {"export": "disk", "peer": peer, "identity": [], "tls": None, "read_only": False}
+    assert fields(attach) == {"event": "attach", **known}
+    seconds = fields(detach).pop("seconds")
+    assert isinstance(seconds, float)
+    assert 0 <= seconds < 600
+    assert fields(detach) == {"event": "detach", **known, "read_bytes": 12288, "written_bytes": 512}
+    assert [attach.levelno, detach.levelno] == [logging.INFO, logging.INFO]
+    assert attach.getMessage() == f"{peer}: attached to 'disk', read-write"
+    assert detach.getMessage().startswith(f"{peer}: detached from 'disk' after ")
+    assert detach.getMessage().endswith(" s, 12288 bytes read, 512 written")
+
+
+@pytest.mark.parametrize("end", ["disc", "close", "reset", "broken protocol", "server stops"])
+def test_every_way_to_leave_is_one_detach(tmp_path: Path, end: str) -> None:
+    with audited() as trail:
+        with LiveServer(served(tmp_path)) as server, Client(server.address) as client:
+            client.greet()
+            client.negotiate("disk")
+            assert client.read(0, 512).error == 0
+            if end == "disc":
+                client.disconnect()
+            elif end == "close":
+                client.close()
+            elif end == "reset":
+                client.reset()
+            elif end == "broken protocol":
+                client.send(b"no request" * 10)
+            if end != "server stops":
+                trail.after(2)
+        assert [fields(each)["event"] for each in trail.after(2)] == ["attach", "detach"]
+
+
+def test_visit_over_tls_names_version_and_certificate(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "ca")
+    of_server = authority.issue("server", common_name="localhost", names=LOOPBACK_NAMES)
+    alice = authority.issue("client", common_name="alice", names=(x509.DNSName("backup.example"),))
+    rule = AccessRule(identities=("cn:alice",), is_read_only=True)
+    config = with_tls(served(tmp_path, rule), authority, of_server)
+    with audited() as trail, LiveServer(config) as server:
+        with tls_client(server.address, client_context(authority, alice)) as client:
+            client.negotiate("disk")
+            (attach,) = trail.after(1)
+        trail.after(2)
+        assert server.service.server.audit.tls_counts == {"TLSv1.3": 1}
+    said = fields(attach)
+    assert said["identity"] == ["cn:alice", "dns:backup.example", f"spki-sha256:{alice.spki_sha256}"]
+    assert said["tls"] == "TLSv1.3"
+    assert said["read_only"] is True
+    assert attach.getMessage().endswith(": attached to 'disk', read-only, TLSv1.3, as 'cn:alice', 'dns:backup.example'")
+
+
+def test_names_do_not_break_a_line(tmp_path: Path) -> None:
+    (path,) = files(tmp_path, ["x"])
+    name = "two\nlines\x1b[31m"
+    config = ServerConfig((ExportConfig(str(path), name, "raw"),), (TCP,))
+    with audited() as trail, LiveServer(config) as server, Client(server.address) as client:
+        client.greet()
+        client.negotiate(name)
+        (attach,) = trail.after(1)
+    assert fields(attach)["export"] == name
+    assert attach.getMessage().isprintable()
+
+
+# Refusals
+
+
+def one_refusal(trail: Trail, reason: str, message: str) -> dict[str, object]:
+    (record,) = trail.after(1)
+    assert record.levelno == logging.WARNING
+    assert f": refused: {message}" in record.getMessage()
+    said = fields(record)
+    assert (said["event"], said["reason"]) == ("refuse", reason)
+    return said
+
+
+def test_hidden_export_is_one_refusal_however_often_the_client_asks(tmp_path: Path) -> None:
+    with audited() as trail, LiveServer(served(tmp_path, AccessRule(networks=("192.0.2.1",)))) as server:
+        with Client(server.address) as client:
+            client.greet()
+            assert client.option(Option.STRUCTURED_REPLY)[-1].type == Rep.ACK
+            for option, data in (
+                (Option.SET_META_CONTEXT, meta_data("disk", ["base:allocation"])),
+                (Option.INFO, info_data("disk")),
+                (Option.GO, info_data("disk", [Info.NAME])),
+            ):
+                assert client.option(option, data)[-1].type == Rep.ERR_UNKNOWN
+        server.call(lambda: None)
+        said = one_refusal(trail, "access", "may not open export 'disk'")
+        assert said["export"] == "disk"
+        assert str(said["peer"]).startswith("127.0.0.1:")
+
+
+def test_refusal_of_an_export_names_the_certificate(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "ca")
+    of_server = authority.issue("server", common_name="localhost", names=LOOPBACK_NAMES)
+    bob = authority.issue("client", common_name="bob")
+    config = with_tls(served(tmp_path, AccessRule(identities=("cn:alice",))), authority, of_server)
+    with audited() as trail, LiveServer(config) as server:
+        with tls_client(server.address, client_context(authority, bob)) as client:
+            assert client.option(Option.GO, info_data("disk"))[-1].type == Rep.ERR_UNKNOWN
+        said = one_refusal(trail, "access", "may not open export 'disk'")
+    assert said["identity"] == ["cn:bob", f"spki-sha256:{bob.spki_sha256}"]
+    assert (said["export"], said["tls"]) == ("disk", "TLSv1.3")
+
+
+def test_client_beyond_the_limit_is_refused(tmp_path: Path) -> None:
+    config = served(tmp_path, connections=1)
+    with audited() as trail, LiveServer(config) as server, Client(server.address) as first:
+        first.greet()
+        with Client(server.address) as second, pytest.raises(ConnectionClosed):
+            second.greet()
+        one_refusal(trail, "limit", "1 clients are connected already")
+
+
+def test_handshake_that_takes_too_long_is_refused(tmp_path: Path) -> None:
+    config = served(tmp_path, handshake_timeout_s=0.3)
+    with audited() as trail, LiveServer(config) as server, Client(server.address) as client:
+        client.greet()
+        assert client.wait_closed(LINE_LIMIT_S) is not None
+        one_refusal(trail, "timeout", "no handshake within 0.3 s")
+
+
+def test_handshake_that_breaks_the_protocol_is_refused(tmp_path: Path) -> None:
+    with audited() as trail, LiveServer(served(tmp_path)) as server, Client(server.address) as client:
+        client.greet()
+        client.send(b"this is no option")
+        assert client.wait_closed(LINE_LIMIT_S) is not None
+        one_refusal(trail, "protocol", "option magic is ")
+
+
+@pytest.mark.parametrize("what", ["no certificate", "no TLS", "rubbish", "EXPORT_NAME"])
+def test_tls_that_fails_is_one_refusal(tmp_path: Path, what: str) -> None:
+    authority = Authority(tmp_path / "ca")
+    of_server = authority.issue("server", common_name="localhost", names=LOOPBACK_NAMES)
+    config = with_tls(served(tmp_path), authority, of_server)
+    with audited() as trail, LiveServer(config) as server:
+        if what == "no certificate":
+            with (
+                pytest.raises((OSError, ConnectionClosed)),
+                tls_client(server.address, client_context(authority)) as client,
+            ):
+                client.option(Option.LIST)
+        elif what == "rubbish":
+            with asked_for_tls(server.address) as client:
+                client.send(b"rubbish" * 100)
+                assert client.wait_closed(LINE_LIMIT_S) is not None
+        else:
+            with Client(server.address) as client:
+                client.greet()
+                if what == "EXPORT_NAME":
+                    client.send_option(Option.EXPORT_NAME, b"disk")
+                else:
+                    assert client.option(Option.GO, info_data("disk"))[-1].type == Rep.ERR_TLS_REQD
+                    client.half_close()
+                assert client.wait_closed(LINE_LIMIT_S) is not None
+        message = {"no TLS": "left without TLS", "EXPORT_NAME": "EXPORT_NAME before STARTTLS"}.get(what, "TLS")
+        one_refusal(trail, "tls", message)
+        assert server.service.server.audit.tls_counts == {}
+
+
+def test_client_that_only_looks_is_no_line(tmp_path: Path) -> None:
+    """A port scan, a list, an abort: nobody was attached or refused. What follows shows that lines do come."""
+    with audited() as trail, LiveServer(served(tmp_path)) as server:
+        socket.create_connection(server.address if isinstance(server.address, tuple) else ("", 0)).close()
+        with Client(server.address) as client:
+            client.greet()
+            client.option(Option.LIST)
+            client.option(Option.ABORT)
+        with Client(server.address) as client:
+            client.greet()
+            client.negotiate("disk")
+            assert client.read(0, 512).error == 0
+            (record,) = trail.after(1)
+    assert fields(record)["event"] == "attach"
+
+
+# Floods
+
+
+def test_refusals_are_logged_so_many_a_second_and_counted_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(log, "monotonic", lambda: now)
+    with audited() as trail:
+        kept = Audit()
+        for _ in range(log.LINES_MAX + 7):
+            kept.refused("peer", Refusal.LIMIT, "too many")
+        assert len(trail.records) == log.LINES_MAX
+        now = 1.5
+        kept.refused("peer", Refusal.TLS, "no certificate")
+        assert trail.messages()[log.LINES_MAX :] == [
+            "7 more lines from connections were not logged",
+            "peer: refused: no certificate",
+        ]
+    assert kept.refusal_counts[Refusal.LIMIT] == log.LINES_MAX + 7
+    assert kept.refusal_counts[Refusal.TLS] == 1
+    assert audit.ATTACH_LINES_MAX >= 1000, "a thousand machines that start at once leave a thousand lines"

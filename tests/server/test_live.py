@@ -1,0 +1,582 @@
+"""Exports added, removed, resized and kept as snapshots on a running server, while others work."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nbdimg.config import AccessRule, ExportConfig, TlsConfig
+from nbdimg.errors import ConfigError, ImageError, ImageFailed, ImageLocked, UnsupportedFeature
+from nbdimg.formats import create_image
+from nbdimg.formats.qcow2.driver import Qcow2Driver
+from nbdimg.limits import Limits
+from nbdimg.server import live
+from nbdimg.server.live import RemoveMode
+from nbdimg.uri import NbdUri
+from tests.server.controlled import WAIT_S, AtWork, ControlledServer, Worker
+from tests.server.tls_live import client_context, tls_client
+from tests.support.certificates import Authority
+from tests.support.configured import answers
+from tests.support.qcow2edit import qemu_img
+from tests.support.rawclient import Client
+from tests.support.rawprotocol import MIB, Command, ConnectionClosed, NbdError, Option, Rep, info_data
+from tests.support.rss import wait_until
+
+FORMATS = ("raw", "qcow2", "vhdx")
+SIZE = 4 * MIB
+EXPORT_COUNT = 100
+
+Make = Callable[..., ExportConfig]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Makes an empty image `NAME.img` of a format, and its export's configuration."""
+
+    def make(name: str, format: str = "raw", size: int = SIZE, **more: object) -> ExportConfig:
+        path = tmp_path / f"{name}.img"
+        create_image(path, size, format=format)
+        return replace(ExportConfig(str(path), name, format), **more)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def served(tmp_path: Path, make: Make) -> Iterator[ControlledServer]:
+    """A server of the raw export "keep"."""
+    with ControlledServer(tmp_path, make("keep")) as server:
+        yield server
+
+
+def is_known(server: ControlledServer, name: str) -> bool:
+    with Client(server.socket_path) as client:
+        client.greet()
+        return client.option(Option.INFO, info_data(name, ()))[-1].type == Rep.ACK
+
+
+def assert_works(client: Client, fill: bytes = b"w") -> None:
+    assert client.write(0, fill * 4096).error == 0
+    assert client.read(0, 4096).data == fill * 4096
+
+
+# What there is
+
+
+def test_states_tell_exports_and_clients(tmp_path: Path, make: Make) -> None:
+    disk = make("disk", "qcow2", description="a disk")
+    with ControlledServer(tmp_path, disk, make("fixed", is_read_only=True)) as server:
+        server.ask(server.control.add(make("more", "vhdx")))
+        with server.connect("disk"), server.connect("disk") as client, server.connect("fixed"):
+            state, fixed, more = server.now(server.control.exports)
+            assert (state.name, state.path, state.format, state.size) == ("disk", disk.path, "qcow2", SIZE)
+            assert (state.connections, state.in_flight, state.origin, state.failure) == (2, 0, "config", None)
+            assert (state.description, state.is_read_only, state.is_snapshot) == ("a disk", False, False)
+            assert (fixed.is_read_only, fixed.connections) == (True, 1)
+            assert (more.format, more.origin, more.connections) == ("vhdx", "live", 0)
+            first, second, third = server.now(server.control.clients)
+            assert (first.export, second.export, third.export) == ("disk", "disk", "fixed")
+            assert first.id < second.id < third.id
+            assert (third.is_read_only, second.is_read_only, second.tls) == (True, False, None)
+            assert second.peer.startswith("unix")
+            assert first.since >= second.since >= 0
+            assert [each.id for each in server.now(server.control.clients, "fixed")] == [third.id]
+            client.close()
+            assert wait_until(lambda: server.look()["disk"] == 1, WAIT_S)
+
+
+def test_client_state_tells_tls_and_identities(tmp_path: Path, make: Make) -> None:
+    authority = Authority(tmp_path)
+    own, person = authority.issue("server"), authority.issue("client", common_name="person")
+    tls = TlsConfig(str(own.certificate_path), str(own.key_path), str(authority.path))
+    with (
+        ControlledServer(tmp_path, make("disk"), tls=tls) as server,
+        tls_client(server.socket_path, client_context(authority, person)) as client,
+    ):
+        client.negotiate("disk")
+        (state,) = server.now(server.control.clients)
+        assert state.tls == "TLSv1.3"
+        assert "cn:person" in state.identities
+
+
+def test_unknown_names_are_refused_and_a_few_that_exist_are_named(served: ControlledServer) -> None:
+    control = served.control
+    with pytest.raises(ConfigError, match="no export 'nobody', known are 'keep'"):
+        served.now(control.export, "nobody")
+    for operation in (
+        control.remove("nobody", "drain"),
+        control.resize("nobody", SIZE),
+        control.snapshot_create("nobody", "one"),
+        control.snapshots("nobody"),
+    ):
+        with pytest.raises(ConfigError, match="no export 'nobody'"):
+            served.ask(operation)
+    with pytest.raises(ConfigError, match="no client 0"):
+        served.ask(control.disconnect(0))
+    with pytest.raises(ConfigError, match="no export ''"):
+        served.now(control.export, "")
+
+
+# Coming and going
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_added_export_is_served_and_others_notice_nothing(served: ControlledServer, make: Make, format: str) -> None:
+    with AtWork(served, "keep"):
+        assert served.ask(served.control.add(make("new", format))) == ["new"]
+        with served.connect("new") as client:
+            assert_works(client)
+        served.ask(served.control.remove("new", "drain"))
+        assert not is_known(served, "new")
+        assert served.ask(served.control.add(replace(make("other", format), name=None))) == ["other"]
+    assert [uri.name for uri in served.service.uris] == ["keep", "other"]
+
+
+def test_added_export_that_cannot_be_changes_nothing(served: ControlledServer, make: Make, tmp_path: Path) -> None:
+    add = served.control.add
+    with AtWork(served, "keep"):
+        with pytest.raises(ConfigError, match="export 'keep' already"):
+            served.ask(add(replace(make("other"), name="keep")))
+        with pytest.raises(ImageLocked):
+            served.ask(add(ExportConfig(str(tmp_path / "keep.img"), "second", "raw")))
+        with pytest.raises(ImageError, match="No such file"):
+            served.ask(add(ExportConfig(str(tmp_path / "missing"), "second")))
+        with pytest.raises(ConfigError, match="unknown format"):
+            served.ask(add(replace(make("third"), format="vdi")))
+        with pytest.raises(ConfigError, match="needs TLS"):
+            served.ask(add(replace(make("fourth"), access=(AccessRule(identities=("cn:x",)),))))
+        assert list(served.look()) == ["keep"]
+
+
+def test_hidden_export_serves_its_clients_until_they_leave(served: ControlledServer, make: Make) -> None:
+    config = make("disk", "qcow2")
+    served.ask(served.control.add(config))
+    with AtWork(served, "keep"), served.connect("disk") as client:
+        served.ask(served.control.remove("disk", "hide"))
+        assert not is_known(served, "disk")
+        assert_works(client)
+        state = served.now(served.control.export, "disk")
+        assert (state.is_hidden, state.connections) == (True, 1)
+        with pytest.raises(ConfigError, match="still open for clients of 'disk', which was removed"):
+            served.ask(served.control.add(config))
+        with pytest.raises(ConfigError, match="no export 'disk'"):
+            served.ask(served.control.resize("disk", 2 * SIZE))
+        assert_works(client)
+        client.disconnect()
+        assert wait_until(lambda: list(served.look()) == ["keep"], WAIT_S)
+        assert served.ask(served.control.add(config)) == ["disk"]
+        with served.connect("disk") as again:
+            assert again.read(0, 4096).data == b"w" * 4096
+
+
+@pytest.mark.parametrize("mode", ["drain", "hard"])
+@pytest.mark.parametrize("is_hidden", [False, True])
+def test_removed_export_is_closed_on_return(
+    served: ControlledServer, make: Make, mode: RemoveMode, is_hidden: bool
+) -> None:
+    config = make("disk")
+    served.ask(served.control.add(config))
+    with AtWork(served, "keep"), served.connect("disk") as client:
+        assert_works(client)
+        if is_hidden:
+            served.ask(served.control.remove("disk", "hide"))
+        served.ask(served.control.remove("disk", mode))
+        assert client.wait_closed(WAIT_S) is not None
+        assert list(served.look()) == ["keep"]
+        served.ask(served.control.add(replace(config, name="again")))
+
+
+def test_drain_of_a_client_that_stays_can_be_cut_short(tmp_path: Path, make: Make) -> None:
+    """It takes no reply, so what it has asked for is not answered for a long time."""
+    size = 64 * MIB
+    limits = Limits(drain_timeout_s=300)
+    with ControlledServer(tmp_path, make("keep"), make("disk", size=size), limits=limits) as server:
+        Path(server.now(server.control.export, "disk").path).write_bytes(b"d" * size)
+        with server.connect("disk") as client:
+            client.send_requests(client.reads(8, 8 * MIB, stride=8 * MIB))
+            client.receive(1)
+            draining = server.start(server.control.remove("disk", "drain"))
+            assert wait_until(lambda: not is_known(server, "disk"), WAIT_S)
+            server.ask(server.control.add(make("other")))
+            assert not draining.done()
+            server.ask(server.control.remove("disk", "hard"))
+            draining.result(WAIT_S)
+        assert list(server.look()) == ["keep", "other"]
+
+
+@pytest.mark.parametrize("is_hard", [False, True])
+def test_disconnected_client_is_gone_and_others_stay(served: ControlledServer, is_hard: bool) -> None:
+    with AtWork(served, "keep"), served.connect("keep") as client:
+        newest = served.now(served.control.clients)[-1]
+        served.ask(served.control.disconnect(newest.id, is_hard))
+        assert client.wait_closed(WAIT_S) is not None
+        assert newest.id not in [each.id for each in served.now(served.control.clients)]
+
+
+def test_operation_goes_on_when_its_caller_is_cancelled(served: ControlledServer, make: Make) -> None:
+    async def cancelled() -> None:
+        task = asyncio.create_task(served.control.add(make("disk")))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    served.ask(cancelled())
+    assert wait_until(lambda: "disk" in served.look(), WAIT_S)
+
+
+def test_operation_on_a_server_that_stops_is_refused(served: ControlledServer, make: Make) -> None:
+    served.service.registry.is_shutting_down = True
+    with pytest.raises(ConfigError, match="the server stops"):
+        served.ask(served.control.add(make("disk")))
+
+
+def test_stop_flushes_what_is_hidden(tmp_path: Path, make: Make) -> None:
+    with ControlledServer(tmp_path, make("keep")) as server:
+        server.ask(server.control.add(make("disk", "qcow2")))
+        client = server.connect("disk")
+        assert_works(client)
+        server.ask(server.control.remove("disk", "hide"))
+    client.close()
+    raw = tmp_path / "raw"
+    qemu_img("convert", "-f", "qcow2", "-O", "raw", tmp_path / "disk.img", raw)
+    assert raw.read_bytes()[:4096] == b"w" * 4096
+
+
+def test_hidden_client_is_given_the_time_of_all_others_when_the_server_stops(
+    served: ControlledServer, make: Make
+) -> None:
+    """The end of reloading hurries those that were made to go; it was not."""
+    served.ask(served.control.add(make("disk")))
+    with served.connect("disk") as client:
+        served.ask(served.control.remove("disk", "hide"))
+        served.close_reloader()
+        assert_works(client)
+        assert served.now(served.control.export, "disk").connections == 1
+
+
+def test_100_exports_come_and_go_under_load(served: ControlledServer, make: Make) -> None:
+    configs = [make(f"x{index}", FORMATS[index % 3]) for index in range(EXPORT_COUNT)]
+    modes: list[RemoveMode] = ["hide", "drain", "hard"]
+    with AtWork(served, "keep", "keep"):
+        for index, config in enumerate(configs):
+            served.ask(served.control.add(config))
+            with served.connect(f"x{index}") as client:
+                assert_works(client, bytes([index]))
+                if index % 2:
+                    client.disconnect()
+        assert len(served.look()) == EXPORT_COUNT + 1
+        for index in range(EXPORT_COUNT):
+            served.ask(served.control.remove(f"x{index}", modes[index % 3]))
+        assert wait_until(lambda: list(served.look()) == ["keep"], WAIT_S)
+
+
+def test_control_worker_whose_export_is_removed_is_noticed(served: ControlledServer, make: Make) -> None:
+    served.ask(served.control.add(make("disk")))
+    worker = Worker(served, "disk")
+    worker.start()
+    assert wait_until(lambda: worker.count > 0, WAIT_S)
+    served.ask(served.control.remove("disk", "hard"))
+    worker.finish()
+    assert isinstance(worker.error, ConnectionClosed)
+
+
+# Another size
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_growth_is_seen_by_running_and_new_connections(
+    served: ControlledServer, make: Make, tmp_path: Path, format: str
+) -> None:
+    served.ask(served.control.add(make("disk", format)))
+    new = SIZE + 3 * MIB
+    with AtWork(served, "keep", "disk"), served.connect("disk") as client:
+        assert client.write(SIZE, b"x" * 4096).error == NbdError.ENOSPC
+        assert served.ask(served.control.resize("disk", new)).size == new
+        assert client.write(new - 4096, b"y" * 4096).error == 0
+        assert client.read(new - 8192, 8192).data == bytes(4096) + b"y" * 4096
+        with served.connect("disk") as second:
+            assert second.export.size == new
+        assert client.write(new, b"x" * 4096).error == NbdError.ENOSPC
+        assert client.read(new, 4096).error == NbdError.EINVAL
+    served.ask(served.control.remove("disk", "drain"))
+    path = tmp_path / "disk.img"
+    assert json.loads(qemu_img("info", "-f", format, "--output=json", path).stdout)["virtual-size"] == new
+    if format == "qcow2":
+        qemu_img("check", "-q", "-f", format, path)
+    raw = tmp_path / "disk.raw"
+    qemu_img("convert", "-f", format, "-O", "raw", path, raw)
+    assert raw.read_bytes()[SIZE:] == bytes(new - SIZE - 4096) + b"y" * 4096
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_shrinking_takes_leave_and_running_connections_lose_what_is_behind(
+    served: ControlledServer, make: Make, format: str
+) -> None:
+    served.ask(served.control.add(make("disk", format)))
+    new = 2 * MIB
+    with AtWork(served, "keep", "disk"), served.connect("disk") as client:
+        assert client.write(SIZE - 4096, b"x" * 4096).error == 0
+        with pytest.raises(ConfigError, match="takes shrink"):
+            served.ask(served.control.resize("disk", new))
+        assert client.read(SIZE - 4096, 4096).data == b"x" * 4096
+        assert served.ask(served.control.resize("disk", new, shrink=True)).size == new
+        assert client.write(new, b"x" * 512).error == NbdError.ENOSPC
+        assert client.request(Command.WRITE_ZEROES, SIZE - 4096, 4096).error == NbdError.ENOSPC
+        assert client.request(Command.TRIM, new, 4096).error == NbdError.EINVAL
+        assert client.read(SIZE - 4096, 4096).error == NbdError.EINVAL
+        assert client.read(new - 4096, 4096).error == 0
+        served.ask(served.control.resize("disk", SIZE))
+        assert client.read(SIZE - 4096, 4096).data == bytes(4096)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_size_that_cannot_be_is_refused_and_clients_go_on(served: ControlledServer, make: Make, format: str) -> None:
+    served.ask(served.control.add(make("disk", format)))
+    with AtWork(served, "keep", "disk"):
+        with pytest.raises(ConfigError):
+            served.ask(served.control.resize("disk", 1 << 63))
+        assert served.now(served.control.export, "disk").failure is None
+        assert served.now(served.control.export, "disk").size == SIZE
+
+
+def test_resize_of_what_does_not_change_is_refused(tmp_path: Path, make: Make) -> None:
+    with ControlledServer(tmp_path, make("fixed", is_read_only=True), make("disk", "qcow2")) as server:
+        with pytest.raises(ConfigError, match="open read-only"):
+            server.ask(server.control.resize("fixed", 2 * SIZE))
+        server.ask(server.control.snapshot_create("disk", "one"))
+        with pytest.raises(ConfigError, match="is a snapshot"):
+            server.ask(server.control.resize("disk@one", 2 * SIZE))
+
+
+def test_resize_serves_whole_blocks_of_the_minimum_size(tmp_path: Path, make: Make) -> None:
+    with ControlledServer(tmp_path, make("disk", block_size_min=4096)) as server:
+        assert server.ask(server.control.resize("disk", SIZE + 5000)).size == SIZE + 4096
+
+
+def test_resize_leaves_bitmaps_consistent_on_disk(tmp_path: Path, make: Make) -> None:
+    """A crash between a resize and the next change costs none of them."""
+    config = make("disk", "qcow2")
+    qemu_img("bitmap", "--add", "-f", "qcow2", config.path, "on")
+    qemu_img("bitmap", "--add", "--disable", "-f", "qcow2", config.path, "off")
+    copy = tmp_path / "copy"
+    with ControlledServer(tmp_path, config) as server, server.connect("disk") as client:
+        assert_works(client)
+        assert _in_use(config.path, copy) == {"on": True, "off": False}
+        server.ask(server.control.resize("disk", 2 * SIZE))
+        assert _in_use(config.path, copy) == {"on": False, "off": False}
+        assert_works(client)
+        assert _in_use(config.path, copy) == {"on": True, "off": False}
+    assert _in_use(config.path, copy) == {"on": False, "off": False}
+
+
+def _in_use(path: str, copy: Path) -> dict[str, bool]:
+    """Which bitmaps a crash now would cost, as qemu-img sees it."""
+    copy.write_bytes(Path(path).read_bytes())
+    info = json.loads(qemu_img("info", "-f", "qcow2", "--output=json", copy).stdout)
+    return {each["name"]: "in-use" in each["flags"] for each in info["format-specific"]["data"]["bitmaps"]}
+
+
+# Snapshots
+
+
+def test_snapshot_keeps_the_old_content_while_the_writer_goes_on(
+    served: ControlledServer, make: Make, tmp_path: Path
+) -> None:
+    served.ask(served.control.add(make("disk", "qcow2")))
+    last = SIZE - 4096
+    with AtWork(served, "keep", "disk"), served.connect("disk") as client:
+        assert client.write(last, b"1" * 4096).error == 0
+        made = served.ask(served.control.snapshot_create("disk", "one"))
+        assert (made.name, made.size, made.export) == ("one", SIZE, "disk@one")
+        assert client.write(last, b"2" * 4096).error == 0
+        served.ask(served.control.snapshot_create("disk", "two"))
+        assert client.write(last, b"3" * 4096).error == 0
+        for name, byte in (("disk@one", b"1"), ("disk@two", b"2"), ("disk", b"3")):
+            with served.connect(name) as reader:
+                assert reader.read(last, 4096).data == byte * 4096
+        states = served.ask(served.control.snapshots("disk"))
+        assert [(each.name, each.export) for each in states] == [("one", "disk@one"), ("two", "disk@two")]
+        assert served.now(served.control.export, "disk@two").is_snapshot
+        with served.connect("disk@one") as reader:
+            served.ask(served.control.snapshot_delete("disk", "one"))
+            assert reader.wait_closed(WAIT_S) is not None
+        assert not is_known(served, "disk@one")
+        assert client.write(last - 65536, b"4" * 65536).error == 0
+        with served.connect("disk@two") as reader:
+            assert reader.read(last, 4096).data == b"2" * 4096
+        assert [each.name for each in served.ask(served.control.snapshots("disk"))] == ["two"]
+    served.ask(served.control.remove("disk", "drain"))
+    assert list(served.look()) == ["keep"]
+    path = tmp_path / "disk.img"
+    qemu_img("check", "-q", "-f", "qcow2", path)
+    raw = tmp_path / "disk.raw"
+    qemu_img("convert", "-f", "qcow2", "-l", "two", "-O", "raw", path, raw)
+    assert raw.read_bytes()[last:] == b"2" * 4096
+
+
+def test_snapshot_of_writes_that_nobody_flushed_survives_a_crash(tmp_path: Path, make: Make) -> None:
+    config = make("disk", "qcow2")
+    copy = tmp_path / "copy"
+    with ControlledServer(tmp_path, config) as server, server.connect("disk") as client:
+        assert_works(client, b"1")
+        server.ask(server.control.snapshot_create("disk", "one"))
+        copy.write_bytes(Path(config.path).read_bytes())
+    raw = tmp_path / "raw"
+    qemu_img("convert", "-f", "qcow2", "-l", "one", "-O", "raw", copy, raw)
+    assert raw.read_bytes()[:4096] == b"1" * 4096
+
+
+def test_snapshot_that_cannot_be_is_refused(tmp_path: Path, make: Make) -> None:
+    exports = (make("disk", "qcow2"), make("disk@taken"), make("old", "vhdx"))
+    with ControlledServer(tmp_path, *exports) as server:
+        create, delete = server.control.snapshot_create, server.control.snapshot_delete
+        with AtWork(server, "disk", "old"):
+            for name in ("old", "disk@taken"):
+                with pytest.raises(UnsupportedFeature, match="have no snapshots, qcow2 images do"):
+                    server.ask(create(name, "one"))
+                assert server.ask(server.control.snapshots(name)) == []
+            with pytest.raises(ConfigError, match="export 'disk@taken' already"):
+                server.ask(create("disk", "taken"))
+            with pytest.raises(ConfigError, match="the snapshot name '' has 0 bytes"):
+                server.ask(create("disk", ""))
+            server.ask(create("disk", "one"))
+            with pytest.raises(ConfigError, match="already"):
+                server.ask(create("disk", "one"))
+            with pytest.raises(ConfigError, match="is a snapshot"):
+                server.ask(create("disk@one", "two"))
+            with pytest.raises(ConfigError, match="is a snapshot"):
+                server.ask(server.control.remove("disk@one", "drain"))
+            with pytest.raises(ConfigError, match="there is no snapshot 'two'"):
+                server.ask(delete("disk", "two"))
+            assert server.now(server.control.export, "disk").failure is None
+
+
+def test_snapshot_beyond_those_that_are_exported_is_made_all_the_same(
+    served: ControlledServer, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "SNAPSHOT_EXPORTS_MAX", 1)
+    served.ask(served.control.add(make("disk", "qcow2")))
+    assert served.ask(served.control.snapshot_create("disk", "one")).export == "disk@one"
+    assert served.ask(served.control.snapshot_create("disk", "two")).export is None
+    assert served.has_logged("1 snapshots are exported, and not one more")
+    served.ask(served.control.snapshot_delete("disk", "two"))
+    assert [each.name for each in served.ask(served.control.snapshots("disk"))] == ["one"]
+
+
+def test_snapshot_that_fails_midway_poisons_its_image_alone(
+    served: ControlledServer, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.ask(served.control.add(make("disk", "qcow2")))
+
+    async def broken(self: Qcow2Driver, is_dirty: bool) -> None:
+        raise OSError(errno.EIO, "the disk is broken")
+
+    with AtWork(served, "keep"), served.connect("disk") as client:
+        assert_works(client)
+        monkeypatch.setattr(Qcow2Driver, "set_dirty", broken)
+        with pytest.raises(OSError, match="the disk is broken"):
+            served.ask(served.control.snapshot_create("disk", "one"))
+        assert client.write(0, b"x" * 4096).error == NbdError.EIO
+        assert client.request(Command.FLUSH).error == NbdError.EIO
+        assert client.read(0, 4096).data == b"w" * 4096
+        failure = served.now(served.control.export, "disk").failure
+        assert failure is not None
+        assert "open it anew" in failure
+        with pytest.raises(ImageFailed):
+            served.ask(served.control.resize("disk", 2 * SIZE))
+    monkeypatch.undo()
+    with pytest.raises(ImageFailed):
+        served.ask(served.control.remove("disk", "drain"))
+    assert list(served.look()) == ["keep"]
+
+
+# The file
+
+
+def test_reload_leaves_alone_what_was_added_live(served: ControlledServer, make: Make) -> None:
+    served.ask(served.control.add(make("live", "qcow2")))
+    other = make("other")
+    with AtWork(served, "keep", "live"):
+        served.wanted = replace(served.wanted, exports=(*served.wanted.exports, other))
+        assert served.ask(served.control.reload())
+        assert set(served.look()) == {"keep", "live", "other"}
+        assert {each.name for each in served.now(served.control.exports) if each.origin == "live"} == {"live"}
+        served.wanted = replace(served.wanted, exports=(*served.wanted.exports[:1], replace(other, name="live")))
+        assert not served.ask(served.control.reload())
+        assert served.has_logged("export live was added live")
+        assert set(served.look()) == {"keep", "live", "other"}
+
+
+def test_reload_brings_back_what_was_removed_live(served: ControlledServer, make: Make) -> None:
+    """Also an image that clients of the removed export still use: they drain."""
+    served.ask(served.control.add(make("live")))
+    with AtWork(served, "live"), served.connect("keep") as client:
+        assert_works(client)
+        served.ask(served.control.remove("keep", "hide"))
+        assert not is_known(served, "keep")
+        assert served.ask(served.control.reload())
+        assert client.wait_closed(WAIT_S) is not None
+        with served.connect("keep") as again:
+            assert again.read(0, 4096).data == b"w" * 4096
+        assert [(each.name, each.origin) for each in served.now(served.control.exports)] == [
+            ("live", "live"),
+            ("keep", "config"),
+        ]
+
+
+def test_reload_of_other_rules_leaves_hidden_clients_alone(tmp_path: Path, make: Make) -> None:
+    keep, disk = make("keep"), make("disk")
+    with ControlledServer(tmp_path, keep, disk) as server, server.connect("disk") as client:
+        server.ask(server.control.remove("disk", "hide"))
+        server.wanted = replace(server.wanted, exports=(replace(keep, access=(AccessRule(uids=(4242,)),)),))
+        assert server.ask(server.control.reload())
+        assert_works(client)
+
+
+def test_uris_follow_a_reload(served: ControlledServer, tmp_path: Path) -> None:
+    second = str(tmp_path / "second")
+    listeners = (*served.wanted.listeners, NbdUri(socket=second))
+    served.wanted = replace(served.wanted, listeners=listeners)
+    assert served.ask(served.control.reload())
+    assert answers(second)
+    assert [(uri.socket, uri.name) for uri in served.service.uris] == [
+        (served.socket_path, "keep"),
+        (second, "keep"),
+    ]
+
+
+def test_reload_without_a_file_is_refused(served: ControlledServer) -> None:
+    with pytest.raises(ConfigError, match="without --config"):
+        served.ask(live.Control(served.service, None).reload())
+
+
+def test_operations_and_reloads_take_turns(
+    served: ControlledServer, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reload that is held up holds up what changes exports, and nothing else."""
+    is_loading, may_go_on = threading.Event(), threading.Event()
+    config = served.wanted
+
+    def load() -> tuple[object, bool]:
+        is_loading.set()
+        assert may_go_on.wait(WAIT_S)
+        return config, False
+
+    monkeypatch.setattr(served._reloader, "_load", load)
+    with AtWork(served, "keep") as working:
+        reloading = served.start(served.control.reload())
+        assert is_loading.wait(WAIT_S)
+        adding = served.start(served.control.add(make("disk")))
+        working.wait_progress()
+        assert not adding.done()
+        assert list(served.look()) == ["keep"]
+        may_go_on.set()
+        assert reloading.result(WAIT_S)
+        assert adding.result(WAIT_S) == ["disk"]

@@ -1,0 +1,116 @@
+"""Text at a terminal, JSON elsewhere, and what the configuration says before either."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbdimg.server.log import JsonFormatter
+from tests.support.configured import ConfiguredServer, export
+from tests.support.rawclient import Client
+from tests.support.rss import wait_until
+from tests.support.server import NbdimgServer
+
+LINE_LIMIT_S = 30
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(1 << 20))
+    return path
+
+
+def visit(server: NbdimgServer | ConfiguredServer) -> None:
+    """Attach, read, leave, and wait for the line about it."""
+    with Client(server.socket_path) as client:
+        client.greet()
+        client.negotiate("disk")
+        assert client.read(0, 4096).error == 0
+        client.disconnect()
+    assert wait_until(lambda: "detached from" in server.stderr(), LINE_LIMIT_S), server.stderr()
+
+
+def parsed(stderr: str) -> list[dict[str, Any]]:
+    """Raises: ValueError: a line is no JSON."""
+    return [json.loads(line) for line in stderr.splitlines()]
+
+
+@pytest.mark.parametrize("format", ["auto", "json"])
+def test_log_that_is_no_terminal_is_one_object_a_line(image: Path, format: str) -> None:
+    before = datetime.now(UTC) - timedelta(seconds=1)
+    with NbdimgServer(image, env={"NBDIMG_LOG_FORMAT": format}) as server:
+        visit(server)
+        lines = parsed(server.stderr())
+    for line in lines:
+        assert {"ts", "level", "message"} <= set(line)
+        assert line["ts"].endswith("Z")
+        assert before <= datetime.fromisoformat(line["ts"]) <= datetime.now(UTC) + timedelta(seconds=1)
+    attach, detach = [line for line in lines if "event" in line]
+    assert (attach["level"], attach["event"], attach["export"]) == ("INFO", "attach", "disk")
+    assert (detach["event"], detach["read_bytes"], detach["written_bytes"]) == ("detach", 4096, 0)
+    assert detach["peer"] == f"unix pid {os.getpid()}"
+
+
+def test_option_goes_before_the_environment_and_that_before_the_file(tmp_path: Path, image: Path) -> None:
+    text = 'log_format = "json"\n' + export("disk", image)
+    with ConfiguredServer(tmp_path, text, env={"NBDIMG_LOG_FORMAT": "text"}) as server:
+        visit(server)
+        assert f"nbdimg: INFO: unix pid {os.getpid()}: attached to 'disk', read-write" in server.stderr().splitlines()
+    options = ["--log-format=json"]
+    with ConfiguredServer(tmp_path, text, options=options, env={"NBDIMG_LOG_FORMAT": "text"}) as server:
+        visit(server)
+        assert [line["event"] for line in parsed(server.stderr()) if "event" in line] == ["attach", "detach"]
+
+
+def test_terminal_gets_text(tmp_path: Path, image: Path) -> None:
+    ours, theirs = pty.openpty()
+    argv = [sys.executable, "-m", "nbdimg", "serve", f"--listen=nbd+unix:///?socket={tmp_path}/s", str(image)]
+    process = subprocess.Popen([*argv, "--sandbox=off"], stdin=theirs, stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(b"nbd+unix:///disk?socket=")
+        with Client(f"{tmp_path}/s") as client:
+            client.greet()
+            client.negotiate("disk")
+        shown, deadline = b"", time.monotonic() + LINE_LIMIT_S
+        while b"detached from" not in shown and time.monotonic() < deadline:
+            if select.select([ours], [], [], 0.5)[0]:
+                shown += os.read(ours, 65536)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=LINE_LIMIT_S)
+        os.close(ours)
+    assert f"nbdimg: INFO: unix pid {os.getpid()}: attached to 'disk', read-write" in shown.decode()
+
+
+def test_traceback_and_line_breaks_stay_within_the_line() -> None:
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        record = logging.LogRecord("nbdimg", logging.DEBUG, "f", 1, "it %s", ("broke\n",), sys.exc_info())
+    line = JsonFormatter().format(record)
+    assert "\n" not in line
+    found = json.loads(line)
+    assert found["message"] == "it broke\n"
+    assert found["traceback"].endswith("ValueError: two\nlines")
+
+
+def test_control_text_is_no_json(image: Path) -> None:
+    with NbdimgServer(image, env={"NBDIMG_LOG_FORMAT": "text"}) as server:
+        visit(server)
+        with pytest.raises(ValueError, match="Expecting value"):
+            parsed(server.stderr())
