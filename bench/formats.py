@@ -13,7 +13,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -235,6 +235,33 @@ def _verdict(row: FormatCell, summary: CellSummary) -> str:
     return {Verdict.PASS: "floor", Verdict.FAIL: "below", Verdict.UNJUDGED: "not judged"}[summary.verdict(row.floor)]
 
 
+def is_below(rows: Sequence[FormatCell], samples: Sequence[Sample]) -> bool:
+    """Whether a row misses its floor."""
+    return any(_verdict(row, summarize(samples, row.name, "nbdimg")) == "below" for row in rows)
+
+
+def report(
+    name: str,
+    title: str,
+    command: str,
+    facts: Mapping[str, str],
+    rows: Sequence[FormatCell],
+    samples: Sequence[Sample],
+    output: Path | None,
+) -> None:
+    """Print the table, and write NAME.md and NAME.json into `output` if it is given."""
+    text = table(rows, samples)
+    print(text)
+    if output is None:
+        return
+    heading = f"# {title}\n\nMade by `{command}` on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    lines = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    page = f"{heading}.\n\n| fact | value |\n|---|---|\n{lines}\n\n{text}\n"
+    (output / f"{name}.md").write_text(page)
+    record = {"version": JSON_VERSION, "command": command, "facts": facts, "samples": [asdict(s) for s in samples]}
+    (output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.formats", description=__doc__)
     parser.add_argument("--format", choices=("qcow2", "vhdx"), default="qcow2")
@@ -251,18 +278,9 @@ def main() -> int:
     command = (
         f"python -m bench.formats --format {options.format} --rounds {options.rounds} --seconds {options.seconds:g}"
     )
-    text = table(rows, samples)
-    print(text)
-    if options.output is not None:
-        moment = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-        heading = f"# {options.format} through nbdimg and qemu-nbd\n\nMade by `{command}` on {moment}"
-        lines = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-        page = f"{heading}.\n\n| fact | value |\n|---|---|\n{lines}\n\n{text}\n"
-        (options.output / f"{options.format}.md").write_text(page)
-        record = {"version": JSON_VERSION, "command": command, "facts": facts, "samples": [asdict(s) for s in samples]}
-        (options.output / f"{options.format}.json").write_text(json.dumps(record, indent=1) + "\n")
-    is_below = any(_verdict(row, summarize(samples, row.name, "nbdimg")) == "below" for row in rows)
-    return EXIT_BELOW if is_below else 0
+    title = f"{options.format} through nbdimg and qemu-nbd"
+    report(options.format, title, command, facts, rows, samples, options.output)
+    return EXIT_BELOW if is_below(rows, samples) else 0
 
 
 if __name__ == "__main__":

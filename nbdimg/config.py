@@ -205,6 +205,8 @@ class ServerConfig:
     tls: TlsConfig | None = None
     sandbox: str = SANDBOX_MODES[0]
     """One of SANDBOX_MODES, for `nbdimg serve`: a program that serves by the library is never confined."""
+    image_directories: tuple[str, ...] = ()
+    """Where images may lie that are exported later, by a reload or live, besides the directories of `exports`."""
     admin: AdminConfig | None = None
     metrics_address: TcpAddress | None = None
     """Where metrics and health are told to everybody."""

@@ -161,6 +161,13 @@ def serve(
             show_default=SANDBOX_MODES[0],
         ),
     ] = None,
+    image_directory: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Images that are exported later may lie in DIR too, which the sandbox leaves open; repeatable.",
+        ),
+    ] = None,
     admin_socket: Annotated[
         str | None,
         typer.Option(metavar="PATH", help="Serve the HTTP API at a Unix socket that only this user may open."),
@@ -203,6 +210,7 @@ def serve(
         admin=_admin(admin_socket, admin_listen, admin_token_file),
         metrics_address=tcp_address(metrics_listen) if metrics_listen is not None else None,
         sandbox=None if sandbox is None else one_of(*SANDBOX_MODES)(sandbox),
+        image_directories=tuple(image_directory) if image_directory else None,
         log_format=None if log_format is None else one_of(*LOG_FORMATS)(log_format),
     )
     inherited = inherited_sockets()

@@ -53,6 +53,7 @@ class Overrides:
     admin: AdminConfig | None = None
     metrics_address: TcpAddress | None = None
     sandbox: str | None = None
+    image_directories: tuple[str, ...] | None = None
     log_format: str | None = None
 
 
@@ -143,6 +144,7 @@ def _finished(
         admin=given.admin or server.admin,
         metrics_address=given.metrics_address or server.metrics_address,
         sandbox=given.sandbox or server.sandbox,
+        image_directories=given.image_directories or server.image_directories,
         log_format=given.log_format or found.log_format or server.log_format,
     )
     problems += limit_contradictions(server.limits)

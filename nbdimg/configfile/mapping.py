@@ -42,7 +42,7 @@ RELOADS = ("signal", "watch")
 """When a file is read again: at SIGHUP alone, or also when it has changed."""
 
 TOP_KEYS = (
-    *("listen", "insecure_plaintext", "reload", "log_format", "sandbox"),
+    *("listen", "insecure_plaintext", "reload", "log_format", "sandbox", "image_directories"),
     *("limits", "tls", "admin", "metrics", "exports"),
 )
 TLS_KEYS = ("certificate_file", "key_file", "client_ca_file", "crl_file", "psk_file", "mode", "min_version")
@@ -74,6 +74,7 @@ def mapped(reader: Reader) -> tuple[ServerConfig, str]:
         allows_plaintext=top.get("insecure_plaintext", boolean, False),
         tls=tls,
         sandbox=top.get("sandbox", one_of(*SANDBOX_MODES), SANDBOX_MODES[0]),
+        image_directories=top.get("image_directories", list_of(path_in(reader.directory)), ()),
         admin=_admin(top.table("admin", ADMIN_KEYS)) if "admin" in top else None,
         metrics_address=_metrics(top.table("metrics", METRICS_KEYS)) if "metrics" in top else None,
         log_format=top.get("log_format", one_of(*LOG_FORMATS), LOG_FORMATS[0]),

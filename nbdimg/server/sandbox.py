@@ -205,6 +205,8 @@ def _needs(config: ServerConfig, config_path: str | None) -> Iterator[tuple[str,
         yield from _around(config_path, READ)
     for export in config.exports:
         yield from _export_needs(export)
+    for directory in config.image_directories:
+        yield os.path.realpath(directory), WRITE
     for uri in config.listeners:
         if uri.socket is not None:
             yield _around_socket(uri.socket)

@@ -452,6 +452,21 @@ def test_reload_within_the_directories_of_the_start_is_applied(served: tuple[Con
 
 
 @needs_landlock
+def test_reload_from_an_image_directory_is_applied(tmp_path: Path) -> None:
+    directory, later = tmp_path / "served", tmp_path / "later"
+    for each in (directory, later):
+        each.mkdir()
+    (directory / "keep.img").write_bytes(b"k" * 4096)
+    (later / "a.img").write_bytes(b"a" * 4096)
+    keep = f'image_directories = ["{later}"]\n' + export("keep", "keep.img")
+    with ConfiguredServer(directory, keep) as server:
+        assert "1 exports added" in server.reload(keep + export("a", later / "a.img"))
+        with connect_negotiated(server.socket_path, "a") as client:
+            assert client.write(0, b"w" * 512).error == 0
+        assert "does not allow" in server.reload(keep + export("b", tmp_path / "b.img"))
+
+
+@needs_landlock
 @pytest.mark.skipif(os.geteuid() != 0, reason="root is refused by the sandbox alone")
 def test_reload_from_a_directory_that_was_exchanged_says_what_may_be_the_reason(tmp_path: Path) -> None:
     """By its name it is one of the start; by its inode, which is what counts, it is not."""
