@@ -167,11 +167,13 @@ async def _look_after(schedule: Schedule) -> list[str]:
     """What is wrong with the image that a schedule left."""
     content, model = bytes(schedule.file.content), schedule.model
     files = {name: bytes(file.content) for name, file in schedule.files.items()}
-    found = []
+    found: list[str] = []
     header = await read_header(MemoryFile(content))
     report = await check(MemoryFile(content), header)
     if not report.is_clean or header.incompatible & 3:
         found.append(f"check: {report.findings[:4]}, incompatible features {header.incompatible}")
+    if header.is_corrupt:
+        return found
     difference = model.difference(await content_of(content, files), 0, model.now, model.now)
     if difference is not None:
         found.append(f"the end: {difference}")
