@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nbdimg.cli.healthcheck import DEFAULT_SOCKET, SOCKET_VARIABLE
-from nbdimg.cli.output import print_json, print_table, shown, sized
+from nbdimg.cli.output import dated, print_json, print_table, shown, sized
 from nbdimg.formats import DRIVERS
 from nbdimg.units import parse_size
 
@@ -276,7 +275,7 @@ def list_(
 
 
 def _snapshot_row(each: dict[str, Any]) -> tuple[str, ...]:
-    date = datetime.fromtimestamp(each["created_s"], UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    date = dated(each["created_s"])
     return (shown(each["id"]), shown(each["name"]), str(each["size"]), date, shown(each["export"] or "-"))
 
 

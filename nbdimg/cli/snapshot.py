@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
 
 from nbdimg.cli.opened import opened
 from nbdimg.cli.options import AsJson, KeyFile
-from nbdimg.cli.output import QUIET_S, ProgressReport, print_json, print_table, progress, shown
+from nbdimg.cli.output import QUIET_S, ProgressReport, dated, print_json, print_table, progress, shown
 from nbdimg.errors import UnsupportedFeature
 from nbdimg.formats.gate import DenyGate
 from nbdimg.formats.options import OpenOptions
@@ -120,7 +119,7 @@ def _described(each: Snapshot, current_size: int) -> dict[str, Any]:
     return {
         "id": each.id,
         "name": each.name,
-        "date": _date(each),
+        "date": dated(each.seconds),
         "size": current_size if each.disk_size is None else each.disk_size,
         "vm_state_size": each.vm_state_size,
         "vm_clock_ns": each.vm_clock_ns,
@@ -128,11 +127,6 @@ def _described(each: Snapshot, current_size: int) -> dict[str, Any]:
     }
 
 
-def _date(each: Snapshot) -> str:
-    """RFC 3339 in UTC."""
-    return datetime.fromtimestamp(each.seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def _row(each: Snapshot, current_size: int) -> tuple[str, ...]:
     size = current_size if each.disk_size is None else each.disk_size
-    return (shown(each.id), shown(each.name), str(size), str(each.vm_state_size), _date(each))
+    return (shown(each.id), shown(each.name), str(size), str(each.vm_state_size), dated(each.seconds))

@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import signal
 import time
-import tracemalloc
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -18,15 +15,13 @@ from nbdimg.errors import NbdimgError
 from nbdimg.formats import open_file
 from nbdimg.formats.options import OpenOptions
 from nbdimg.image.image import Image
+from tests.support.mutants import CPU_MAX_S, MEMORY_MAX, complaint
 from tests.support.qcow2mutants import AnyGate, Base, BoundedFile, Mutant, bases, mutant
 
 COUNT = int(os.environ.get("NBDIMG_MUTANTS", "5200"))
 """Mutants in all. More are tried with NBDIMG_MUTANTS."""
 FIRST_SEED = int(os.environ.get("NBDIMG_MUTANT_SEED", "0"))
 CHUNKS = 13
-CPU_MAX_S = 1.0
-WALL_MAX_S = 20
-MEMORY_MAX = 64 << 20
 READ_MAX = 256 << 10
 TRACED_EACH = 16
 
@@ -101,47 +96,6 @@ async def change(each: Mutant) -> None:
 
 
 VISITS: tuple[Visit, ...] = (read_only, change)
-
-
-@contextmanager
-def alarm(seconds: int) -> Iterator[None]:
-    def ring(number: int, frame: object) -> None:
-        raise TimeoutError(f"not done in {seconds} s")
-
-    previous = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
-
-
-def complaint(each: Mutant, visit: Visit, *, is_traced: bool) -> str | None:
-    """What is wrong with how a mutant was taken; None: nothing."""
-    if is_traced:
-        tracemalloc.start()
-    started = time.process_time()
-    found = None
-    try:
-        with alarm(WALL_MAX_S):
-            asyncio.run(visit(each))
-    except TimeoutError as error:
-        found = str(error)
-    except (NbdimgError, OSError) as error:
-        text = str(error)
-        found = "a refusal of several lines" if "\n" in text or not text else None
-    except BaseException as error:
-        found = f"{type(error).__name__}: {error}"
-    took = time.process_time() - started
-    if is_traced:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        if peak > MEMORY_MAX:
-            found = f"{found or ''} took {peak >> 20} MiB"
-    elif took > CPU_MAX_S:
-        found = f"{found or ''} took {took:.1f} s"
-    return found and f"{each}, {visit.__name__}: {found}"
 
 
 def complaints(all_bases: list[Base], seeds: range) -> list[str]:
