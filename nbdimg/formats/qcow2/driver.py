@@ -259,8 +259,8 @@ class Qcow2Driver:
             await self._bitmaps.store(self.refcounts)
 
     async def abandon(self) -> None:
+        await self.mapping.close()
         for file in self._files:
             await file.close()
-        self.mapping.forget()
         if self.refcounts is not None:
             self.refcounts.forget()

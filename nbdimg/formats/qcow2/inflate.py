@@ -1,9 +1,12 @@
-"""Compressed clusters as a file: inflated when they are read, and the last ones kept.
+"""Compressed clusters as a file: inflated when they are read or shortly before, and the last ones kept.
 
-An offset in this file is `descriptor << cluster_bits | offset in cluster`, where the descriptor is an L2 entry without
-its two flags: it names where the compressed data lies and changes with it, so what is kept never goes stale while the
-data stays. Several clusters' data may lie in one host cluster; the last may end in the middle of a sector at the end of
-the file, and behind each there is rubbish.
+An offset in this file is `descriptor << 64 | guest offset`, where the descriptor is an L2 entry without its two flags:
+it names where the compressed data lies and changes with it, so what is kept never goes stale while the data stays. The
+guest offset tells the place in the cluster, and who reads on from where. Several clusters' data may lie in one host
+cluster; the last may end in the middle of a sector at the end of the file, and behind each there is rubbish.
+
+A guest that reads one cluster after another has the next ones inflated ahead, several in one job of a worker: a
+hand-over costs as much as half a cluster.
 """
 
 from __future__ import annotations
@@ -11,24 +14,37 @@ from __future__ import annotations
 import asyncio
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
 from nbdimg.errors import CorruptImage, UnsupportedFeature
-from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.packed import compressed_range
+from nbdimg.formats.qcow2.readahead import ReadAhead
 from nbdimg.formats.qcow2.structs import Compression
 from nbdimg.storage.file import BlockFile, Buffer
 from nbdimg.storage.workers import workers
-from nbdimg.units import MiB
+from nbdimg.units import KiB, MiB
 
 KEPT_BYTES = 16 * MiB
 """Inflated clusters that are kept: enough for a sequential reader with a deep queue, and its neighbours."""
 
+AHEAD_BYTES = 512 * KiB
+"""The longest run that is inflated ahead as one job."""
+
+_DESCRIPTOR_SHIFT = 64
+_GUEST_MASK = (1 << _DESCRIPTOR_SHIFT) - 1
+_OFFSET_MAX = 1 << 2 * _DESCRIPTOR_SHIFT
+
 _DEFLATE_WINDOW = -15
 """Raw deflate. QEMU writes with a window of 4 KiB (-12) and other writers with 32 KiB; this reads both."""
+
+
+def inflated_offset(descriptor: int, guest_offset: int) -> int:
+    """Where in an `InflatedFile` the guest's byte lies."""
+    return descriptor << _DESCRIPTOR_SHIFT | guest_offset
 
 
 class Inflater(NamedTuple):
@@ -80,8 +96,23 @@ def _zstd(path: str) -> Inflater:
     return Inflater(inflate, (zstd.ZstdError, EOFError))
 
 
+class _Piece(NamedTuple):
+    """The compressed data of one cluster: `content` is what lies at `offset` of the file."""
+
+    descriptor: int
+    offset: int
+    content: bytearray
+
+
+_Outcomes = dict[int, bytes | Exception]
+"""For each descriptor its cluster, or why there is none."""
+
+
 class InflatedFile:
-    """Read-only. Args: file: where the compressed data lies."""
+    """Read-only. Args: file: where the compressed data lies.
+
+    (C1) A cluster that is read ahead and fails is nobody's error: whoever asks for it has it inflated anew.
+    """
 
     is_writable = False
 
@@ -93,71 +124,120 @@ class InflatedFile:
         self._inflater = _zlib() if compression == Compression.ZLIB else _zstd(file.path)
         self._kept: dict[int, bytes] = {}
         self._kept_max = max(4, KEPT_BYTES >> cluster_bits)
-        self._loading: dict[int, asyncio.Future[bytes]] = {}
+        self._loading: dict[int, asyncio.Future[_Outcomes]] = {}
+        self._ahead = ReadAhead(max(1, AHEAD_BYTES >> cluster_bits))
+        self.run_from: Callable[[int, int], Sequence[int]] = lambda cluster, count: ()
+        """The descriptors of at most so many clusters from a guest's cluster on, as far as they are known without
+        waiting: what may be read ahead.
+        """
 
     @property
     def size(self) -> int:
-        return s.HOST_OFFSET_MAX
+        return _OFFSET_MAX
 
     def _cut(self, cluster: bytes, offset: int, view: memoryview) -> None:
         start = offset & (self._size - 1)
         view[:] = cluster[start : start + len(view)]
 
     def try_pread(self, offset: int, view: memoryview) -> bool:
-        cluster = self._kept.get(offset >> self._bits)
+        cluster = self._kept.get(offset >> _DESCRIPTOR_SHIFT)
         if cluster is None:
             return False
+        self._read_ahead((offset & _GUEST_MASK) >> self._bits)
         self._cut(cluster, offset, view)
         return True
 
     async def pread(self, offset: int, view: memoryview) -> None:
-        self._cut(await self._cluster(offset >> self._bits), offset, view)
+        self._cut(await self._cluster(offset), offset, view)
 
-    async def _cluster(self, descriptor: int) -> bytes:
+    async def _cluster(self, offset: int) -> bytes:
         """Raises: CorruptImage: the data does not inflate to a cluster. OSError."""
+        descriptor = offset >> _DESCRIPTOR_SHIFT
+        self._read_ahead((offset & _GUEST_MASK) >> self._bits)
         kept = self._kept.get(descriptor)
         if kept is not None:
             return kept
         loading = self._loading.get(descriptor)
-        if loading is None:
-            loading = self._loading[descriptor] = self._begin(descriptor)
-            loading.add_done_callback(partial(self._loaded, descriptor))
-        return await loading
+        outcome = None if loading is None else (await loading)[descriptor]
+        if not isinstance(outcome, bytes):
+            loading = self._loading.get(descriptor) or self._begin((descriptor,))
+            outcome = (await loading)[descriptor]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
-    def _begin(self, descriptor: int) -> asyncio.Future[bytes]:
-        offset, length = compressed_range(descriptor, self._bits)
-        if offset >= self._file.size:
-            raise self._corrupt(offset, f"begins behind the file's {self._file.size} bytes")
-        data = bytearray(length)
-        if self._file.try_pread(offset, memoryview(data)):
-            return workers().run(self._inflated, data, offset)
-        return asyncio.get_running_loop().create_task(self._load(data, offset))
+    def _read_ahead(self, cluster: int) -> None:
+        """The guest reads `cluster`: begin what it is likely to read next."""
+        run = self._ahead.read(cluster)
+        if run.length:
+            absent = [
+                descriptor
+                for descriptor in self.run_from(run.first, run.length)
+                if descriptor not in self._kept and descriptor not in self._loading
+            ]
+            if absent:
+                self._begin(absent)
 
-    async def _load(self, data: bytearray, offset: int) -> bytes:
-        await self._file.pread(offset, memoryview(data))
-        return await workers().run(self._inflated, data, offset)
+    def _begin(self, descriptors: Sequence[int]) -> asyncio.Future[_Outcomes]:
+        pieces = []
+        for descriptor in descriptors:
+            offset, length = compressed_range(descriptor, self._bits)
+            pieces.append(_Piece(descriptor, offset, bytearray(length)))
+        loading: asyncio.Future[_Outcomes]
+        if self._are_resident(pieces):
+            loading = workers().run(self._inflate, pieces)
+        else:
+            loading = asyncio.get_running_loop().create_task(self._load(pieces))
+        self._loading.update(dict.fromkeys(descriptors, loading))
+        loading.add_done_callback(partial(self._loaded, descriptors))
+        return loading
 
-    def _loaded(self, descriptor: int, loading: asyncio.Future[bytes]) -> None:
-        del self._loading[descriptor]
-        if loading.exception() is None:
-            if len(self._kept) >= self._kept_max:
-                del self._kept[next(iter(self._kept))]
-            self._kept[descriptor] = loading.result()
+    def _are_resident(self, pieces: Sequence[_Piece]) -> bool:
+        """Whether all could be read at once."""
+        with suppress(OSError):
+            return all(self._file.try_pread(piece.offset, memoryview(piece.content)) for piece in pieces)
+        return False
 
-    def _inflated(self, data: bytearray, offset: int) -> bytes:
+    async def _load(self, pieces: Sequence[_Piece]) -> _Outcomes:
+        failed: _Outcomes = {}
+        for piece in pieces:
+            try:
+                await self._file.pread(piece.offset, memoryview(piece.content))
+            except OSError as error:
+                failed[piece.descriptor] = error
+        inflated = await workers().run(self._inflate, [each for each in pieces if each.descriptor not in failed])
+        return inflated | failed
+
+    def _inflate(self, pieces: Sequence[_Piece]) -> _Outcomes:
+        return {piece.descriptor: self._inflated(piece) for piece in pieces}
+
+    def _inflated(self, piece: _Piece) -> bytes | CorruptImage:
+        if piece.offset >= self._file.size:
+            return self._corrupt(piece, f"begins behind the file's {self._file.size} bytes")
         try:
-            cluster = self._inflater.inflate(data, self._size)
+            cluster = self._inflater.inflate(piece.content, self._size)
         except self._inflater.errors as error:
-            raise self._corrupt(offset, f"does not inflate ({error})") from None
+            return self._corrupt(piece, f"does not inflate ({error})")
         if len(cluster) != self._size:
-            raise self._corrupt(offset, f"inflates to {len(cluster)} bytes, expected {self._size}")
+            return self._corrupt(piece, f"inflates to {len(cluster)} bytes, expected {self._size}")
         return cluster
 
-    def _corrupt(self, offset: int, what: str) -> CorruptImage:
-        return CorruptImage(self.path, f"the compressed cluster at offset {offset} {what}", offset)
+    def _corrupt(self, piece: _Piece, what: str) -> CorruptImage:
+        return CorruptImage(self.path, f"the compressed cluster at offset {piece.offset} {what}", piece.offset)
+
+    def _loaded(self, descriptors: Sequence[int], loading: asyncio.Future[_Outcomes]) -> None:
+        for descriptor in descriptors:
+            del self._loading[descriptor]
+        if loading.cancelled() or loading.exception() is not None:
+            return
+        for descriptor, outcome in loading.result().items():
+            if isinstance(outcome, bytes):
+                if len(self._kept) >= self._kept_max:
+                    del self._kept[next(iter(self._kept))]
+                self._kept[descriptor] = outcome
 
     async def prefetch(self, offset: int, length: int) -> None:
-        await self._cluster(offset >> self._bits)
+        await self._cluster(offset)
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         return False
@@ -181,4 +261,7 @@ class InflatedFile:
         return True, self.size
 
     async def close(self) -> None:
+        """Wait for what is being read, and keep nothing."""
+        while self._loading:
+            await asyncio.wait(set(self._loading.values()))
         self._kept.clear()

@@ -15,10 +15,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 from nbdimg.errors import CorruptImage
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.header import Header
+from nbdimg.formats.qcow2.inflate import InflatedFile, inflated_offset
 from nbdimg.formats.qcow2.l1 import L1Table
 from nbdimg.formats.qcow2.packed import compressed_clusters, decode_offsets, encode_offsets
 from nbdimg.formats.qcow2.refcount import Refcounts, Run
@@ -54,10 +56,14 @@ class Store:
     """
 
     file: BlockFile
-    inflated: BlockFile
+    inflated: InflatedFile
     is_external: bool
     is_plain: bool
     has_backing: bool
+
+
+def _is_compressed(entry: int) -> bool:
+    return entry & (COPIED | COMPRESSED) == COMPRESSED
 
 
 class Mapping:
@@ -93,6 +99,7 @@ class Mapping:
         self._slices = self.cache.slices
         self._hole = self._seen(ExtentKind.BACKING)
         self._elsewhere = Extent(ExtentKind.BACKING, 0, 0, file, 0, False)
+        store.inflated.run_from = self._compressed_from
 
     def switch(self, l1: L1Table, size: int) -> None:
         """Map by this table from now on, with nothing resident. No request is in flight and nothing is dirty."""
@@ -102,8 +109,9 @@ class Mapping:
         for key in list(self.cache.slices):
             self.cache.drop(key)
 
-    def forget(self) -> None:
-        """See `TableCache.forget`."""
+    async def close(self) -> None:
+        """Nothing is looked up any more, or being read ahead. See `TableCache.forget`."""
+        await self._store.inflated.close()
         self.cache.forget()
         self.l1.entries = array("Q")
 
@@ -194,7 +202,7 @@ class Mapping:
         if kind is ExtentKind.COMPRESSED:
             end = min(start + self._cluster_size, self.size)
             descriptor = entries[index] & ~(COPIED | COMPRESSED)
-            return Extent(kind, start, end - start, self._store.inflated, descriptor << self._bits, False)
+            return Extent(kind, start, end - start, self._store.inflated, inflated_offset(descriptor, start), False)
         if kind is _DATA:
             end = min(start + self._cluster_size, self.size)
             return Extent(kind, start, end - start, self._store.file, 0, self._counts is not None)
@@ -209,6 +217,18 @@ class Mapping:
         if kind is ExtentKind.ZERO:
             return Extent(kind, start, end - start, self._store.file, 0, False)
         return self._unallocated(start, end)
+
+    def _compressed_from(self, cluster: int, count: int) -> list[int]:
+        """The descriptors of `count` clusters from `cluster` on, up to the first one that is not compressed or whose
+        entry is not resident.
+        """
+        slice_ = self._slices.get(cluster >> self._slice_bits)
+        if slice_ is None:
+            return []
+        words = self.entry_words
+        first = (cluster & (self._slice_clusters - 1)) * words
+        entries = slice_.entries[first : first + count * words : words]
+        return [entry & ~COMPRESSED for entry in takewhile(_is_compressed, entries)]
 
     def _kind(self, slice_: Slice, index: int) -> ExtentKind:
         """What an entry says; BACKING stands for unallocated. Raises: CorruptImage: it is malformed."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nbdimg.formats.qcow2 import structs as s
+from nbdimg.formats.qcow2.inflate import inflated_offset
 from nbdimg.formats.qcow2.mapping import Mapping, Token
 from nbdimg.formats.qcow2.structs import ALL_ALLOCATED, COMPRESSED, COPIED, OFFSET_MASK, SUBCLUSTERS
 from nbdimg.image.driver import Allocation, Extent, ExtentKind, Miss, Unmap
@@ -91,7 +92,7 @@ class SubclusterMapping(Mapping):
         start = cluster << self._bits
         if kind is ExtentKind.COMPRESSED:
             end = min(start + self._cluster_size, self.size)
-            return Extent(kind, start, end - start, self._store.inflated, host << self._bits, False)
+            return Extent(kind, start, end - start, self._store.inflated, inflated_offset(host, start), False)
         start += subcluster << self._subcluster_bits
         host_start = host + (subcluster << self._subcluster_bits)
         is_own = slice_.entries[2 * index] >= COPIED

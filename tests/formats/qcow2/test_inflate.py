@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nbdimg.errors import CorruptImage
-from nbdimg.formats.qcow2.inflate import InflatedFile
+from nbdimg.formats.qcow2.inflate import InflatedFile, inflated_offset
 from nbdimg.formats.qcow2.packed import compressed_clusters, compressed_range
 from nbdimg.storage.memory import MemoryFile
 from tests.support.faultfile import FaultFile
@@ -50,7 +50,7 @@ def descriptor(offset: int, length: int, bits: int = BITS) -> int:
 def read(data: bytes, compression: int, *, rest: bytes = b"", start: int = 0, length: int = SIZE) -> bytes:
     file = InflatedFile(MemoryFile(bytes(AT) + data + rest), BITS, compression)
     view = memoryview(bytearray(length))
-    asyncio.run(file.pread((descriptor(AT, len(data)) << BITS) + start, view))
+    asyncio.run(file.pread(inflated_offset(descriptor(AT, len(data)), start), view))
     return bytes(view)
 
 
@@ -142,14 +142,14 @@ def test_data_behind_the_end_of_the_file_is_refused_and_a_cut_last_sector_is_not
     data = deflated(CLUSTER, -12)
     file = InflatedFile(MemoryFile(bytes(AT) + data), BITS, ZLIB)
     with pytest.raises(CorruptImage, match="begins behind the file's"):
-        asyncio.run(file.pread(descriptor(1 << 40, 512) << BITS, memoryview(bytearray(16))))
+        asyncio.run(file.pread(inflated_offset(descriptor(1 << 40, 512), 0), memoryview(bytearray(16))))
 
 
 def test_reads_of_one_cluster_inflate_it_once_and_then_need_not_wait() -> None:
     data = deflated(CLUSTER, -12)
     inner = FaultFile(MemoryFile(bytes(AT) + data))
     file = InflatedFile(inner, BITS, ZLIB)
-    base = descriptor(AT, len(data)) << BITS
+    base = inflated_offset(descriptor(AT, len(data)), 0)
     views = [memoryview(bytearray(100)) for _ in range(4)]
 
     async def main() -> None:
@@ -167,7 +167,7 @@ def test_failed_read_is_not_kept() -> None:
     data = deflated(CLUSTER, -12)
     inner = FaultFile(MemoryFile(bytes(AT) + data), slow_only=True)
     file = InflatedFile(inner, BITS, ZLIB)
-    base = descriptor(AT, len(data)) << BITS
+    base = inflated_offset(descriptor(AT, len(data)), 0)
     view = memoryview(bytearray(10))
 
     async def main() -> None:
@@ -189,7 +189,7 @@ def test_kept_clusters_are_bounded() -> None:
 
     async def main() -> None:
         for offset in offsets:
-            await file.pread(descriptor(offset, len(data), 21) << 21, memoryview(bytearray(1)))
+            await file.pread(inflated_offset(descriptor(offset, len(data), 21), offset << 21), memoryview(bytearray(1)))
 
     tracemalloc.start()
     try:
@@ -197,3 +197,125 @@ def test_kept_clusters_are_bounded() -> None:
         assert tracemalloc.get_traced_memory()[0] < 20 << 20
     finally:
         tracemalloc.stop()
+
+
+COUNT = 40
+TEXTS = [random.Random(n).randbytes(200) * (SIZE // 200) + bytes(SIZE % 200) for n in range(COUNT)]
+
+
+class Sequence:
+    """COUNT compressed clusters, one behind the other in the guest and in the file."""
+
+    def __init__(self, *, spoilt: int | None = None, slow_only: bool = False) -> None:
+        self.descriptors: list[int] = []
+        content = bytes(AT)
+        for index, text in enumerate(TEXTS):
+            data = deflated(text, -12) if index != spoilt else b"\xff" * 300
+            self.descriptors.append(descriptor(len(content), len(data)))
+            content += data
+        self.inner = FaultFile(MemoryFile(content), slow_only=slow_only)
+        self.file = InflatedFile(self.inner, BITS, ZLIB)
+        self.file.run_from = lambda cluster, count: self.descriptors[cluster : cluster + count]
+
+    def offset(self, index: int) -> int:
+        return inflated_offset(self.descriptors[index], index << BITS)
+
+    async def read(self, index: int) -> bytes:
+        view = memoryview(bytearray(SIZE))
+        await self.file.pread(self.offset(index), view)
+        return bytes(view)
+
+    def is_kept(self, index: int) -> bool:
+        return self.file.try_pread(self.offset(index), memoryview(bytearray(1)))
+
+    async def settle(self) -> None:
+        """Until nothing is being inflated."""
+        while loading := set(self.file._loading.values()):
+            await asyncio.wait(loading)
+
+
+@pytest.mark.parametrize("slow_only", [False, True])
+def test_a_sequential_reader_finds_its_clusters_inflated(slow_only: bool) -> None:
+    sequence = Sequence(slow_only=slow_only)
+
+    async def main() -> list[bool]:
+        found = []
+        for index, text in enumerate(TEXTS):
+            found.append(sequence.is_kept(index))
+            assert await sequence.read(index) == text
+            await sequence.settle()
+        await sequence.file.close()
+        return found
+
+    assert asyncio.run(main()) == [False, False] + [True] * (COUNT - 2)
+    reads = [name for name in sequence.inner.calls if name == ("pread" if slow_only else "try_pread")]
+    assert len(reads) == COUNT, "each cluster is inflated once"
+
+
+def test_clusters_read_here_and_there_are_read_alone() -> None:
+    sequence = Sequence()
+
+    async def main() -> None:
+        for index in (30, 4, 20, 9, 35, 0):
+            assert await sequence.read(index) == TEXTS[index]
+            await sequence.settle()
+
+    asyncio.run(main())
+    assert sequence.inner.calls.count("try_pread") == 6
+
+
+def test_all_at_once_are_right_and_inflated_once() -> None:
+    sequence = Sequence()
+
+    async def main() -> list[bytes]:
+        texts = await asyncio.gather(*map(sequence.read, range(COUNT)))
+        await sequence.settle()
+        return texts
+
+    assert asyncio.run(main()) == TEXTS
+    assert sequence.inner.calls.count("try_pread") == COUNT
+
+
+def test_a_cluster_that_fails_ahead_fails_its_own_reader_alone() -> None:
+    sequence = Sequence(spoilt=7)
+
+    async def main() -> None:
+        for index in range(COUNT):
+            if index == 7:
+                with pytest.raises(CorruptImage, match="does not inflate"):
+                    await sequence.read(index)
+            else:
+                assert await sequence.read(index) == TEXTS[index]
+        await sequence.settle()
+
+    asyncio.run(main())
+
+
+def test_a_file_that_fails_ahead_is_read_again_when_it_is_asked_for() -> None:
+    sequence = Sequence(slow_only=True)
+
+    async def main() -> None:
+        assert await sequence.read(0) == TEXTS[0]
+        assert await sequence.read(1) == TEXTS[1]
+        await sequence.settle()
+        assert sequence.is_kept(2)
+        sequence.inner.fail("pread", 5)
+        assert await sequence.read(2) == TEXTS[2]
+        await sequence.settle()
+        sequence.inner.heal()
+        assert await sequence.read(3) == TEXTS[3]
+        assert not sequence.is_kept(4)
+        assert await sequence.read(4) == TEXTS[4]
+
+    asyncio.run(main())
+
+
+def test_closing_waits_for_what_is_read_ahead() -> None:
+    sequence = Sequence(slow_only=True)
+
+    async def main() -> None:
+        sequence.file._begin(sequence.descriptors)
+        await sequence.file.close()
+        assert not sequence.file._loading
+
+    asyncio.run(main())
