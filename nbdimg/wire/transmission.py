@@ -47,7 +47,7 @@ class Receiver:
 
     Args:
         scratch: the shared receive buffer.
-        spill_size: bytes of `scratch` offered behind a payload.
+        spill_size: bytes of `scratch` offered behind a payload of which it does not hold two.
         payload_max: the longest payload, in bytes; a longer one is a ProtocolError.
         allocate: gives a writable buffer of the asked length, or None when there is no room now.
         is_extended: requests are 32 bytes long.
@@ -105,7 +105,7 @@ class Receiver:
         """Where the next bytes belong, in this order; never empty."""
         if self._payload is not None:
             assert not self._carry, "R1: what was parked is parsed before more is received"
-            return [self._payload[self._filled :], self._scratch[: self._spill_size]]
+            return [self._payload[self._filled :], self._spill(len(self._payload))]
         carry = self._carry
         self._position = 0
         self._end = len(carry)
@@ -113,6 +113,10 @@ class Receiver:
             self._scratch[: self._end] = carry
             self._carry = b""
         return [self._scratch[self._end :]]
+
+    def _spill(self, payload_size: int) -> memoryview:
+        """Behind a payload of which the shared buffer holds two, whole requests like it; behind a longer one, little."""
+        return self._scratch if 2 * payload_size <= len(self._scratch) else self._scratch[: self._spill_size]
 
     def received(self, count: int) -> None:
         """`count` bytes were put into the views that `buffers` returned."""
