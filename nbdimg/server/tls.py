@@ -5,7 +5,7 @@
 
 `TlsSocket` takes the place of a connection's socket at STARTTLS: the same calls with the same outcomes, so that the
 plain path has no trace of it. Ciphertext goes through the BIOs one record at a time, because a BIO keeps the memory
-that it once grew to.
+that it once grew to, and whole records, because the SSL object raises an exception over each one that is not.
 
     (E1) After a receive no complete record is left inside: a quiet descriptor means that there is nothing to read.
     (E2) Ciphertext that waits for the socket is at most BATCH records and a few control messages: nothing is encrypted
@@ -43,6 +43,10 @@ CIPHERTEXT_SIZE = 256 * KiB
 """Ciphertext taken from a socket at once."""
 
 
+HEADER_SIZE = 5
+RECORD_OVERHEAD_MAX = 2048
+"""What a record may have beside its plaintext. Spec: RFC 5246 6.2.3; in TLS 1.3 it is 256."""
+
 _ReadInto = Callable[[int, memoryview], int]
 """`SSLObject.read` with a buffer; typeshed knows bytearray alone."""
 
@@ -53,6 +57,34 @@ class Workspace:
     def __init__(self) -> None:
         self.ciphertext = memoryview(bytearray(CIPHERTEXT_SIZE))
         self.plaintext = memoryview(bytearray(RECORD_SIZE))
+
+
+class Records:
+    """Where records end in a stream of them: type u8, version u16, length u16, `length` bytes. Spec: RFC 8446 5.1."""
+
+    __slots__ = ("_header", "_missing")
+
+    def __init__(self) -> None:
+        self._header = b""
+        """What has come of the header of a record under way, until it is whole."""
+        self._missing = 0
+        """Bytes of a record under way behind its header."""
+
+    def end(self, stream: memoryview, at: int, stop: int) -> int:
+        """Where the record ends that begins or goes on at `at`, or `stop` if that is before. Ask for each in turn."""
+        body = at
+        if not self._missing:
+            header = self._header
+            body += HEADER_SIZE - len(header)
+            if body > stop:
+                self._header = header + bytes(stream[at:stop])
+                return stop
+            header += bytes(stream[at:body])
+            self._header = b""
+            self._missing = min(header[3] << 8 | header[4], RECORD_SIZE + RECORD_OVERHEAD_MAX)
+        end = min(body + self._missing, stop)
+        self._missing -= end - body
+        return end
 
 
 class Tls:
@@ -84,6 +116,7 @@ class TlsSocket:
         "_is_goodbye_said",
         "_outgoing",
         "_proposed",
+        "_records",
         "_sock",
         "_ssl",
         "_work",
@@ -95,6 +128,7 @@ class TlsSocket:
         self._credentials = credentials
         self._work = work
         self._incoming = ssl.MemoryBIO()
+        self._records = Records()
         self._outgoing = ssl.MemoryBIO()
         self._ssl = credentials.context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._proposed: frozenset[str] = frozenset()
@@ -121,6 +155,9 @@ class TlsSocket:
         if not count:
             raise TlsError("left in the middle of the TLS handshake")
         self._incoming.write(work[:count])
+        at = 0
+        while at < count:
+            at = self._records.end(work, at, count)
         try:
             self._proposed = self._credentials.advance(self._ssl, self._proposed)
         except ssl.SSLError as error:
@@ -166,7 +203,9 @@ class TlsSocket:
         count = self._sock.recv_into(work[: min(size, len(work))])
         at = 0
         while at < count:
-            at += self._incoming.write(work[at : min(at + RECORD_SIZE, count)])
+            end = self._records.end(work, at, count)
+            self._incoming.write(work[at:end])
+            at = end
             filled = self._decrypt(views, filled)
         if self._outgoing.pending:
             self.flush()

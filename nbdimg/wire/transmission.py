@@ -115,7 +115,7 @@ class Receiver:
         return [self._scratch[self._end :]]
 
     def _spill(self, payload_size: int) -> memoryview:
-        """Behind a payload of which the shared buffer holds two, whole requests like it; behind a longer one, little."""
+        """Room for whole requests behind a payload of which the shared buffer holds two; for little behind others."""
         return self._scratch if 2 * payload_size <= len(self._scratch) else self._scratch[: self._spill_size]
 
     def received(self, count: int) -> None:

@@ -26,7 +26,7 @@ from nbdimg.limits import Limits
 from nbdimg.server.credentials import Credentials
 from nbdimg.server.outbox import TlsOutbox
 from nbdimg.server.shared import Shared
-from nbdimg.server.tls import Tls, TlsSocket
+from nbdimg.server.tls import Records, Tls, TlsSocket
 from nbdimg.uri import NbdUri
 from tests.server.tls_live import LiveServer, asked_for_tls, client_context, tls_client
 from tests.support.certificates import LOOPBACK_NAMES, Authority, Identity
@@ -158,6 +158,27 @@ def test_options_and_requests_in_one_piece_with_the_end_of_the_handshake(site: S
                 piece = client.sock.recv(64 * KIB)
                 assert piece, received[:200]
                 incoming.write(piece)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_records_end_where_they_do_however_the_stream_is_cut(seed: int) -> None:
+    rng = random.Random(seed)
+    lengths = [rng.choice((0, 1, 17, 300, 16 * KIB + 256)) for _ in range(50)]
+    stream = memoryview(b"".join(b"\x17\x03\x03" + length.to_bytes(2) + rng.randbytes(length) for length in lengths))
+    ends = {sum(lengths[: count + 1]) + 5 * (count + 1) for count in range(len(lengths))}
+    records, at, found, cuts = Records(), 0, set(), set()
+    while at < len(stream):
+        stop = min(at + rng.choice((1, 2, 4, 100, 20_000)), len(stream))
+        cuts.add(stop)
+        while at < stop:
+            at = records.end(stream, at, stop)
+            found.add(at)
+    assert ends <= found <= ends | cuts
+
+
+def test_a_record_that_claims_too_much_ends_where_the_longest_does() -> None:
+    stream = memoryview(b"\x17\x03\x03\xff\xff" + bytes(65535))
+    assert Records().end(stream, 0, len(stream)) == 5 + 16 * KIB + 2048
 
 
 def test_quiet_socket_means_that_nothing_is_left_inside(site: Site) -> None:
