@@ -70,8 +70,23 @@ class Records:
         self._missing = 0
         """Bytes of a record under way behind its header."""
 
-    def end(self, stream: memoryview, at: int, stop: int) -> int:
-        """Where the record ends that begins or goes on at `at`, or `stop` if that is before. Ask for each in turn."""
+    def cut(self, stream: memoryview, at: int, stop: int) -> int:
+        """Where to cut a stream of which `at` to `stop` has come: behind as many whole records as RECORD_SIZE holds, or
+        behind the one that begins or goes on at `at`; `stop` if that one is not whole. Ask for each piece in turn.
+        """
+        if not self._missing and not self._header:
+            end, last = at, min(stop, at + RECORD_SIZE) - HEADER_SIZE
+            while end <= last:
+                next_end = end + HEADER_SIZE + (stream[end + 3] << 8 | stream[end + 4])
+                if next_end > last + HEADER_SIZE:
+                    break
+                end = next_end
+            if end > at:
+                return end
+        return self._end(stream, at, stop)
+
+    def _end(self, stream: memoryview, at: int, stop: int) -> int:
+        """Where one record ends, or `stop`."""
         body = at
         if not self._missing:
             header = self._header
@@ -157,7 +172,7 @@ class TlsSocket:
         self._incoming.write(work[:count])
         at = 0
         while at < count:
-            at = self._records.end(work, at, count)
+            at = self._records.cut(work, at, count)
         try:
             self._proposed = self._credentials.advance(self._ssl, self._proposed)
         except ssl.SSLError as error:
@@ -203,7 +218,7 @@ class TlsSocket:
         count = self._sock.recv_into(work[: min(size, len(work))])
         at = 0
         while at < count:
-            end = self._records.end(work, at, count)
+            end = self._records.cut(work, at, count)
             self._incoming.write(work[at:end])
             at = end
             filled = self._decrypt(views, filled)
