@@ -7,17 +7,21 @@ request. The lane cuts through the layers on purpose and in this one module.
 
     (L1) What the lane answers, the general path would have answered with the same bytes.
     (L2) At the first request that is not plain, or that would wait, the lane stops in front of it and changes nothing.
-         Nothing is tried twice: a file call that failed is reported, not repeated.
+         Nothing is tried twice: a file call that failed is reported, not repeated, unless it was for several writes
+         made one (`merge`): then each is tried alone, and fails for itself.
     (L3) The lane runs within one turn, and only while nothing is in flight on the export. So a mapping that it has
          looked up stays true until it returns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from nbdimg.errors import NbdimgError
 from nbdimg.export.export import Export
+from nbdimg.export.merge import MERGED_MAX, Follower, Merged
 from nbdimg.export.meter import Tally
 from nbdimg.limits import ARENA_SIZE, PIECE_SIZE
 from nbdimg.wire.constants import Command, CommandFlag, TransmissionFlag
@@ -88,7 +92,7 @@ class Lane:
         image, size, plain_write, length_max = self._image, self._export.info.size, self._plain_write, self._length_max
         read_start = read_stop = read_shift = write_start = write_stop = write_shift = 0
         count = write_count = 0
-        is_cold = False
+        is_cold, may_merge = False, True
         try:
             while count < count_max and write_count < WRITE_BURST:
                 body = position + header_size
@@ -117,11 +121,12 @@ class Lane:
                     position = body
                 elif command == _WRITE:
                     next_position = body + length
-                    if flags & ~plain_write or next_position > end or fill + done_size > ARENA_SIZE:
+                    if flags & ~plain_write or next_position > end or fill + done_size * MERGED_MAX > ARENA_SIZE:
                         break
                     if self._is_read_only or length > length_max:
                         break
                     data = scratch[body:next_position]
+                    followers: Sequence[Follower] = ()
                     is_in_place = write_start <= offset and stop <= write_stop
                     if not is_in_place:
                         extent = image.writable(offset, stop)
@@ -132,11 +137,24 @@ class Lane:
                                 write_start = image.guarded_size
                             write_shift = extent.file_offset - extent.offset
                             try_pwrite = extent.file.try_pwrite
-                    if not (try_pwrite(offset + write_shift, data) if is_in_place else image.try_write(offset, data)):
+                    if is_in_place:
+                        if not try_pwrite(offset + write_shift, data):
+                            break
+                    elif may_merge and receiver.offset_at(next_position) == stop:
+                        merged = Merged(receiver, body, next_position, stop, size, plain_write, length_max)
+                        if not self._try_write(offset, merged):
+                            may_merge = False
+                            continue
+                        followers, next_position = merged.followers, merged.position
+                    elif not image.try_write(offset, data):
                         break
-                    write_count += 1
                     put_done(arena, fill, cookie, offset)
                     fill += done_size
+                    for follower in followers:
+                        put_done(arena, fill, follower.cookie, follower.offset)
+                        fill += done_size
+                    write_count += 1 + len(followers)
+                    count += len(followers)
                     position = next_position
                 else:
                     break
@@ -151,4 +169,12 @@ class Lane:
         if write_count:
             image.gate.changed()
         receiver.advance(position)
-        return Run(fill, count, write_count == WRITE_BURST, is_cold, failure)
+        return Run(fill, count, write_count >= WRITE_BURST, is_cold, failure)
+
+    def _try_write(self, offset: int, merged: Merged) -> bool:
+        """Whether all of it is written; if not, the receive buffer is as it was."""
+        with suppress(OSError, NbdimgError):
+            if self._image.try_write(offset, merged.data):
+                return True
+        merged.undo()
+        return False

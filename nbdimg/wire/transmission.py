@@ -146,6 +146,13 @@ class Receiver:
             return self._scratch, 0, 0
         return self._scratch, self._position, self._end
 
+    def offset_at(self, position: int) -> int | None:
+        """What the header at `position` of the window, if one has come, says of where its request is about."""
+        if position + self.header_size > self._end:
+            return None
+        offset: int = self.unpack(self._scratch, position)[4]
+        return offset
+
     def advance(self, position: int) -> None:
         """Whole requests up to `position` of the window were dealt with by the caller."""
         if self._payload is None:

@@ -81,38 +81,44 @@ def run_stream(stream: list[bytes], dialect: str, *, writable: bool, guarded: bo
     """Every reply to `stream`, received in turns of a few requests, and the image afterwards."""
 
     async def main() -> Outcome:
-        loop = asyncio.get_running_loop()
         file = MemoryFile(random.Random(1).randbytes(SIZE), writable=writable)
         guard = HeadGuard(512, lambda head: "no" if head.startswith(b"\xff") else None) if guarded else None
-        export = Export("e", Image(RawDriver(file), writable=writable, guard=guard), payload_max=1 << 26)
-        registry = Registry()
-        registry.add(export)
-        shared = Shared(loop, registry, Limits())
-        structured, extended = DIALECTS[dialect]
-        flags = export.info.flags | (TransmissionFlag.SEND_DF if structured else TransmissionFlag(0))
-        session = Session(export.info, flags, structured, extended, False, {})
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            ours.setblocking(False)
-            theirs.setblocking(False)
-            shell = Shell(ours, shared)
-            transmission = shell.transmission = Transmission(shell, shared, session, export, b"")
-            replies = bytearray()
-            for at in range(0, len(stream), 7):
-                chunk = b"".join(stream[at : at + 7])
-                while chunk:
-                    view = transmission.buffers()[0]
-                    count = min(len(view), len(chunk))
-                    view[:count] = chunk[:count]
-                    transmission.received(count)
-                    chunk = chunk[count:]
-                while shared.tasks or transmission.in_flight or shell.outbox.pending_bytes:
-                    await asyncio.sleep(0)
-                    replies += drain(theirs)
-                replies += drain(theirs)
-        return Outcome(bytes(replies), bytes(file.content))
+        replies = await converse(stream, dialect, Image(RawDriver(file), writable=writable, guard=guard))
+        return Outcome(replies, bytes(file.content))
 
     return asyncio.run(main())
+
+
+async def converse(stream: list[bytes], dialect: str, image: Image, *, turn: int = 7) -> bytes:
+    """Every reply to `stream`, of which `turn` requests come at a time."""
+    loop = asyncio.get_running_loop()
+    export = Export("e", image, payload_max=1 << 26)
+    registry = Registry()
+    registry.add(export)
+    shared = Shared(loop, registry, Limits())
+    structured, extended = DIALECTS[dialect]
+    flags = export.info.flags | (TransmissionFlag.SEND_DF if structured else TransmissionFlag(0))
+    session = Session(export.info, flags, structured, extended, False, {})
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        shell = Shell(ours, shared)
+        transmission = shell.transmission = Transmission(shell, shared, session, export, b"")
+        replies = bytearray()
+        for at in range(0, len(stream), turn):
+            chunk = b"".join(stream[at : at + turn])
+            while chunk:
+                view = transmission.buffers()[0]
+                count = min(len(view), len(chunk))
+                view[:count] = chunk[:count]
+                transmission.received(count)
+                chunk = chunk[count:]
+            while shared.tasks or transmission.in_flight or shell.outbox.pending_bytes:
+                await asyncio.sleep(0)
+                replies += drain(theirs)
+            replies += drain(theirs)
+    return bytes(replies)
 
 
 def drain(sock: socket.socket) -> bytes:
