@@ -19,6 +19,7 @@ from time import perf_counter
 from nbdimg.storage import system
 from nbdimg.storage.file import Buffer
 from nbdimg.storage.workers import workers
+from nbdimg.storage.writeback import WriteBack
 from nbdimg.units import MiB
 
 INLINE_WRITE_MAX = 1 * MiB
@@ -66,6 +67,7 @@ class PosixFile:
         """Asked for where reads know no RWF_NOWAIT."""
         self._writes_inline = True
         self._inline_writes_from = 0.0
+        self._write_back = WriteBack(self.descriptor)
 
     @property
     def size(self) -> int:
@@ -98,6 +100,7 @@ class PosixFile:
         took = perf_counter() - started
         if took > SLOW_WRITE_S:
             self._inline_writes_from = started + took * SLOW_WRITE_PAUSES
+        self._write_back.wrote(offset, length)
         return written == length
 
     def _has_edges(self, start: int, stop: int) -> bool:
@@ -124,6 +127,7 @@ class PosixFile:
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
         await workers().run(self._pwrite, offset, memoryview(data))
+        self._write_back.wrote(offset, len(data))
 
     def _pwrite(self, offset: int, view: memoryview) -> None:
         position = 0
@@ -135,6 +139,7 @@ class PosixFile:
 
     async def fdatasync(self) -> None:
         await workers().run(os.fdatasync, self.descriptor)
+        self._write_back.flushed()
 
     async def punch(self, offset: int, length: int) -> bool:
         return await workers().run(system.fallocate, self.descriptor, system.PUNCH, offset, length)
@@ -167,4 +172,5 @@ class PosixFile:
     async def close(self) -> None:
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
+            await self._write_back.close()
             os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Linux calls that Python's `os` lacks: fallocate with modes, openat2, the file system's type."""
+"""Linux calls that Python's `os` lacks: fallocate with modes, sync_file_range, openat2, the file system's type."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ FALLOC_FL_ZERO_RANGE = 0x10
 
 PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 ZERO = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
+
+SYNC_FILE_RANGE_WRITE = 0x02
 
 UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EINVAL, errno.EBADF, errno.ENODEV})
 """What fallocate answers where a mode does not exist; EINVAL for a block device's unaligned range."""
@@ -38,6 +40,7 @@ assert ctypes.sizeof(OpenHow) == 24
 def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
     libc.syscall.argtypes = [
         ctypes.c_long,
         ctypes.c_int,
@@ -61,6 +64,13 @@ def fallocate(descriptor: int, mode: int, offset: int, length: int) -> bool:
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
     return True
+
+
+def begin_write_back(descriptor: int, offset: int, length: int) -> bool:
+    """sync_file_range(2): begin to write dirty pages of the range to the device; it may wait for a queue, not for the
+    device. False: it cannot be done here. Nothing becomes durable by it.
+    """
+    return bool(_libc().sync_file_range(descriptor, offset, length, SYNC_FILE_RANGE_WRITE) == 0)
 
 
 def openat2(directory: int, path: bytes, flags: int, resolve: int) -> int:
