@@ -104,7 +104,7 @@ class _Piece(NamedTuple):
     content: bytearray
 
 
-_Outcomes = dict[int, bytes | Exception]
+_Outcomes = dict[int, bytes | BaseException]
 """For each descriptor its cluster, or why there is none."""
 
 
@@ -162,23 +162,21 @@ class InflatedFile:
         if not isinstance(outcome, bytes):
             loading = self._loading.get(descriptor) or self._begin((descriptor,))
             outcome = (await loading)[descriptor]
-        if isinstance(outcome, Exception):
-            raise outcome
+            if not isinstance(outcome, bytes):
+                raise outcome
         return outcome
 
     def _read_ahead(self, cluster: int) -> None:
         """The guest reads `cluster`: begin what it is likely to read next."""
         run = self._ahead.read(cluster)
         if run.length:
-            absent = [
-                descriptor
-                for descriptor in self.run_from(run.first, run.length)
-                if descriptor not in self._kept and descriptor not in self._loading
-            ]
+            run_descriptors = dict.fromkeys(self.run_from(run.first, run.length))
+            absent = [each for each in run_descriptors if each not in self._kept and each not in self._loading]
             if absent:
                 self._begin(absent)
 
     def _begin(self, descriptors: Sequence[int]) -> asyncio.Future[_Outcomes]:
+        """Inflate clusters, each named once, that are neither kept nor being loaded."""
         pieces = []
         for descriptor in descriptors:
             offset, length = compressed_range(descriptor, self._bits)
@@ -199,12 +197,9 @@ class InflatedFile:
         return False
 
     async def _load(self, pieces: Sequence[_Piece]) -> _Outcomes:
-        failed: _Outcomes = {}
-        for piece in pieces:
-            try:
-                await self._file.pread(piece.offset, memoryview(piece.content))
-            except OSError as error:
-                failed[piece.descriptor] = error
+        reads = (self._file.pread(piece.offset, memoryview(piece.content)) for piece in pieces)
+        errors = await asyncio.gather(*reads, return_exceptions=True)
+        failed = {piece.descriptor: error for piece, error in zip(pieces, errors, strict=True) if error is not None}
         inflated = await workers().run(self._inflate, [each for each in pieces if each.descriptor not in failed])
         return inflated | failed
 

@@ -310,6 +310,19 @@ def test_a_file_that_fails_ahead_is_read_again_when_it_is_asked_for() -> None:
     asyncio.run(main())
 
 
+def test_clusters_that_share_their_data_are_inflated_once() -> None:
+    sequence = Sequence()
+    sequence.descriptors[4:] = [sequence.descriptors[4]] * (COUNT - 4)
+
+    async def main() -> None:
+        for index in range(COUNT):
+            assert await sequence.read(index) == TEXTS[min(index, 4)]
+            await sequence.settle()
+
+    asyncio.run(main())
+    assert sequence.inner.calls.count("try_pread") == 5
+
+
 def test_closing_waits_for_what_is_read_ahead() -> None:
     sequence = Sequence(slow_only=True)
 
