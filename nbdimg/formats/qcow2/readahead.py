@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-READERS_MAX = 32
-"""Sequential readers that are followed at once."""
+READERS_MAX = 256
+"""Sequential readers that are followed at once: a fleet that boots from one image."""
 
 
 class Run(NamedTuple):
@@ -39,6 +39,8 @@ class ReadAhead:
         begun = _NOTHING
         run = self._readers.pop(cluster, None)
         if run is None:
+            if cluster + 1 in self._readers:
+                return _NOTHING
             run = Run(cluster + 1, 1)
             if len(self._readers) >= READERS_MAX:
                 del self._readers[next(iter(self._readers))]

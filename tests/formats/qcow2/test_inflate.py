@@ -7,7 +7,8 @@ import random
 import sys
 import tracemalloc
 import zlib
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 import pytest
 
@@ -16,6 +17,8 @@ from nbdimg.formats.qcow2.inflate import InflatedFile, inflated_offset
 from nbdimg.formats.qcow2.packed import compressed_clusters, compressed_range
 from nbdimg.storage.memory import MemoryFile
 from tests.support.faultfile import FaultFile
+
+T = TypeVar("T")
 
 BITS = 16
 SIZE = 1 << BITS
@@ -228,6 +231,16 @@ class Sequence:
     def is_kept(self, index: int) -> bool:
         return self.file.try_pread(self.offset(index), memoryview(bytearray(1)))
 
+    def run(self, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """What `main` gives, and nothing is left under way."""
+
+        async def whole() -> T:
+            result = await main()
+            await self.settle()
+            return result
+
+        return asyncio.run(whole())
+
     async def settle(self) -> None:
         """Until nothing is being inflated."""
         while loading := set(self.file._loading.values()):
@@ -247,7 +260,7 @@ def test_a_sequential_reader_finds_its_clusters_inflated(slow_only: bool) -> Non
         await sequence.file.close()
         return found
 
-    assert asyncio.run(main()) == [False, False] + [True] * (COUNT - 2)
+    assert sequence.run(main) == [False, False] + [True] * (COUNT - 2)
     reads = [name for name in sequence.inner.calls if name == ("pread" if slow_only else "try_pread")]
     assert len(reads) == COUNT, "each cluster is inflated once"
 
@@ -260,7 +273,7 @@ def test_clusters_read_here_and_there_are_read_alone() -> None:
             assert await sequence.read(index) == TEXTS[index]
             await sequence.settle()
 
-    asyncio.run(main())
+    sequence.run(main)
     assert sequence.inner.calls.count("try_pread") == 6
 
 
@@ -268,11 +281,9 @@ def test_all_at_once_are_right_and_inflated_once() -> None:
     sequence = Sequence()
 
     async def main() -> list[bytes]:
-        texts = await asyncio.gather(*map(sequence.read, range(COUNT)))
-        await sequence.settle()
-        return texts
+        return await asyncio.gather(*map(sequence.read, range(COUNT)))
 
-    assert asyncio.run(main()) == TEXTS
+    assert sequence.run(main) == TEXTS
     assert sequence.inner.calls.count("try_pread") == COUNT
 
 
@@ -286,9 +297,8 @@ def test_a_cluster_that_fails_ahead_fails_its_own_reader_alone() -> None:
                     await sequence.read(index)
             else:
                 assert await sequence.read(index) == TEXTS[index]
-        await sequence.settle()
 
-    asyncio.run(main())
+    sequence.run(main)
 
 
 def test_a_file_that_fails_ahead_is_read_again_when_it_is_asked_for() -> None:
@@ -307,7 +317,7 @@ def test_a_file_that_fails_ahead_is_read_again_when_it_is_asked_for() -> None:
         assert not sequence.is_kept(4)
         assert await sequence.read(4) == TEXTS[4]
 
-    asyncio.run(main())
+    sequence.run(main)
 
 
 def test_clusters_that_share_their_data_are_inflated_once() -> None:
@@ -319,7 +329,7 @@ def test_clusters_that_share_their_data_are_inflated_once() -> None:
             assert await sequence.read(index) == TEXTS[min(index, 4)]
             await sequence.settle()
 
-    asyncio.run(main())
+    sequence.run(main)
     assert sequence.inner.calls.count("try_pread") == 5
 
 
@@ -331,4 +341,4 @@ def test_closing_waits_for_what_is_read_ahead() -> None:
         await sequence.file.close()
         assert not sequence.file._loading
 
-    asyncio.run(main())
+    sequence.run(main)

@@ -35,6 +35,16 @@ def test_reads_within_one_cluster_count_once() -> None:
     assert begun(ReadAhead(8), [5, 5, 5, 6, 6, 6]) == [(6, 7, 2)]
 
 
+def test_readers_that_take_turns_within_their_clusters_do_not_disturb_each_other() -> None:
+    ahead = ReadAhead(8)
+    alone = begun(ReadAhead(8), list(range(40)))
+    assert alone
+    for start in (0, 1000):
+        both = [reader + cluster for cluster in range(40) for _ in range(4) for reader in (start, 5000 + start)]
+        runs = begun(ahead, both)
+        assert [run for run in runs if run[0] < 5000] == [(at + start, first + start, n) for at, first, n in alone]
+
+
 def test_random_and_backward_reads_begin_nothing() -> None:
     assert begun(ReadAhead(8), list(range(100, 0, -1))) == []
     assert begun(ReadAhead(8), random.Random(1).sample(range(0, 1 << 40, 2), 1000)) == []
@@ -46,6 +56,6 @@ def test_several_readers_are_followed_and_no_more_than_so_many() -> None:
         for reader in range(10):
             ahead.read(reader * 1000 + cluster)
     assert [ahead.read(reader * 1000 + 24) for reader in range(10)] == [(reader * 1000 + 32, 8) for reader in range(10)]
-    for cluster in range(0, 1000, 2):
+    for cluster in range(0, 4 * READERS_MAX, 2):
         ahead.read(10**6 + cluster)
     assert len(ahead._readers) == READERS_MAX
