@@ -95,7 +95,7 @@ def test_entries_of_each_kind_map_to_what_they_say(plain: bytes) -> None:
         ("data", 16384, 4096, 0xD000, True),
         ("zero", 20480, 8192, 0, False),
         ("zero", 28672, 8192, 0, False),
-        ("compressed", 36864, 4096, 0xF123 << 12, False),
+        ("compressed", 36864, 4096, 0xF123 << 64 | 36864, False),
     ]
 
 
@@ -145,7 +145,7 @@ def test_extended_entries_map_subcluster_by_subcluster(subclusters: bytes) -> No
         ("data", 2048, 14336 + 512, 0x14800, True),
         ("zero", 16896, 15872, 0, False),
         ("zero", 32768, 16384, 0, False),
-        ("compressed", 49152, 16384, 0x1C123 << 14, False),
+        ("compressed", 49152, 16384, 0x1C123 << 64 | 49152, False),
     ]
 
 
