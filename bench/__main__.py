@@ -125,6 +125,7 @@ def measure(options: argparse.Namespace, command: str, errors: Console) -> Run:
     if fio.version() == "missing":
         raise ValueError("fio is not installed")
     with tempfile.TemporaryDirectory(prefix="nbdimg-bench-", dir=options.directory) as directory:
+        steal = environment.Steal()
         image = Path(directory, "bench.raw")
         create_image(image, size)
         warm(image, 0, size)
@@ -144,6 +145,7 @@ def measure(options: argparse.Namespace, command: str, errors: Console) -> Run:
         if servers:
             _measure_parts(run, parts, cells, servers, image, errors)
     run.facts["load average at end"] = environment.load_average()
+    run.facts["time stolen by the host"] = steal.share()
     return run
 
 

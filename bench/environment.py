@@ -33,6 +33,23 @@ def load_average() -> str:
     return ", ".join(f"{value:.2f}" for value in os.getloadavg())
 
 
+class Steal:
+    """How much of the processors' time went to other guests of the host since this was made."""
+
+    def __init__(self) -> None:
+        self._stolen, self._all = _processor_ticks()
+
+    def share(self) -> str:
+        stolen, everything = _processor_ticks()
+        return f"{(stolen - self._stolen) / max(1, everything - self._all):.1%}"
+
+
+def _processor_ticks() -> tuple[int, int]:
+    """(stolen, all) of all processors since the start: user nice system idle iowait irq softirq steal. proc_stat(5)."""
+    ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return ticks[7], sum(ticks)
+
+
 def _first_value(path: str, key: str) -> str:
     for line in Path(path).read_text().splitlines():
         name, _, value = line.partition(":")

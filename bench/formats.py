@@ -274,7 +274,9 @@ def main() -> int:
     rows = [row for row in _rows(options.format) if any(fnmatchcase(row.name, each) for each in options.cells)]
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.directory) as directory:
         facts = environment.facts(Path(directory))
+        steal = environment.Steal()
         samples = measure(rows, options.format, Path(directory), options.rounds, options.seconds)
+        facts["time stolen by the host"] = steal.share()
     command = (
         f"python -m bench.formats --format {options.format} --rounds {options.rounds} --seconds {options.seconds:g}"
     )
