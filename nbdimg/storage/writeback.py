@@ -54,6 +54,7 @@ class WriteBack:
 
     def flushed(self) -> None:
         """All that was written is on the device."""
+        self._start = self._stop
         self._left = UNFLUSHED_MAX
 
     async def close(self) -> None:

@@ -86,6 +86,17 @@ def test_without_another_flush_it_ends(told: list[tuple[int, int]]) -> None:
     assert told[-1] == (10_000 * MiB, RUN_SIZE)
 
 
+def test_what_was_flushed_is_not_told_of(told: list[tuple[int, int]]) -> None:
+    async def main() -> None:
+        write_back = WriteBack(0)
+        await written(write_back, mebibytes(0, 1000))
+        write_back.flushed()
+        await written(write_back, mebibytes(1000, 8))
+
+    asyncio.run(main())
+    assert told == [(1000 * MiB, RUN_SIZE), (1000 * MiB + RUN_SIZE, RUN_SIZE)]
+
+
 def test_one_call_at_a_time_takes_all_that_came_meanwhile_and_closing_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
