@@ -145,7 +145,7 @@ def measure(options: argparse.Namespace, command: str, errors: Console) -> Run:
         if servers:
             _measure_parts(run, parts, cells, servers, image, errors)
     run.facts["load average at end"] = environment.load_average()
-    run.facts["time stolen by the host"] = steal.share()
+    steal.add_to(run.facts)
     return run
 
 

@@ -43,6 +43,9 @@ class Steal:
         stolen, everything = _processor_ticks()
         return f"{(stolen - self._stolen) / max(1, everything - self._all):.1%}"
 
+    def add_to(self, facts: dict[str, str]) -> None:
+        facts["time stolen by the host"] = self.share()
+
 
 def _processor_ticks() -> tuple[int, int]:
     """(stolen, all) of all processors since the start: user nice system idle iowait irq softirq steal. proc_stat(5)."""

@@ -276,7 +276,7 @@ def main() -> int:
         facts = environment.facts(Path(directory))
         steal = environment.Steal()
         samples = measure(rows, options.format, Path(directory), options.rounds, options.seconds)
-        facts["time stolen by the host"] = steal.share()
+        steal.add_to(facts)
     command = (
         f"python -m bench.formats --format {options.format} --rounds {options.rounds} --seconds {options.seconds:g}"
     )

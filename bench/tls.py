@@ -105,7 +105,7 @@ def main() -> int:
         facts = environment.facts(Path(directory))
         steal = environment.Steal()
         samples = measure(rows, servers, image, identity, options.rounds, options.seconds)
-        facts["time stolen by the host"] = steal.share()
+        steal.add_to(facts)
     command = f"python -m bench.tls --rounds {options.rounds} --seconds {options.seconds:g}"
     report("tls", "raw under TLS 1.3", command, facts, rows, samples, options.output)
     return EXIT_BELOW if is_below(rows, samples) else 0

@@ -4,8 +4,9 @@
     socket ◀──send── backlog ◀── outgoing BIO ◀── SSL object ◀──write── records gathered from outgoing parts
 
 `TlsSocket` takes the place of a connection's socket at STARTTLS: the same calls with the same outcomes, so that the
-plain path has no trace of it. Ciphertext goes through the BIOs one record at a time, because a BIO keeps the memory
-that it once grew to, and whole records, because the SSL object raises an exception over each one that is not.
+plain path has no trace of it. Ciphertext goes through the BIOs a record at a time, or as many small ones as are no
+longer than one, because a BIO keeps the memory that it once grew to; and whole, because the SSL object raises an
+exception over each record that is not.
 
     (E1) After a receive no complete record is left inside: a quiet descriptor means that there is nothing to read.
     (E2) Ciphertext that waits for the socket is at most BATCH records and a few control messages: nothing is encrypted

@@ -109,7 +109,7 @@ def test_a_sequential_writer_takes_fewer_file_calls(monkeypatch: pytest.MonkeyPa
         return file.calls.count("try_pwrite")
 
     merged = calls()
-    monkeypatch.setattr(Merged, "__init__", lambda self, *arguments: _alone(self, *arguments))
+    monkeypatch.setattr(Merged, "__init__", _alone)
     assert merged < EXPECTED_CALLS_MAX * calls()
 
 

@@ -143,7 +143,7 @@ class InflatedFile:
         cluster = self._kept.get(offset >> _DESCRIPTOR_SHIFT)
         if cluster is None:
             return False
-        self._read_ahead((offset & _GUEST_MASK) >> self._bits)
+        self._read_ahead(offset)
         self._cut(cluster, offset, view)
         return True
 
@@ -153,7 +153,7 @@ class InflatedFile:
     async def _cluster(self, offset: int) -> bytes:
         """Raises: CorruptImage: the data does not inflate to a cluster. OSError."""
         descriptor = offset >> _DESCRIPTOR_SHIFT
-        self._read_ahead((offset & _GUEST_MASK) >> self._bits)
+        self._read_ahead(offset)
         kept = self._kept.get(descriptor)
         if kept is not None:
             return kept
@@ -166,9 +166,9 @@ class InflatedFile:
                 raise outcome
         return outcome
 
-    def _read_ahead(self, cluster: int) -> None:
-        """The guest reads `cluster`: begin what it is likely to read next."""
-        run = self._ahead.read(cluster)
+    def _read_ahead(self, offset: int) -> None:
+        """The guest reads there: begin what it is likely to read next."""
+        run = self._ahead.read((offset & _GUEST_MASK) >> self._bits)
         if run.length:
             run_descriptors = dict.fromkeys(self.run_from(run.first, run.length))
             absent = [each for each in run_descriptors if each not in self._kept and each not in self._loading]
