@@ -16,6 +16,7 @@ from nbdimg.server.systemd import Notifier
 from nbdimg.uri import NbdUri
 from tests.server.tls_live import LiveServer
 from tests.support.rawclient import Client, connect_negotiated
+from tests.support.rawprotocol import MIB
 from tests.support.rss import wait_until
 
 T = TypeVar("T")
@@ -79,12 +80,16 @@ class ControlledServer(LiveServer):
 
 
 class Worker(threading.Thread):
-    """Writes and reads back 4 KiB after 4 KiB in the first MiB of an export, until `finish`."""
+    """Writes and reads back 4 KiB after 4 KiB in the MiB at `start` of an export, until `finish`.
 
-    def __init__(self, server: ControlledServer, name: str) -> None:
+    Whoever else writes there makes it fail.
+    """
+
+    def __init__(self, server: ControlledServer, name: str, start: int = 0) -> None:
         super().__init__(daemon=True)
         self._server = server
         self._export = name
+        self._start = start
         self._is_over = threading.Event()
         self.count = 0
         self.error: BaseException | None = None
@@ -93,7 +98,7 @@ class Worker(threading.Thread):
         try:
             with self._server.connect(self._export) as client:
                 while not self._is_over.is_set():
-                    offset = self.count % 256 * 4096
+                    offset = self._start + self.count % 256 * 4096
                     data = self.count.to_bytes(8, "big") * 512
                     assert client.write(offset, data).error == 0
                     assert client.read(offset, 4096).data == data
@@ -108,10 +113,13 @@ class Worker(threading.Thread):
 
 
 class AtWork:
-    """Workers on exports for the length of the block; each must have got on in it, without an error."""
+    """Workers on exports for the length of the block; each must have got on in it, without an error.
+
+    Those on one export have a MiB each.
+    """
 
     def __init__(self, server: ControlledServer, *names: str) -> None:
-        self._workers = [Worker(server, name) for name in names]
+        self._workers = [Worker(server, name, names[:index].count(name) * MIB) for index, name in enumerate(names)]
 
     def __enter__(self) -> Self:
         for worker in self._workers:

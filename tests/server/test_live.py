@@ -287,6 +287,15 @@ def test_control_worker_whose_export_is_removed_is_noticed(served: ControlledSer
     assert isinstance(worker.error, ConnectionClosed)
 
 
+def test_control_worker_whose_data_another_overwrites_is_noticed(served: ControlledServer) -> None:
+    worker = Worker(served, "keep")
+    worker.start()
+    with served.connect("keep") as client:
+        assert wait_until(lambda: bool(client.write(0, bytes(MIB)).error or worker.error), WAIT_S)
+    worker.finish()
+    assert isinstance(worker.error, AssertionError)
+
+
 # Another size
 
 
