@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
 from types import SimpleNamespace, TracebackType
 from typing import Any, Self, cast
 
@@ -15,12 +12,10 @@ from nbdimg.admin.listeners import admin_listening
 from nbdimg.config import ServerConfig
 from nbdimg.errors import ConfigError
 from nbdimg.server.live import Control
-from nbdimg.server.loop import run_loop
 from nbdimg.server.service import Service
 from nbdimg.server.states import ExportState
 from nbdimg.server.systemd import Inherited
-
-START_TIMEOUT_S = 30.0
+from tests.support.threaded import ThreadedServer
 
 
 def state(name: str, *, failure: str | None = None, is_hidden: bool = False) -> ExportState:
@@ -64,66 +59,35 @@ class FakeControl:
         return self.states[0]
 
 
-class FakeServer(logging.Handler):
-    """`admin_listening(config)` in a thread. Not attached to a service until `attach`. `lines` is what was logged."""
+class FakeServer(ThreadedServer[Backend]):
+    """`admin_listening(config)` in a thread. Not attached to a service until `attach`."""
 
     def __init__(self, config: ServerConfig, inherited: Sequence[Inherited] = ()) -> None:
-        super().__init__(logging.DEBUG)
-        self.lines: list[str] = []
+        super().__init__(admin_listening(config, inherited))
         self.control = FakeControl()
         self.registry = SimpleNamespace(is_shutting_down=False)
-        self._logger = logging.getLogger("nbdimg")
         self._config = config
-        self._inherited = inherited
-        self._ready: Future[tuple[Backend, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
-        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def attach(self) -> None:
         """Let it serve."""
         service = SimpleNamespace(registry=self.registry, config=self._config, uris=[])
-        self.backend.attach(cast(Service, service), cast(Control, self.control))
-
-    def _run(self) -> None:
-        try:
-            run_loop(self._main())
-        except BaseException as error:
-            if self._ready.done():
-                raise
-            self._ready.set_exception(error)
-
-    async def _main(self) -> None:
-        async with admin_listening(self._config, self._inherited) as backend:
-            stop = asyncio.Event()
-            self._ready.set_result((backend, asyncio.get_running_loop(), stop))
-            await stop.wait()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
+        self.entered.attach(cast(Service, service), cast(Control, self.control))
 
     @property
     def log(self) -> str:
         return "\n".join(self.lines)
 
     def __enter__(self) -> Self:
-        self._logger.addHandler(self)
         self._old_level = self._logger.level
         self._logger.setLevel(logging.INFO)
-        self._thread.start()
         try:
-            self.backend, self._loop, self._stop = self._ready.result(START_TIMEOUT_S)
+            return super().__enter__()
         except BaseException:
-            self._hang_up()
+            self._logger.setLevel(self._old_level)
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(START_TIMEOUT_S)
-        self._hang_up()
-        assert not self._thread.is_alive()
-
-    def _hang_up(self) -> None:
         self._logger.setLevel(self._old_level)
-        self._logger.removeHandler(self)
+        super().__exit__(kind, error, trace)

@@ -2,70 +2,39 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import ssl
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 from nbdimg.config import ServerConfig
-from nbdimg.server.loop import run_loop
 from nbdimg.server.service import Service, serving
 from tests.server.live import Address
 from tests.support.certificates import Authority, Identity
 from tests.support.rawclient import Client
 from tests.support.rawprotocol import ConnectionClosed, Option, Rep
 from tests.support.rss import wait_until
+from tests.support.threaded import START_TIMEOUT_S, ThreadedServer
 
-START_TIMEOUT_S = 20
 LOG_WAIT_S = 5
 
 
-class LiveServer(logging.Handler):
-    """`serving(config)` in a thread of this process. `lines` is what it has logged, without the client's address."""
+class LiveServer(ThreadedServer[Service]):
+    """`serving(config)` in a thread of this process."""
 
     def __init__(self, config: ServerConfig) -> None:
-        super().__init__(logging.DEBUG)
-        self.lines: list[str] = []
-        self._config = config
-        self._ready: Future[tuple[Service, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        super().__init__(serving(config))
 
-    def _run(self) -> None:
-        try:
-            run_loop(self._main())
-        except BaseException as error:
-            if self._ready.done():
-                raise
-            self._ready.set_exception(error)
-
-    async def _main(self) -> None:
-        async with serving(self._config) as service:
-            stop = asyncio.Event()
-            self._ready.set_result((service, asyncio.get_running_loop(), stop))
-            await stop.wait()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-    def __enter__(self) -> Self:
-        logging.getLogger("nbdimg").addHandler(self)
-        self._thread.start()
-        self.service, self._loop, self._stop = self._ready.result(START_TIMEOUT_S)
-        return self
+    @property
+    def service(self) -> Service:
+        return self.entered
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(START_TIMEOUT_S)
-        logging.getLogger("nbdimg").removeHandler(self)
-        assert not self._thread.is_alive(), "the server does not stop"
+        super().__exit__(kind, error, trace)
         assert not [line for line in self.lines if "internal error" in line], self.lines
 
     def call(self, function: Callable[[], None]) -> None:
