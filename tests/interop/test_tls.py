@@ -171,7 +171,7 @@ def test_control_client_that_does_not_trust_the_server_leaves(server: NbdimgServ
 
 def test_control_client_without_tls_is_told_that_it_is_required(server: NbdimgServer) -> None:
     plain = server.uri.replace("nbds://", "nbd://", 1)
-    done = run("nbdinfo", "--size", plain)
+    done = run("nbdcopy", plain, "null:")
     assert done.returncode != 0
     assert "TLS" in done.stderr
     port = NbdUri.parse(server.uri).port

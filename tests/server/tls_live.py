@@ -57,9 +57,9 @@ class LiveServer(ThreadedServer[Service]):
     def address(self) -> Address:
         return self.addresses[0]
 
-    def has_logged(self, text: str) -> bool:
-        """Whether a line with `text` comes within a few seconds."""
-        return wait_until(lambda: any(text in line for line in self.lines), LOG_WAIT_S)
+    def has_logged(self, *texts: str) -> bool:
+        """Whether a line with one of `texts` comes within a few seconds."""
+        return wait_until(lambda: any(text in line for line in self.lines for text in texts), LOG_WAIT_S)
 
 
 def client_context(

@@ -23,10 +23,13 @@ def peer_unavailable(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
-def require_program(name: str) -> str:
-    """The program's absolute path, searched in PATH and the system directories; see `peer_unavailable` if missing."""
+def require_program(*names: str) -> str:
+    """The absolute path of the first program that is found in PATH and the system directories; see `peer_unavailable`
+    if none is.
+    """
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), *SYSTEM_DIRECTORIES])
-    found = shutil.which(name, path=path)
-    if found is None:
-        peer_unavailable(f"{name} is not installed")
-    return os.path.abspath(found)
+    for name in names:
+        found = shutil.which(name, path=path)
+        if found is not None:
+            return os.path.abspath(found)
+    peer_unavailable(f"{' or '.join(names)} is not installed")

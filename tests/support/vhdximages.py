@@ -15,6 +15,7 @@ from uuid import UUID
 
 from tests.formats.vhdx import craft
 from tests.formats.vhdx.craft import M
+from tests.support.peers import require_program
 
 BAT_OFFSET = 3 * M
 DATA_OFFSET = 4 * M
@@ -121,9 +122,14 @@ def run(*arguments: str | Path) -> str:
     return done.stdout
 
 
+def seven_zip() -> str:
+    """7-Zip's program, which Debian calls 7zz up to 12 and 7z later."""
+    return require_program("7zz", "7z")
+
+
 def flattened(path: Path) -> bytes:
     """The disk as 7-Zip reads it, through its chain; its size must be a multiple of 1 MiB."""
-    done = subprocess.run(["7zz", "e", "-so", "-tVHDX", str(path)], capture_output=True, cwd=path.parent)
+    done = subprocess.run([seven_zip(), "e", "-so", "-tVHDX", str(path)], capture_output=True, cwd=path.parent)
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout
 

@@ -21,7 +21,7 @@ from nbdimg.storage.locks import lock_image
 from nbdimg.storage.posix import PosixFile
 from nbdimg.units import GiB, KiB, MiB, TiB
 from tests.formats.vhdx import craft
-from tests.support.vhdximages import FULL, Builder, flattened, judge, run
+from tests.support.vhdximages import FULL, Builder, flattened, judge, run, seven_zip
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def head(path: str, length: int = 4 * MiB) -> bytes:
 
 def listed(path: str) -> dict[str, str]:
     """What 7-Zip says of the file itself."""
-    text = run("7zz", "l", "-tVHDX", path)
+    text = run(seven_zip(), "l", "-tVHDX", path)
     pairs = (line.partition(": ") for line in text.splitlines() if ": " in line)
     said: dict[str, str] = {}
     for key, _, value in pairs:
