@@ -36,5 +36,5 @@ async def readyz(request: web.Request) -> web.Response:
 
 
 async def metrics(request: web.Request) -> web.Response:
-    body, content_type = exposition(request.app[BACKEND].service)
+    body, content_type = await exposition(request.app[BACKEND].service)
     return web.Response(body=body, headers={"Content-Type": content_type})

@@ -183,7 +183,11 @@ def test_client_that_never_ends_its_body_gets_408(
 
 def test_client_that_never_reads_is_cut(server: FakeServer, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "SEND_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(health, "exposition", lambda _: (b"#" * (8 << 20), "text/plain"))
+
+    async def long_exposition(_: object) -> tuple[bytes, str]:
+        return b"#" * (8 << 20), "text/plain"
+
+    monkeypatch.setattr(health, "exposition", long_exposition)
     with connected(address) as sock:
         sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
         assert wait_until(lambda: "ESTABLISHED" not in _state(sock), WAIT_S)

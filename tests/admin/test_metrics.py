@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from nbdimg.admin import metrics
 from nbdimg.admin.metrics import exposition
 from nbdimg.config import AccessRule, ExportConfig, ServerConfig
 from nbdimg.formats import create_image
 from nbdimg.limits import Limits
+from nbdimg.server.service import Service
 from nbdimg.uri import NbdUri
 from tests.server.tls_live import LiveServer
 from tests.support.rawclient import Client
@@ -26,9 +29,7 @@ Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 def samples(server: LiveServer) -> Samples:
     """Value by name and labels. Raises: ValueError: a line that the parser does not take."""
-    taken: list[tuple[bytes, str]] = []
-    server.call(lambda: taken.append(exposition(server.service)))
-    ((text, content_type),) = taken
+    text, content_type = server.ask(exposition(server.service))
     assert content_type == "text/plain; version=0.0.4; charset=utf-8"
     found: Samples = {}
     for family in text_string_to_metric_families(text.decode()):
@@ -190,3 +191,21 @@ def test_reload_of_the_tls_files_counts_when_there_is_tls(tmp_path: Path) -> Non
 def test_control_parser_refuses_a_name_that_is_not_escaped() -> None:
     with pytest.raises(ValueError, match=r".*"):
         list(text_string_to_metric_families('a_total{export="with "quotes""} 1\n'))
+
+
+async def turns_of_others(service: Service) -> int:
+    """Turns of the loop while the metrics are written."""
+    writing = asyncio.ensure_future(exposition(service))
+    count = 0
+    while not writing.done():
+        await asyncio.sleep(0)
+        count += 1
+    return count
+
+
+def test_metrics_of_many_exports_leave_the_loop_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(tmp_path, *(raw(tmp_path, f"disk{index}") for index in range(20))) as server:
+        monkeypatch.setattr(metrics, "TURN_S", 0.0)
+        assert server.ask(turns_of_others(server.service)) > 100
+        monkeypatch.setattr(metrics, "TURN_S", 3600.0)
+        assert server.ask(turns_of_others(server.service)) <= 2, "control"

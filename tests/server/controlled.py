@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -18,9 +17,9 @@ from tests.server.tls_live import LiveServer
 from tests.support.rawclient import Client, connect_negotiated
 from tests.support.rawprotocol import MIB
 from tests.support.rss import wait_until
+from tests.support.threaded import WAIT_S
 
 T = TypeVar("T")
-WAIT_S = 30.0
 
 
 class ControlledServer(LiveServer):
@@ -49,15 +48,6 @@ class ControlledServer(LiveServer):
     def close_reloader(self) -> None:
         """As a process does before the server stops."""
         self.ask(self._reloader.close())
-
-    def start(self, work: Coroutine[Any, Any, T]) -> Any:
-        """Its concurrent future."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def ask(self, work: Coroutine[Any, Any, T]) -> T:
-        """What an operation returns or raises."""
-        result: T = self.start(work).result(WAIT_S)
-        return result
 
     def now(self, function: Callable[..., T], *arguments: object) -> T:
         """What it returns in the server's own thread."""

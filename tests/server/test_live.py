@@ -20,7 +20,7 @@ from nbdimg.limits import Limits
 from nbdimg.server import live
 from nbdimg.server.live import RemoveMode
 from nbdimg.uri import NbdUri
-from tests.server.controlled import WAIT_S, AtWork, ControlledServer, Worker
+from tests.server.controlled import AtWork, ControlledServer, Worker
 from tests.server.tls_live import client_context, tls_client
 from tests.support.certificates import Authority
 from tests.support.configured import answers
@@ -28,6 +28,7 @@ from tests.support.qcow2edit import qemu_img
 from tests.support.rawclient import Client
 from tests.support.rawprotocol import MIB, Command, ConnectionClosed, NbdError, Option, Rep, info_data
 from tests.support.rss import wait_until
+from tests.support.threaded import WAIT_S
 
 FORMATS = ("raw", "qcow2", "vhdx")
 SIZE = 4 * MIB

@@ -16,7 +16,7 @@ from tests.support.certificates import Authority, Identity
 from tests.support.rawclient import Client
 from tests.support.rawprotocol import ConnectionClosed, Option, Rep
 from tests.support.rss import wait_until
-from tests.support.threaded import START_TIMEOUT_S, ThreadedServer
+from tests.support.threaded import WAIT_S, ThreadedServer
 
 LOG_WAIT_S = 5
 
@@ -46,7 +46,7 @@ class LiveServer(ThreadedServer[Service]):
             done.set()
 
         self._loop.call_soon_threadsafe(call)
-        assert done.wait(START_TIMEOUT_S)
+        assert done.wait(WAIT_S)
 
     @property
     def addresses(self) -> list[Address]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections.abc import Coroutine
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from nbdimg.server.loop import run_loop
 
 T = TypeVar("T")
-START_TIMEOUT_S = 30.0
+R = TypeVar("R")
+WAIT_S = 30.0
 
 
 class ThreadedServer(logging.Handler, Generic[T]):
@@ -53,7 +55,7 @@ class ThreadedServer(logging.Handler, Generic[T]):
         self._logger.addHandler(self)
         self._thread.start()
         try:
-            self.entered, self._loop, self._stop = self._ready.result(START_TIMEOUT_S)
+            self.entered, self._loop, self._stop = self._ready.result(WAIT_S)
         except BaseException:
             self._logger.removeHandler(self)
             raise
@@ -63,6 +65,14 @@ class ThreadedServer(logging.Handler, Generic[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(START_TIMEOUT_S)
+        self._thread.join(WAIT_S)
         self._logger.removeHandler(self)
         assert not self._thread.is_alive(), "the server does not stop"
+
+    def start(self, work: Coroutine[Any, Any, R]) -> Future[R]:
+        """Run it on the server's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def ask(self, work: Coroutine[Any, Any, R]) -> R:
+        """What it returns or raises."""
+        return self.start(work).result(WAIT_S)

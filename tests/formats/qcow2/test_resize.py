@@ -306,7 +306,7 @@ def test_resize_with_bitmaps_keeps_them_consistent(tmp_path: Path, size: int) ->
     resized(path, size)
     assert_is(path, content[:size].ljust(size, b"\0"))
     listed = qemu_img("info", path).stdout
-    assert listed.count("name: ") == 2
+    assert listed.count(" name: ") == 2
     assert "in-use" not in listed
     qemu_img("bitmap", "--merge", "idle", path, "fine")
 
