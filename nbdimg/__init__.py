@@ -68,7 +68,7 @@ if not TYPE_CHECKING:
         """
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = _version() if name == "__version__" else _found(name)
+        value = import_module("nbdimg.version").own_version() if name == "__version__" else _found(name)
         globals()[name] = value
         return value
 
@@ -77,12 +77,3 @@ def _found(name: str) -> object:
     modules = (import_module(f"nbdimg.{home}") for home in _HOMES)
     own_name = _OWN_NAMES.get(name, name)
     return next(getattr(module, own_name) for module in modules if hasattr(module, own_name))
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("nbdimg")
-    except PackageNotFoundError:
-        return "0+unknown"

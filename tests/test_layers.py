@@ -24,6 +24,7 @@ LEAVES = {
     "limits": {"errors", "units"},
     "uri": {"errors", "units"},
     "histogram": set[str](),
+    "version": set[str](),
 }
 MAY_IMPORT = {
     **LEAVES,

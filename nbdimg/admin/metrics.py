@@ -4,9 +4,9 @@ Nothing is added up here: the numbers stand where they arise, and a scrape reads
 series with it. Requests, waits, flushes and errors of a kind that has not been seen yet have no series, so that a
 server of a thousand exports does not tell of all that could happen to each.
 
-The text is written on the loop's thread. A thousand exports in use take a third of a second (`prometheus_client` takes
-five times that), in which clients have every other turn; so families tell of slightly different moments, the samples of
-one histogram do not. Tests have that library's parser read every line.
+The text is written on the loop's thread, in turns between which clients have theirs (`prometheus_client` would hold the
+loop for all of it). So families tell of slightly different moments; the samples of one histogram do not. Tests have
+that library's parser read every line.
 
     nbdimg_…            of the server
     nbdimg_export_…     of an export, by `export`; of its requests, by `export` and `command`
@@ -23,7 +23,7 @@ import platform
 import resource
 import time
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 
@@ -31,10 +31,11 @@ from nbdimg.export.export import Export
 from nbdimg.export.meter import CommandMeter, Meter
 from nbdimg.histogram import BOUNDS_S, Histogram
 from nbdimg.server.service import Service
+from nbdimg.version import own_version
 from nbdimg.wire.constants import Command
 
 TURN_S = 1e-3
-"""How long others wait for their turn at most."""
+"""How long it writes before others have theirs."""
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -50,7 +51,7 @@ async def exposition(service: Service) -> tuple[bytes, str]:
         if time.perf_counter() >= turn_end_s:
             await asyncio.sleep(0)
             turn_end_s = time.perf_counter() + TURN_S
-    return page.text().encode(), CONTENT_TYPE
+    return page.text(), CONTENT_TYPE
 
 
 def _fill(page: _Page, service: Service) -> Iterator[None]:
@@ -72,22 +73,27 @@ def _label(name: str, value: str) -> str:
 
 
 class _Page:
-    """Families one after the other: the samples of a family follow its head."""
+    """Families one after the other: the samples of a family follow its head. Encoded as they come: all of it at once
+    would take tens of milliseconds.
+    """
 
     def __init__(self) -> None:
-        self._parts: list[str] = []
+        self._text = BytesIO()
         self._name = ""
 
-    def text(self) -> str:
-        return "".join(self._parts)
+    def text(self) -> bytes:
+        return self._text.getvalue()
+
+    def _put(self, text: str) -> None:
+        self._text.write(text.encode())
 
     def family(self, name: str, kind: str, text: str) -> None:
         self._name = name
-        self._parts.append(f"# HELP {name} {text}\n# TYPE {name} {kind}\n")
+        self._put(f"# HELP {name} {text}\n# TYPE {name} {kind}\n")
 
     def add(self, value: float, *labels: str) -> None:
         of = f"{{{','.join(labels)}}}" if labels else ""
-        self._parts.append(f"{self._name}{of} {value}\n")
+        self._put(f"{self._name}{of} {value}\n")
 
     def single(self, name: str, kind: str, text: str, value: float) -> None:
         """A family of one sample."""
@@ -102,14 +108,14 @@ class _Page:
         name, of = self._name, ",".join(labels)
         totals = list(accumulate(counts))
         start = f"{name}_bucket{{{of},"
-        self._parts += [f"{start}{bound}{total}\n" for bound, total in zip(_BOUNDS, totals, strict=True)]
-        self._parts.append(f"{name}_count{{{of}}} {totals[-1]}\n{name}_sum{{{of}}} {times.sum_s}\n")
+        self._put("".join(f"{start}{bound}{total}\n" for bound, total in zip(_BOUNDS, totals, strict=True)))
+        self._put(f"{name}_count{{{of}}} {totals[-1]}\n{name}_sum{{{of}}} {times.sum_s}\n")
 
 
 def _add_server(page: _Page, service: Service, export_count: int) -> None:
     server, audit = service.server, service.server.audit
     page.family("nbdimg_build_info", "gauge", "The program that serves.")
-    page.add(1, _label("version", _own_version()), _label("python", platform.python_version()))
+    page.add(1, _label("version", own_version()), _label("python", platform.python_version()))
     page.single("nbdimg_start_time_seconds", "gauge", "When serving began, since 1970 UTC.", service.started_s)
     page.single("nbdimg_exports", "gauge", "Exports that clients can open.", export_count)
     page.single(
@@ -131,13 +137,6 @@ def _add_server(page: _Page, service: Service, export_count: int) -> None:
     page.family("nbdimg_reloads_total", "counter", "Reloads of the configuration or of the TLS files.")
     page.add(service.reload_count, _label("outcome", "applied"))
     page.add(service.refused_reload_count, _label("outcome", "refused"))
-
-
-def _own_version() -> str:
-    try:
-        return version("nbdimg")
-    except PackageNotFoundError:
-        return "0+unknown"
 
 
 def _add_process(page: _Page) -> None:
@@ -172,9 +171,10 @@ def _add_exports(page: _Page, exports: _Exports) -> Iterator[None]:
 
 
 def _add_requests(page: _Page, exports: _Exports) -> Iterator[None]:
-    used = [
-        (label, _label("command", name), meter) for export, label in exports for name, meter in _commands(export.meter)
-    ]
+    used: list[tuple[str, str, CommandMeter]] = []
+    for export, label in exports:
+        used += ((label, _label("command", name), meter) for name, meter in _commands(export.meter))
+        yield
     page.family("nbdimg_export_requests_total", "counter", "Requests answered.")
     for label, command, meter in used:
         page.add(meter.count, label, command)
