@@ -140,11 +140,11 @@ def test_export_that_leaves_takes_its_series_with_it(tmp_path: Path) -> None:
         assert value(samples(server), "export_requests_total", export="leaves", command="read") == 1
         left = server.service.registry.lookup("leaves")
         assert left is not None
-        server.call(lambda: [server.service.registry.remove("leaves")].clear())
+        server.now(server.service.registry.remove, "leaves")
         after = samples(server)
         assert not [key for key in after if ("export", "leaves") in key[1]]
         assert value(after, "export_size_bytes", export="stays") == SIZE
-        server.call(lambda: server.service.registry.add(left))
+        server.now(server.service.registry.add, left)
 
 
 def test_refusals_are_counted_by_reason(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_tables_of_a_chain_tell_their_hits_and_misses(tmp_path: Path) -> None:
 
 def test_reload_of_the_tls_files_counts_when_there_is_tls(tmp_path: Path) -> None:
     with served(tmp_path, raw(tmp_path, "disk")) as server:
-        server.call(server.service.reload_tls)
+        server.now(server.service.reload_tls)
         found = samples(server)
         assert value(found, "reloads_total", outcome="applied") == 0
         assert value(found, "reloads_total", outcome="refused") == 0

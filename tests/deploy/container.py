@@ -29,8 +29,8 @@ PACKAGES = "base-files,coreutils,dash,libc-bin,python3-venv"
 SHELLS = ("/usr/bin/dash", "/usr/bin/bash", "/usr/bin/rbash")
 BASE = re.findall(r"^FROM (\S+)", DOCKERFILE.read_text(), re.MULTILINE)[-1]
 IMAGE = "nbdimg-test"
-LIMITS = ("--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024")
-"""buildah 1.39 asks for 1048576 where none are named, which not every machine grants."""
+BUILD = ("bud", "--isolation=chroot", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024")
+"""Where no limits are named, buildah 1.39 asks for 1048576 of each, which not every machine grants."""
 
 
 class NotPrepared(Exception):
@@ -70,8 +70,8 @@ class Builder:
         settings = self.directory / "pip.conf"
         settings.write_text("[global]\nno-index = true\nfind-links = /wheels\n")
         volumes = [f"--volume={self.directory}/wheels:/wheels:ro", f"--volume={settings}:/etc/pip.conf:ro"]
-        options = ["--isolation=chroot", *LIMITS, "--pull-never", "--layers=false", "--format=docker", f"--tag={IMAGE}"]
-        self.call("bud", *options, *volumes, f"--file={DOCKERFILE}", ROOT)
+        options = ["--pull-never", "--layers=false", "--format=docker", f"--tag={IMAGE}"]
+        self.call(*BUILD, *options, *volumes, f"--file={DOCKERFILE}", ROOT)
         self.root = self._mounted(IMAGE)
 
     def _make_base(self) -> None:
@@ -86,7 +86,7 @@ class Builder:
         """What `COPY .` finds."""
         file = self.directory / "Context"
         file.write_text("FROM scratch\nCOPY . /\n")
-        self.call("bud", "--isolation=chroot", *LIMITS, f"--tag={IMAGE}-context", f"--file={file}", ROOT)
+        self.call(*BUILD, f"--tag={IMAGE}-context", f"--file={file}", ROOT)
         return self._mounted(f"{IMAGE}-context")
 
     def config(self) -> Any:

@@ -40,7 +40,7 @@ def live(directory: Path) -> LiveServer:
 
 def meter_of(server: LiveServer) -> Meter:
     """The only export's, when the loop has ended what it was at."""
-    server.call(lambda: None)
+    server.now(lambda: None)
     (export,) = server.service.registry
     return export.meter
 
@@ -172,7 +172,7 @@ def test_flush_is_counted_with_the_barriers_that_it_took(tmp_path: Path) -> None
             if expected == 2:
                 assert client.write(0, b"x" * 512).error == 0
             assert client.request(Command.FLUSH).error == 0
-            server.call(lambda: None)
+            server.now(lambda: None)
             assert export.image.gate.times.count == export.image.sync_times.count == expected
         assert asked(export.meter)[FLUSH] == (3, 0, {})
 

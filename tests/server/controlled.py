@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -48,14 +47,6 @@ class ControlledServer(LiveServer):
     def close_reloader(self) -> None:
         """As a process does before the server stops."""
         self.ask(self._reloader.close())
-
-    def now(self, function: Callable[..., T], *arguments: object) -> T:
-        """What it returns in the server's own thread."""
-
-        async def called() -> T:
-            return function(*arguments)
-
-        return self.ask(called())
 
     def look(self) -> dict[str, int]:
         """The exports' names, and how many clients each has."""

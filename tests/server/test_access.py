@@ -246,7 +246,7 @@ def test_changed_rules_hold_for_who_comes_next(tmp_path: Path) -> None:
         first.greet()
         first.negotiate("disk")
         closed = replace(made.exports[0], access=(AccessRule(uids=(UID + 1,)),))
-        server.call(lambda: server.service.registry.set_terms("disk", terms_of(closed)))
+        server.now(server.service.registry.set_terms, "disk", terms_of(closed))
         assert first.read(0, 4).data == b"dddd"
         with Client(server.address) as second:
             second.greet()

@@ -179,7 +179,7 @@ def test_hidden_export_is_one_refusal_however_often_the_client_asks(tmp_path: Pa
                 (Option.GO, info_data("disk", [Info.NAME])),
             ):
                 assert client.option(option, data)[-1].type == Rep.ERR_UNKNOWN
-        server.call(lambda: None)
+        server.now(lambda: None)
         said = one_refusal(trail, "access", "may not open export 'disk'")
         assert said["export"] == "disk"
         assert str(said["peer"]).startswith("127.0.0.1:")

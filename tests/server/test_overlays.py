@@ -22,7 +22,6 @@ from cryptography import x509
 from nbdimg.config import ExportConfig, ServerConfig, TlsConfig
 from nbdimg.configfile import ConfigFileError, load_config
 from nbdimg.errors import ConfigError
-from nbdimg.export.export import Export
 from nbdimg.formats.overlay import Golden
 from nbdimg.limits import Limits
 from nbdimg.storage.posix import PosixFile
@@ -723,12 +722,11 @@ def test_reload_while_an_overlay_is_made_refuses_it_and_closes_the_golden_image(
         monkeypatch.setattr(Golden, "_make_unnamed", slowly)
         client.send_option(Option.GO, info_data("base"))
         assert is_asked.wait(PATIENCE_S)
-        taken: list[Export] = []
-        server.call(lambda: taken.append(server.service.registry.remove("base")))
+        taken = server.now(server.service.registry.remove, "base")
         may_go_on.set()
         (reply,) = client.read_option_replies(Option.GO)
         assert (reply.type, reply.text) == (Rep.ERR_UNKNOWN, "the export was removed meanwhile")
-        server.call(lambda: server.service.registry.add(taken[0], None))
+        server.now(server.service.registry.add, taken, None)
 
 
 @pytest.mark.parametrize("mode", ["per-client", "kept"])

@@ -375,7 +375,7 @@ def test_starttls_behind_answers_that_nobody_has_read_yet_waits_for_them(realm: 
 def test_starttls_after_tls_was_switched_off_closes(realm: Realm) -> None:
     with LiveServer(selective(realm)) as server, Client(server.address) as client:
         client.greet()
-        server.call(lambda: server.service.server.set_tls(None))
+        server.now(server.service.server.set_tls, None)
         assert [reply.type for reply in client.option(Option.STARTTLS)] == [Rep.ACK]
         assert client.wait_closed(5) is not None
         assert server.has_logged("TLS was switched off meanwhile")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ssl
-import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -16,7 +15,7 @@ from tests.support.certificates import Authority, Identity
 from tests.support.rawclient import Client
 from tests.support.rawprotocol import ConnectionClosed, Option, Rep
 from tests.support.rss import wait_until
-from tests.support.threaded import WAIT_S, ThreadedServer
+from tests.support.threaded import ThreadedServer
 
 LOG_WAIT_S = 5
 
@@ -36,17 +35,6 @@ class LiveServer(ThreadedServer[Service]):
     ) -> None:
         super().__exit__(kind, error, trace)
         assert not [line for line in self.lines if "internal error" in line], self.lines
-
-    def call(self, function: Callable[[], None]) -> None:
-        """Have the server's loop call it, and wait."""
-        done = threading.Event()
-
-        def call() -> None:
-            function()
-            done.set()
-
-        self._loop.call_soon_threadsafe(call)
-        assert done.wait(WAIT_S)
 
     @property
     def addresses(self) -> list[Address]:

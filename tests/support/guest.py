@@ -69,12 +69,16 @@ echo "exit=$status" >&3
 poweroff -f
 """
 
-SCRIPT_PRELUDE = "".join(f"alias {name}=/programs/{name}\n" for name in PROGRAMS)
+ALIASES = "".join(f"alias {name}=/programs/{name}\n" for name in PROGRAMS)
 """BusyBox's shell prefers its own applets, whatever PATH says; since 1.37 Debian's has one of nbd-client's name."""
-SCRIPT_PRELUDE += r"""
+
+SCRIPT_PRELUDE = (
+    ALIASES
+    + r"""
 report() { echo "$1=$2" >&3; }
 pause() { echo "pause=$1" >&3; read -r _ <&3; }
 """
+)
 
 LIST_MODULES = """
 import __future__, os, select, socket, struct, sys, time

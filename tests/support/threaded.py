@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
@@ -76,3 +76,11 @@ class ThreadedServer(logging.Handler, Generic[T]):
     def ask(self, work: Coroutine[Any, Any, R]) -> R:
         """What it returns or raises."""
         return self.start(work).result(WAIT_S)
+
+    def now(self, function: Callable[..., R], *arguments: object) -> R:
+        """What it returns in the server's own thread."""
+
+        async def called() -> R:
+            return function(*arguments)
+
+        return self.ask(called())
