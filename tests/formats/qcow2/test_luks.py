@@ -24,6 +24,7 @@ from nbdimg.storage.memory import MemoryFile
 from nbdimg.storage.posix import PosixFile
 from tests.interop.samples import run, run_ok
 from tests.support.peers import require_program
+from tests.support.qcow2edit import qemu_img
 
 PASSPHRASE = b"correct horse"
 SECRET = ["--object", f"secret,id=sec0,data={PASSPHRASE.decode()}"]
@@ -39,7 +40,7 @@ def make_qcow2(path: Path, options: str, data: bytes) -> None:
     source = path.with_suffix(".data")
     source.write_bytes(data)
     secret = ["-o", f"{options},encrypt.key-secret=sec0"]
-    run_ok(require_program("qemu-img"), "create", "-q", "-f", "qcow2", *SECRET, *secret, path, str(GUEST_SIZE))
+    qemu_img("create", "-q", "-f", "qcow2", *SECRET, *secret, path, str(GUEST_SIZE))
     qemu_io(path, f"write -q -s {source} {DATA_OFFSET} {len(data)}")
 
 
