@@ -166,23 +166,29 @@ class Image:
     def look_up(self, offset: int, stop: int) -> Extent | Miss:
         """As the driver's `map`, through the chain: never of kind BACKING."""
         seen = self._seen_through
-        if seen is not None:
-            known = seen.extents.get(offset // seen.unit)
-            if known is not None and known.offset <= offset and stop <= known.stop:
-                return known
+        if seen is None:
+            return self._find(offset, stop)
+        known = seen.extents.get(offset // seen.unit)
+        if known is not None and known.offset <= offset and stop <= known.stop:
+            return known
         extent = self.driver.map(offset, stop)
         if isinstance(extent, Miss) or extent.kind is not _BACKING:
             return extent
-        if seen is None:
-            return self._look_through(extent, offset, min(stop, extent.stop))
-        stop = max(stop, min(seen.around(offset), self.size))
-        wide = self.driver.map(offset, stop)
-        if isinstance(wide, Extent):
-            extent = wide
-        found = self._look_through(extent, offset, min(stop, extent.stop))
+        first, last = seen.group(offset)
+        last = max(stop, min(last, self.size))
+        found = self._find(first, last)
+        if isinstance(found, Miss) or found.stop <= offset:
+            found = self._find(offset, last)
         if isinstance(found, Extent):
             seen.remember(found, offset)
         return found
+
+    def _find(self, offset: int, stop: int) -> Extent | Miss:
+        """`look_up` without what this image remembers."""
+        extent = self.driver.map(offset, stop)
+        if isinstance(extent, Miss) or extent.kind is not _BACKING:
+            return extent
+        return self._look_through(extent, offset, min(stop, extent.stop))
 
     def _remapped(self, offset: int, stop: int) -> None:
         """This image's own mapping has changed there."""
@@ -195,7 +201,8 @@ class Image:
         if backing is None or offset >= backing.size:
             start = max(extent.offset, backing.size if backing else 0)
             return Extent(_ZERO, start, extent.stop - start, extent.file, 0, False, 0)
-        found = backing.look_up(offset, min(stop, backing.size))
+        ask = backing.look_up if self._seen_through is None else backing._find
+        found = ask(offset, min(stop, backing.size))
         if isinstance(found, Miss):
             return found
         start, end = max(found.offset, extent.offset), min(found.stop, extent.stop)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from nbdimg.image.driver import Extent
 from nbdimg.units import align_down, align_up
 
@@ -26,19 +24,21 @@ class SeenThrough:
         self.extents: dict[int, Extent] = {}
         """Whoever takes one sees whether it holds the bytes in question: it may be of only a part of its cluster."""
 
-    def around(self, offset: int) -> int:
-        """Where the group of `offset` ends."""
-        return align_down(offset, AROUND * self.unit) + AROUND * self.unit
+    def group(self, offset: int) -> tuple[int, int]:
+        """Where the group of `offset` begins and ends."""
+        size = AROUND * self.unit
+        first = offset // size * size
+        return first, first + size
 
     def remember(self, found: Extent, offset: int) -> None:
         """Keep what was found for `offset`, as far as the group goes."""
-        stop = min(found.stop, self.around(offset))
-        start = max(found.offset, stop - AROUND * self.unit, align_down(offset, AROUND * self.unit))
+        first, last = self.group(offset)
+        start, stop = max(found.offset, first), min(found.stop, last)
         if len(self.extents) >= CLUSTERS_MAX:
             self.extents.clear()
-        kept = replace(found, offset=start, length=stop - start, file_offset=found.file_offset + start - found.offset)
-        for cluster in range(start // self.unit, (stop - 1) // self.unit + 1):
-            self.extents[cluster] = kept
+        file_offset = found.file_offset + start - found.offset
+        kept = Extent(found.kind, start, stop - start, found.file, file_offset, found.writable, found.depth)
+        self.extents.update(dict.fromkeys(range(start // self.unit, (stop - 1) // self.unit + 1), kept))
 
     def forget(self, offset: int, stop: int) -> None:
         """The image's own mapping has changed there. An extent may be that of a whole group, which goes with it."""

@@ -6,10 +6,13 @@ import random
 
 import pytest
 
+from nbdimg.formats.raw import RawDriver
 from nbdimg.image import seen
-from nbdimg.image.driver import Extent, ExtentKind
+from nbdimg.image.driver import Extent, ExtentKind, Miss
+from nbdimg.image.image import Image
 from nbdimg.image.seen import AROUND, SeenThrough
 from nbdimg.storage.memory import MemoryFile
+from tests.support.fakedriver import TABLE_SIZE, FakeDriver
 
 UNIT = 4096
 FILE = MemoryFile(b"")
@@ -74,3 +77,59 @@ def test_remember_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         memory.remember(data(0, 1 << 40), group * AROUND * UNIT)
         assert len(memory.extents) <= 3 * AROUND
         assert known(memory, group * AROUND * UNIT, (group + 1) * AROUND * UNIT) is not None
+
+
+class Hollow(FakeDriver):
+    """A resident image of clusters of 512 bytes that maps runs without a place as one extent, and counts the asking."""
+
+    def __init__(self, places: list[int | None]) -> None:
+        super().__init__(FILE, places, has_backing=True)
+        self.resident = set(range(1 + self.size // TABLE_SIZE))
+        self.map_count = 0
+
+    def map(self, offset: int, stop: int) -> Extent | Miss:
+        self.map_count += 1
+        extent = super().map(offset, stop)
+        assert isinstance(extent, Extent)
+        while extent.stop < min(stop, self.size) and extent.kind is ExtentKind.BACKING:
+            following = super().map(extent.stop, stop)
+            assert isinstance(following, Extent)
+            if following.kind is not ExtentKind.BACKING:
+                break
+            extent.length += following.length
+        return extent
+
+
+def test_one_look_up_in_the_middle_of_a_group_answers_for_all_of_it_and_only_the_top_remembers() -> None:
+    clusters = 3 * AROUND
+    base = Image(RawDriver(MemoryFile(bytes(clusters * 512))), writable=False)
+    middle = Hollow([None] * clusters)
+    top = Hollow([None] * clusters)
+    below = Image(middle, writable=False, backing=base)
+    image = Image(top, writable=False, backing=below)
+    image.look_up((AROUND + 7) * 512, (AROUND + 8) * 512)
+    top.map_count = middle.map_count = 0
+    for cluster in range(AROUND, 2 * AROUND):
+        found = image.look_up(cluster * 512, cluster * 512 + 512)
+        assert isinstance(found, Extent)
+        assert (found.file_offset - found.offset, found.depth) == (0, 3)
+    assert (top.map_count, middle.map_count) == (0, 0)
+    below.look_up(AROUND * 512, AROUND * 512 + 512)
+    assert middle.map_count, "nothing is remembered twice"
+
+
+def test_look_up_behind_a_cluster_of_the_image_itself_is_remembered_from_there_on() -> None:
+    base = Image(RawDriver(MemoryFile(bytes(AROUND * 512))), writable=False)
+    top = Hollow([None] * 3 + [0] + [None] * (AROUND - 4))
+    image = Image(top, writable=False, backing=base)
+    for offset in (7 * 512, 512):
+        found = image.look_up(offset, offset + 512)
+        assert isinstance(found, Extent)
+        assert (found.file_offset, found.depth) == (found.offset, 2)
+    top.map_count = 0
+    for cluster in (0, 1, 2, *range(7, AROUND)):
+        image.look_up(cluster * 512, cluster * 512 + 512)
+    assert top.map_count == 0
+    own = image.look_up(3 * 512, 4 * 512)
+    assert isinstance(own, Extent)
+    assert own.depth == 1

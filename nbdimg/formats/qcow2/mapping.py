@@ -120,6 +120,8 @@ class Mapping:
     def _l1_entry(self, l1_index: int) -> int:
         """0 for one that names no table, whatever its flag says. Raises: CorruptImage: it is malformed."""
         entry = self.l1.entries[l1_index]
+        if not entry:
+            return 0
         offset = entry & OFFSET_MASK
         is_inside = offset < self._file.size or self._is_new(offset)
         if entry & s.L1_RESERVED or offset & (self._cluster_size - 1) or not is_inside:
