@@ -46,6 +46,8 @@ class InFlight:
 
     def __init__(self) -> None:
         self.count = 0
+        self.exclusive_count = 0
+        """Of those, the ones that are exclusive."""
         self._buckets: dict[int, dict[Entry, None]] = {}
         self._wide: dict[Entry, None] = {}
 
@@ -86,6 +88,7 @@ class InFlight:
         for pool in self._pools(entry):
             pool[entry] = None
         self.count += 1
+        self.exclusive_count += is_exclusive
         return entry
 
     def leave(self, entry: Entry) -> None:
@@ -98,6 +101,7 @@ class InFlight:
             if not self._buckets.get(index, True):
                 del self._buckets[index]
         self.count -= 1
+        self.exclusive_count -= entry.is_exclusive
         for blocked in entry._blocked:
             blocked._waits_for -= 1
             if blocked.is_ready and blocked.on_ready is not None:

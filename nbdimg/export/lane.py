@@ -9,8 +9,8 @@ request. The lane cuts through the layers on purpose and in this one module.
     (L2) At the first request that is not plain, or that would wait, the lane stops in front of it and changes nothing.
          Nothing is tried twice: a file call that failed is reported, not repeated, unless it was for several writes
          made one (`merge`): then each is tried alone, and fails for itself.
-    (L3) The lane runs within one turn, and only while nothing is in flight on the export. So a mapping that it has
-         looked up stays true until it returns.
+    (L3) The lane runs within one turn. It takes READs while no change is in flight on the export, WRITEs while nothing
+         is. So a mapping that it has looked up stays true until it returns, and a slow READ holds up no other.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class Lane:
         `fill` is where in the arena the next reply goes.
         """
         failure = None
-        if not self._is_open or self._export.inflight.count:
+        inflight = self._export.inflight
+        if not self._is_open or inflight.exclusive_count:
             return Run(fill, 0)
         scratch, position, end = receiver.window()
         position_before, fill_before = position, fill
@@ -92,7 +93,7 @@ class Lane:
         image, size, plain_write, length_max = self._image, self._export.info.size, self._plain_write, self._length_max
         read_start = read_stop = read_shift = write_start = write_stop = write_shift = 0
         count = write_count = 0
-        is_cold, may_merge = False, True
+        is_cold, may_write, may_merge = False, not self._is_read_only and not inflight.count, True
         try:
             while count < count_max and write_count < WRITE_BURST:
                 body = position + header_size
@@ -123,7 +124,7 @@ class Lane:
                     next_position = body + length
                     if flags & ~plain_write or next_position > end or fill + done_size * MERGED_MAX > ARENA_SIZE:
                         break
-                    if self._is_read_only or length > length_max:
+                    if not may_write or length > length_max:
                         break
                     data = scratch[body:next_position]
                     followers: Sequence[Follower] = ()

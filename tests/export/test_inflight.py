@@ -70,6 +70,7 @@ class Model:
 
     def check(self) -> None:
         assert self.queue.count == len(self.entries)
+        assert self.queue.exclusive_count == sum(each.is_exclusive for each in self.entries)
         running = [entry for entry in self.entries if entry.entry.is_ready]
         for reference in self.entries:
             assert reference.entry.is_ready == (not reference.waits_for)

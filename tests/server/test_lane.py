@@ -6,7 +6,7 @@ import asyncio
 import random
 import socket
 from struct import pack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pytest
 
@@ -20,9 +20,11 @@ from nbdimg.limits import Limits
 from nbdimg.server.outbox import Outbox
 from nbdimg.server.shared import Shared
 from nbdimg.server.transmission import Transmission
+from nbdimg.storage.file import Buffer
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.wire.constants import TransmissionFlag
 from nbdimg.wire.handshake import Session
+from tests.support.faultfile import HeldFile
 
 SIZE = 1 << 20
 DIALECTS = {"simple": (False, False), "structured": (True, False), "extended": (True, True)}
@@ -89,35 +91,57 @@ def run_stream(stream: list[bytes], dialect: str, *, writable: bool, guarded: bo
     return asyncio.run(main())
 
 
+class Conversation:
+    """One client's transmission phase over a socket pair, without a server's loop around it."""
+
+    def __init__(self, dialect: str, image: Image) -> None:
+        self.export = Export("e", image, payload_max=1 << 26)
+        registry = Registry()
+        registry.add(self.export)
+        self._shared = Shared(asyncio.get_running_loop(), registry, Limits())
+        structured, extended = DIALECTS[dialect]
+        flags = self.export.info.flags | (TransmissionFlag.SEND_DF if structured else TransmissionFlag(0))
+        session = Session(self.export.info, flags, structured, extended, False, {})
+        self._ours, self._theirs = socket.socketpair()
+        self._ours.setblocking(False)
+        self._theirs.setblocking(False)
+        self._shell = Shell(self._ours, self._shared)
+        self._transmission = Transmission(self._shell, self._shared, session, self.export, b"")
+        self._shell.transmission = self._transmission
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self._ours.close()
+        self._theirs.close()
+
+    def ask(self, requests: bytes) -> bytes:
+        """They arrive; returns what is answered at once."""
+        while requests:
+            view = self._transmission.buffers()[0]
+            count = min(len(view), len(requests))
+            view[:count] = requests[:count]
+            self._transmission.received(count)
+            requests = requests[count:]
+        return drain(self._theirs)
+
+    async def rest(self) -> bytes:
+        """What is answered until nothing is in flight any more."""
+        replies = bytearray()
+        while self._shared.tasks or self._transmission.in_flight or self._shell.outbox.pending_bytes:
+            await asyncio.sleep(0)
+            replies += drain(self._theirs)
+        return bytes(replies)
+
+
 async def converse(stream: list[bytes], dialect: str, image: Image, *, turn: int = 7) -> bytes:
     """Every reply to `stream`, of which `turn` requests come at a time."""
-    loop = asyncio.get_running_loop()
-    export = Export("e", image, payload_max=1 << 26)
-    registry = Registry()
-    registry.add(export)
-    shared = Shared(loop, registry, Limits())
-    structured, extended = DIALECTS[dialect]
-    flags = export.info.flags | (TransmissionFlag.SEND_DF if structured else TransmissionFlag(0))
-    session = Session(export.info, flags, structured, extended, False, {})
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.setblocking(False)
-        theirs.setblocking(False)
-        shell = Shell(ours, shared)
-        transmission = shell.transmission = Transmission(shell, shared, session, export, b"")
-        replies = bytearray()
+    replies = bytearray()
+    with Conversation(dialect, image) as conversation:
         for at in range(0, len(stream), turn):
-            chunk = b"".join(stream[at : at + turn])
-            while chunk:
-                view = transmission.buffers()[0]
-                count = min(len(view), len(chunk))
-                view[:count] = chunk[:count]
-                transmission.received(count)
-                chunk = chunk[count:]
-            while shared.tasks or transmission.in_flight or shell.outbox.pending_bytes:
-                await asyncio.sleep(0)
-                replies += drain(theirs)
-            replies += drain(theirs)
+            replies += conversation.ask(b"".join(stream[at : at + turn]))
+            replies += await conversation.rest()
     return bytes(replies)
 
 
@@ -158,3 +182,51 @@ def test_comparison_notices_a_lane_that_answers_differently(monkeypatch: pytest.
     right = run_stream(stream, "structured", writable=True, guarded=False)
     monkeypatch.setattr(MemoryFile, "try_pread", lambda self, offset, view: True)
     assert run_stream(stream, "structured", writable=True, guarded=False) != right
+
+
+class PartlyHeldFile(HeldFile):
+    """Only the calls that begin in the first half have to wait."""
+
+    def try_pread(self, offset: int, view: memoryview) -> bool:
+        self.is_inline = offset >= SIZE // 2
+        return super().try_pread(offset, view)
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        self.is_inline = offset >= SIZE // 2
+        return super().try_pwrite(offset, data)
+
+
+@pytest.mark.parametrize(
+    ("command", "answered"), [(0, {0: 1, 1: 0}), (1, {0: 0, 1: 0})], ids=["a read waits", "a write waits"]
+)
+def test_lane_takes_reads_beside_a_slow_read_and_nothing_beside_a_slow_change(
+    monkeypatch: pytest.MonkeyPatch, command: int, answered: dict[int, int]
+) -> None:
+    """`answered`: how many requests of each command the lane takes meanwhile; all get their answer at once."""
+    runs: list[int] = []
+    run = Lane.run
+
+    def noting(self: Lane, *arguments: Any) -> Run:
+        result = run(self, *arguments)
+        runs.append(result.answered)
+        return result
+
+    monkeypatch.setattr(Lane, "run", noting)
+    data = bytes(512)
+
+    async def main() -> None:
+        file = PartlyHeldFile(bytes(SIZE))
+        with Conversation("simple", Image(RawDriver(file), writable=True)) as conversation:
+            assert conversation.ask(request(False, command, 0, 1, 0, 512, data * command)) == b""
+            for beside, count in answered.items():
+                runs.clear()
+                replies = conversation.ask(request(False, beside, 0, 2, SIZE // 2, 512, data * beside))
+                assert replies == pack(">IIQ", 0x67446698, 0, 2) + data * (not beside)
+                assert sum(runs) == count
+            await asyncio.sleep(0)
+            while file.held:
+                file.release(0)
+                await asyncio.sleep(0)
+            assert len(await conversation.rest()) == 16 + 512 * (not command)
+
+    asyncio.run(main())
