@@ -1,16 +1,19 @@
-"""Worker threads for calls that may block, with one wake-up of the loop for all that finished meanwhile.
+"""Worker threads for calls that may block or take long, with one wake-up of the loop for all that finished meanwhile.
 
 `asyncio`'s executor wakes the loop once per call; under a queue of cold reads that is the larger part of the cost.
+Calls that compute have threads of their own, one for each processor: more would only take it from each other, and a
+read of the disk need not wait behind them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -82,15 +85,30 @@ def _outcome(future: asyncio.Future[Any], function: Callable[..., Any], args: tu
         return future, None, error
 
 
-_workers: dict[asyncio.AbstractEventLoop, Workers] = {}
+class _Pools(NamedTuple):
+    blocking: Workers
+    computing: Workers
+
+
+_pools: dict[asyncio.AbstractEventLoop, _Pools] = {}
 
 
 def workers() -> Workers:
-    """The running loop's workers."""
+    """The running loop's workers for calls that may block."""
+    return _running_pools().blocking
+
+
+def computers() -> Workers:
+    """The running loop's workers for calls that compute, and release the interpreter's lock meanwhile."""
+    return _running_pools().computing
+
+
+def _running_pools() -> _Pools:
     loop = asyncio.get_running_loop()
-    found = _workers.get(loop)
+    found = _pools.get(loop)
     if found is None:
-        for old in [old for old in _workers if old.is_closed()]:
-            _workers.pop(old).close()
-        found = _workers[loop] = Workers()
+        for old in [old for old in _pools if old.is_closed()]:
+            for pool in _pools.pop(old):
+                pool.close()
+        found = _pools[loop] = _Pools(Workers(), Workers(len(os.sched_getaffinity(0))))
     return found

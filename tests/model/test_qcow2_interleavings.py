@@ -160,7 +160,7 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Templates:
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(structs, "SLICE_SIZE", SLICE_SIZE)
-    monkeypatch.setattr(inflate, "workers", InlineWorkers)
+    monkeypatch.setattr(inflate, "computers", InlineWorkers)
 
 
 async def _look_after(schedule: Schedule) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from nbdimg.storage.workers import Workers, workers
+from nbdimg.storage.workers import THREADS_MAX, Workers, computers, workers
 
 
 def test_run_delivers_results_and_arguments() -> None:
@@ -131,22 +133,43 @@ def test_close_ends_the_threads_after_the_jobs_given() -> None:
     assert threading.active_count() == before
 
 
-def test_workers_is_one_for_a_loop_and_another_for_the_next() -> None:
+@pytest.mark.parametrize("pool", [workers, computers])
+def test_workers_is_one_for_a_loop_and_another_for_the_next(pool: Callable[[], Workers]) -> None:
     async def main() -> Workers:
-        assert workers() is workers()
-        await workers().run(int)
-        return workers()
+        assert pool() is pool()
+        await pool().run(int)
+        return pool()
 
     assert asyncio.run(main()) is not asyncio.run(main())
 
 
+def test_blocking_calls_do_not_wait_behind_calls_that_compute_and_those_are_as_many_as_processors() -> None:
+    async def main() -> None:
+        begun, may_end = threading.Semaphore(0), threading.Event()
+
+        def compute() -> None:
+            begun.release()
+            may_end.wait()
+
+        processor_count = len(os.sched_getaffinity(0))
+        computing = [computers().run(compute) for _ in range(processor_count + THREADS_MAX)]
+        assert await workers().run(lambda: "done") == "done"
+        for _ in range(processor_count):
+            assert await workers().run(lambda: begun.acquire(timeout=10))
+        assert not await workers().run(lambda: begun.acquire(timeout=0.05))
+        may_end.set()
+        await asyncio.gather(*computing)
+
+    asyncio.run(main())
+
+
 def test_workers_of_a_closed_loop_are_ended_when_the_next_loop_asks() -> None:
     async def main() -> None:
-        await asyncio.gather(*(workers().run(int) for _ in range(8)))
+        await asyncio.gather(*(pool().run(int) for _ in range(8) for pool in (workers, computers)))
 
     asyncio.run(main())
     asyncio.run(main())
     count = threading.active_count()
     for _ in range(5):
         asyncio.run(main())
-    assert threading.active_count() <= count + 8
+    assert threading.active_count() <= count + 16

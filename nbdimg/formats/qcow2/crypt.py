@@ -21,7 +21,7 @@ from typing import Protocol
 
 from nbdimg.errors import ConfigError, CorruptImage, UnsupportedFeature, escaped
 from nbdimg.storage.file import BlockFile, Buffer
-from nbdimg.storage.workers import workers
+from nbdimg.storage.workers import computers
 from nbdimg.units import KiB, align_down, align_up
 
 SECTOR_SIZE = 512
@@ -368,7 +368,7 @@ class EncryptedFile:
             self._cipher.decrypt(self._sector(offset), view)
             return
         for at in range(0, len(view), PIECE_SIZE):
-            await workers().run(self._cipher.decrypt, self._sector(offset + at), view[at : at + PIECE_SIZE])
+            await computers().run(self._cipher.decrypt, self._sector(offset + at), view[at : at + PIECE_SIZE])
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         """As in BlockFile; a run longer than PIECE_SIZE is for `pwrite`."""
@@ -399,7 +399,7 @@ class EncryptedFile:
         ciphertext = bytearray(len(view))
         for at in range(0, len(view), PIECE_SIZE):
             piece = view[at : at + PIECE_SIZE]
-            encrypted = await workers().run(self._cipher.encrypt, self._sector(offset + at), piece)
+            encrypted = await computers().run(self._cipher.encrypt, self._sector(offset + at), piece)
             ciphertext[at : at + PIECE_SIZE] = encrypted
         return ciphertext
 

@@ -6,7 +6,7 @@ guest offset tells the place in the cluster, and who reads on from where. Severa
 cluster; the last may end in the middle of a sector at the end of the file, and behind each there is rubbish.
 
 A guest that reads one cluster after another has the next ones inflated ahead, several in one job of a worker: a
-hand-over costs as much as half a cluster.
+hand-over costs as much as half a cluster. A run is more than one job, so that every processor has its part of it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from nbdimg.formats.qcow2.packed import compressed_range
 from nbdimg.formats.qcow2.readahead import ReadAhead
 from nbdimg.formats.qcow2.structs import Compression
 from nbdimg.storage.file import BlockFile, Buffer
-from nbdimg.storage.workers import workers
+from nbdimg.storage.workers import computers
 from nbdimg.units import KiB, MiB
 
 KEPT_BYTES = 16 * MiB
 """Inflated clusters that are kept: enough for a sequential reader with a deep queue, and its neighbours."""
 
-AHEAD_BYTES = 512 * KiB
-"""The longest run that is inflated ahead as one job."""
+AHEAD_BYTES = 2 * MiB
+"""The longest run that is inflated ahead."""
+
+JOB_BYTES = 512 * KiB
+"""The longest part of a run that is one job."""
 
 _DESCRIPTOR_SHIFT = 64
 _GUEST_MASK = (1 << _DESCRIPTOR_SHIFT) - 1
@@ -126,6 +129,7 @@ class InflatedFile:
         self._kept_max = max(4, KEPT_BYTES >> cluster_bits)
         self._loading: dict[int, asyncio.Future[_Outcomes]] = {}
         self._ahead = ReadAhead(max(1, AHEAD_BYTES >> cluster_bits))
+        self._job_max = max(1, JOB_BYTES >> cluster_bits)
         self.run_from: Callable[[int, int], Sequence[int]] = lambda cluster, count: ()
         """The descriptors of at most so many clusters from a guest's cluster on, as far as they are known without
         waiting: what may be read ahead.
@@ -172,8 +176,8 @@ class InflatedFile:
         if run.length:
             run_descriptors = dict.fromkeys(self.run_from(run.first, run.length))
             absent = [each for each in run_descriptors if each not in self._kept and each not in self._loading]
-            if absent:
-                self._begin(absent)
+            for at in range(0, len(absent), self._job_max):
+                self._begin(absent[at : at + self._job_max])
 
     def _begin(self, descriptors: Sequence[int]) -> asyncio.Future[_Outcomes]:
         """Inflate clusters, each named once, that are neither kept nor being loaded."""
@@ -183,7 +187,7 @@ class InflatedFile:
             pieces.append(_Piece(descriptor, offset, bytearray(length)))
         loading: asyncio.Future[_Outcomes]
         if self._are_resident(pieces):
-            loading = workers().run(self._inflate, pieces)
+            loading = computers().run(self._inflate, pieces)
         else:
             loading = asyncio.get_running_loop().create_task(self._load(pieces))
         self._loading.update(dict.fromkeys(descriptors, loading))
@@ -200,7 +204,7 @@ class InflatedFile:
         reads = (self._file.pread(piece.offset, memoryview(piece.content)) for piece in pieces)
         errors = await asyncio.gather(*reads, return_exceptions=True)
         failed = {piece.descriptor: error for piece, error in zip(pieces, errors, strict=True) if error is not None}
-        inflated = await workers().run(self._inflate, [each for each in pieces if each.descriptor not in failed])
+        inflated = await computers().run(self._inflate, [each for each in pieces if each.descriptor not in failed])
         return inflated | failed
 
     def _inflate(self, pieces: Sequence[_Piece]) -> _Outcomes:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import pytest
 
 from nbdimg.errors import CorruptImage
+from nbdimg.formats.qcow2 import inflate
 from nbdimg.formats.qcow2.inflate import InflatedFile, inflated_offset
 from nbdimg.formats.qcow2.packed import compressed_clusters, compressed_range
 from nbdimg.storage.memory import MemoryFile
@@ -331,6 +332,28 @@ def test_clusters_that_share_their_data_are_inflated_once() -> None:
 
     sequence.run(main)
     assert sequence.inner.calls.count("try_pread") == 5
+
+
+def test_a_long_run_is_several_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inflate, "JOB_BYTES", 3 * SIZE)
+    sequence = Sequence()
+    jobs: list[int] = []
+    inflated = sequence.file._inflate
+
+    def noting(pieces: Any) -> Any:
+        jobs.append(len(pieces))
+        return inflated(pieces)
+
+    monkeypatch.setattr(sequence.file, "_inflate", noting)
+
+    async def main() -> None:
+        for index in range(COUNT):
+            assert await sequence.read(index) == TEXTS[index]
+
+    sequence.run(main)
+    assert sum(jobs) == COUNT
+    assert jobs.count(3) > COUNT // 5
+    assert max(jobs) == 3
 
 
 def test_closing_waits_for_what_is_read_ahead() -> None:
