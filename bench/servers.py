@@ -67,14 +67,17 @@ class ServerSpec:
         return lines[0].strip() if done.returncode == 0 and lines else "unknown"
 
     @contextmanager
-    def start(self, image: Path, program: Sequence[str] = (sys.executable, "-m", "nbdimg")) -> Iterator[Server]:
-        """Run the server on `image` for the length of the block; `program` replaces nbdimg's interpreter line.
+    def start(
+        self, image: Path, program: Sequence[str] = (sys.executable, "-m", "nbdimg"), options: Sequence[str] = ()
+    ) -> Iterator[Server]:
+        """Run the server on `image` for the length of the block. `program` replaces nbdimg's interpreter line, and
+        `options` are nbdimg's.
 
         Raises: RuntimeError when it does not listen.
         """
         process: NbdimgServer | PeerServer
         if self.peer_argv is None:
-            process = NbdimgServer(image, options=["--format", "raw"], program=program)
+            process = NbdimgServer(image, options=["--format", "raw", *options], program=program)
         else:
             argv = self.peer_argv
             process = PeerServer(lambda path: argv(path, image))

@@ -11,10 +11,14 @@ from pathlib import Path
 
 from nbdimg.storage.file import Buffer
 from tests.support.crash import SECTOR, written
+from tests.support.qcow2edit import SECRET, qemu_img, qemu_io
 
 KiB = 1024
 IMAGE, DATA, BASE = "disk.qcow2", "disk.data", "base"
 """Names in the directory where an image is made, and in those where it is checked: images hold them."""
+
+KEY = b"key"
+"""Of encrypted images, as SECRET says it."""
 
 OVERLAY_SERIAL = 1 << 63
 """Of the sectors in an overlay; those of its backing image, and of an image without one, have serial 0."""
@@ -34,6 +38,7 @@ class Start:
     guest: bytes
     others: dict[str, bytes] = field(default_factory=dict)
     kept: bytes | None = None
+    is_encrypted: bool = False
     has_bitmaps: bool = False
     """BITMAP records, and does not know of anything yet; IDLE_BITMAP does not, and is all dirty."""
 
@@ -93,6 +98,24 @@ def data_file(options: str, size: int) -> Make:
         )
         _write(directory, guest, 0, pattern(size // 2))
         return _loaded(directory, guest)
+
+    return make
+
+
+def encrypted(options: str, size: int) -> Make:
+    """With LUKS; data in the first half."""
+
+    def make(directory: Path) -> Start:
+        guest = pattern(size // 2).ljust(size, b"\0")
+        (directory / "part.raw").write_bytes(guest[: size // 2])
+        luks = f"{options},encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+        qemu_img("create", "-q", "--object", SECRET, "-f", "qcow2", "-o", luks, directory / IMAGE, f"{size}")
+        qemu_io(
+            f"driver=qcow2,file.filename={directory / IMAGE},encrypt.key-secret=s",
+            f"write -q -s {directory / 'part.raw'} 0 {size // 2}",
+            options=("--object", SECRET, "--image-opts"),
+        )
+        return replace(_loaded(directory, guest), is_encrypted=True)
 
     return make
 

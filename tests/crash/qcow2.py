@@ -240,6 +240,7 @@ FIRST = (
     scenario("lazy refcounts", images.plain(_lazy, 128 * KiB, filled=64 * KiB), _three),
     scenario("external data file", images.data_file("cluster_size=4k", 192 * KiB), _three),
     scenario("raw external data file", images.data_file("cluster_size=4k,data_file_raw=on", 192 * KiB), _three),
+    scenario("LUKS", images.encrypted("cluster_size=4k", 192 * KiB), _three),
     scenario("version 2", images.plain("cluster_size=4k,compat=0.10", 192 * KiB, filled=96 * KiB), _three),
     scenario("version 2, internal snapshot", images.with_snapshot("cluster_size=4k,compat=0.10", 96 * KiB), _three),
     scenario("lazy refcounts, snapshots", images.plain(_lazy, 64 * KiB), snapshots_come_and_go),

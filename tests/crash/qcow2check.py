@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import subprocess
 import tempfile
@@ -10,10 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 from nbdimg.errors import ConfigError, ImageError
 from nbdimg.formats import open_file
 from nbdimg.formats.options import OpenOptions
+from nbdimg.formats.qcow2 import luks
 from nbdimg.formats.qcow2.check import check
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.open import read_header
@@ -22,10 +25,11 @@ from nbdimg.image.gate import Reference
 from nbdimg.image.image import Image
 from nbdimg.storage.file import BlockFile
 from nbdimg.storage.memory import MemoryFile
-from tests.crash.images import BITMAP, DATA, IDLE_BITMAP, IMAGE, SNAPSHOT, KiB, Start
+from tests.crash.images import BITMAP, DATA, IDLE_BITMAP, IMAGE, KEY, SNAPSHOT, KiB, Start
 from tests.support.crash import CrashState
 from tests.support.crash.expectations import fingerprints
 from tests.support.crash.explore import shown
+from tests.support.qcow2edit import SECRET
 
 CLUSTER_SIZE_MAX = 64 * KiB
 """Of the images here: a header lies within it."""
@@ -107,6 +111,10 @@ class Remembered:
         return (ranges, len(content), hash(b"".join([content[start:stop] for start, stop in ranges])))
 
 
+_unlock = functools.lru_cache(4)(luks.unlock)
+"""It takes 40 ms, and nobody changes what it depends on."""
+
+
 async def opened(start: Start, files: Sequence[BlockFile], *, writable: bool, snapshot: str | None = None) -> Image:
     """The image in `files`, with the files that are not written around it."""
     others: dict[str, BlockFile] = {
@@ -114,7 +122,10 @@ async def opened(start: Start, files: Sequence[BlockFile], *, writable: bool, sn
     }
     if len(files) > 1:
         others[DATA] = files[1]
-    return await open_file(files[0], "qcow2", OpenOptions(FilesGate(others), writable, snapshot=snapshot))
+    key = KEY if start.is_encrypted else None
+    options = OpenOptions(FilesGate(others), writable, key, snapshot=snapshot)
+    with mock.patch.object(luks, "unlock", _unlock):
+        return await open_file(files[0], "qcow2", options)
 
 
 async def whole(image: Image) -> bytes:
@@ -258,10 +269,17 @@ def _on_disk(start: Start, files: Sequence[bytes]) -> Iterator[Path]:
         yield Path(directory)
 
 
+def _named(start: Start) -> Sequence[str]:
+    """How qemu-img is told of the image."""
+    if not start.is_encrypted:
+        return ("-f", "qcow2", IMAGE)
+    return ("--object", SECRET, "--image-opts", f"driver=qcow2,file.filename={IMAGE},encrypt.key-secret=s")
+
+
 def peer_check(start: Start, files: Sequence[bytes]) -> tuple[int, str]:
     """Exit status and output of `qemu-img check`."""
     with _on_disk(start, files) as directory:
-        command = ["qemu-img", "check", "-f", "qcow2", IMAGE]
+        command = ["qemu-img", "check", *_named(start)]
         done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
     return done.returncode, (done.stdout + done.stderr).replace("\n", " ")[:OUTPUT_SHOWN]
 
@@ -269,6 +287,6 @@ def peer_check(start: Start, files: Sequence[bytes]) -> tuple[int, str]:
 def peer_read(start: Start, files: Sequence[bytes]) -> bytes:
     """What qemu-img takes for the disk."""
     with _on_disk(start, files) as directory:
-        command = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", IMAGE, "guest.raw"]
+        command = ["qemu-img", "convert", "-O", "raw", *_named(start), "guest.raw"]
         subprocess.run(command, cwd=directory, capture_output=True, check=True)
         return (directory / "guest.raw").read_bytes()

@@ -10,12 +10,14 @@ import pytest
 from nbdimg.formats.qcow2 import repair
 from nbdimg.formats.qcow2.bitmap_store import BitmapStore
 from nbdimg.formats.qcow2.header import Header
-from nbdimg.formats.qcow2.mapping import Mapping
+from nbdimg.formats.qcow2.l1 import L1Table
+from nbdimg.formats.qcow2.mapping import Mapping, Store
 from nbdimg.formats.qcow2.refcount import Refcounts
 from nbdimg.histogram import Histogram
 from nbdimg.image.driver import Extent, ExtentKind, Miss
 from nbdimg.image.tables import Slice
 from nbdimg.storage import ordering
+from nbdimg.storage.file import BlockFile
 from nbdimg.storage.ordering import Plan, Stage
 from tests.crash.qcow2 import SCENARIOS
 from tests.crash.qcow2check import Checker, Findings, Remembered
@@ -35,7 +37,7 @@ from tests.support.crash import (
 
 SEED = 20240811
 STATES = 600
-"""For each scenario: with 30 of them 18,000."""
+"""For each scenario: with 33 of them 19,800."""
 
 BY_NAME = {each.name.removeprefix("qcow2, "): each for each in SCENARIOS}
 
@@ -173,6 +175,25 @@ def test_writes_in_place_where_copied_is_clear_are_found(monkeypatch: pytest.Mon
     report = faulty("internal snapshot")
     assert report.violations[CORRUPT] > 100, f"{report}"
     assert "does not read as it did" in f"{report}"
+
+
+def test_new_space_of_an_encrypted_image_taken_for_zeroes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Mapping.__init__
+
+    def init(
+        self: Mapping,
+        file: BlockFile,
+        header: Header,
+        l1: L1Table,
+        store: Store,
+        refcounts: Refcounts | None,
+        size: int,
+    ) -> None:
+        real(self, file, header, l1, dataclasses.replace(store, is_plain=True), refcounts, size)
+
+    monkeypatch.setattr(Mapping, "__init__", init)
+    report = faulty("LUKS")
+    assert report.violations[ALIEN] > 10, f"{report}"
 
 
 def test_repair_that_says_done_before_it_is_fails_in_a_crash_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
