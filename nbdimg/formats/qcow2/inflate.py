@@ -115,6 +115,7 @@ class InflatedFile:
     """Read-only. Args: file: where the compressed data lies.
 
     (C1) A cluster that is read ahead and fails is nobody's error: whoever asks for it has it inflated anew.
+    (C2) Nothing is begun ahead beyond what is kept: many readers at once would push out each other's.
     """
 
     is_writable = False
@@ -176,6 +177,7 @@ class InflatedFile:
         if run.length:
             run_descriptors = dict.fromkeys(self.run_from(run.first, run.length))
             absent = [each for each in run_descriptors if each not in self._kept and each not in self._loading]
+            del absent[max(0, self._kept_max - len(self._loading)) :]
             for at in range(0, len(absent), self._job_max):
                 self._begin(absent[at : at + self._job_max])
 

@@ -356,6 +356,22 @@ def test_a_long_run_is_several_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(jobs) == 3
 
 
+def test_not_more_is_begun_ahead_than_is_kept() -> None:
+    sequence = Sequence()
+    sequence.file._kept_max = 6
+
+    async def main() -> None:
+        for index in range(16):
+            sequence.file._read_ahead(sequence.offset(index))
+        assert len(sequence.file._loading) == 6
+        assert await sequence.read(20) == TEXTS[20]
+        await sequence.settle()
+        sequence.file._read_ahead(sequence.offset(16))
+        assert 0 < len(sequence.file._loading) <= 6
+
+    sequence.run(main)
+
+
 def test_closing_waits_for_what_is_read_ahead() -> None:
     sequence = Sequence(slow_only=True)
 
