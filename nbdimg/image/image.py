@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
-from nbdimg.errors import RequestError
+from nbdimg.errors import ImageError, RequestError
 from nbdimg.histogram import Histogram
 from nbdimg.image.bitmap import DirtyBitmap
 from nbdimg.image.driver import (
@@ -164,7 +164,11 @@ class Image:
             yield from self.backing.tables()
 
     def look_up(self, offset: int, stop: int) -> Extent | Miss:
-        """As the driver's `map`, through the chain: never of kind BACKING."""
+        """As the driver's `map`, through the chain: never of kind BACKING.
+
+        What is remembered is looked for in the whole group of clusters; where another of them is not in memory, or is
+        malformed, in these bytes alone.
+        """
         seen = self._seen_through
         if seen is None:
             return self._find(offset, stop)
@@ -176,12 +180,13 @@ class Image:
             return extent
         first, last = seen.group(offset)
         last = max(stop, min(last, self.size))
-        found = self._find(first, last)
-        if isinstance(found, Miss) or found.stop <= offset:
-            found = self._find(offset, last)
-        if isinstance(found, Extent):
-            seen.remember(found, offset)
-        return found
+        for start in (first, offset):
+            with suppress(ImageError):
+                found = self._find(start, last)
+                if isinstance(found, Extent) and offset < found.stop:
+                    seen.remember(found, offset)
+                    return found
+        return self._look_through(extent, offset, min(stop, extent.stop))
 
     def _find(self, offset: int, stop: int) -> Extent | Miss:
         """`look_up` without what this image remembers."""

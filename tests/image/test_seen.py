@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from nbdimg.errors import CorruptImage
 from nbdimg.formats.raw import RawDriver
 from nbdimg.image import seen
 from nbdimg.image.driver import Extent, ExtentKind, Miss
@@ -86,9 +87,13 @@ class Hollow(FakeDriver):
         super().__init__(FILE, places, has_backing=True)
         self.resident = set(range(1 + self.size // TABLE_SIZE))
         self.map_count = 0
+        self.malformed: set[int] = set()
 
     def map(self, offset: int, stop: int) -> Extent | Miss:
         self.map_count += 1
+        asked = range(offset // self.cluster_size, -(-stop // self.cluster_size))
+        if self.malformed.intersection(asked):
+            raise CorruptImage("hollow", "malformed")
         extent = super().map(offset, stop)
         assert isinstance(extent, Extent)
         while extent.stop < min(stop, self.size) and extent.kind is ExtentKind.BACKING:
@@ -133,3 +138,20 @@ def test_look_up_behind_a_cluster_of_the_image_itself_is_remembered_from_there_o
     own = image.look_up(3 * 512, 4 * 512)
     assert isinstance(own, Extent)
     assert own.depth == 1
+
+
+@pytest.mark.parametrize("is_below", [False, True])
+@pytest.mark.parametrize("malformed", [0, 3, 7, AROUND - 1])
+def test_malformed_cluster_of_a_group_fails_its_own_readers_alone(malformed: int, is_below: bool) -> None:
+    base = Image(RawDriver(MemoryFile(bytes(AROUND * 512))), writable=False)
+    middle, top = Hollow([None] * AROUND), Hollow([None] * AROUND)
+    (middle if is_below else top).malformed = {malformed}
+    image = Image(top, writable=False, backing=Image(middle, writable=False, backing=base))
+    for cluster in (5, 0, 15, 3, 7, 4, 8):
+        if cluster == malformed:
+            with pytest.raises(CorruptImage):
+                image.look_up(cluster * 512, cluster * 512 + 512)
+        else:
+            found = image.look_up(cluster * 512, cluster * 512 + 512)
+            assert isinstance(found, Extent)
+            assert (found.file_offset, found.depth) == (found.offset, 3)
