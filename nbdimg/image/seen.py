@@ -27,7 +27,7 @@ class SeenThrough:
     def group(self, offset: int) -> tuple[int, int]:
         """Where the group of `offset` begins and ends."""
         size = AROUND * self.unit
-        first = offset // size * size
+        first = align_down(offset, size)
         return first, first + size
 
     def remember(self, found: Extent, offset: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 from nbdimg.units import KiB, MiB
 from tests.cli.conftest import Command
 from tests.support.peers import require_program
-from tests.support.qcow2edit import SECRET, qemu_img, qemu_io
+from tests.support.qcow2edit import make_luks, qemu_img
 
 USAGE, IMAGE = 2, 3
 
@@ -79,10 +79,7 @@ def test_resize_json_is_one_object(said: Any) -> None:
 
 
 def test_resize_encrypted_takes_a_key_file_where_zeroes_must_be_written(said: Any, refused: Any) -> None:
-    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
-    qemu_img("create", "-q", "--object", SECRET, "-f", "qcow2", "-o", options, "a.qcow2", "100k")
-    image = "driver=qcow2,file.filename=a.qcow2,encrypt.key-secret=s"
-    qemu_io(image, "write -q -P 1 0 100k", options=("--object", SECRET, "--image-opts"))
+    make_luks("a.qcow2", 100 * KiB, "write -q -P 1 0 100k", options="cluster_size=64k")
     refused(["a.qcow2", "1M"], USAGE, "a.qcow2: it is encrypted, and no key file was given")
     Path("key").write_text("key\n")
     said("a.qcow2", "1M", "--key-file", "key")

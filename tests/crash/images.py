@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nbdimg.storage.file import Buffer
 from tests.support.crash import SECTOR, written
-from tests.support.qcow2edit import SECRET, qemu_img, qemu_io
+from tests.support.qcow2edit import make_luks
 
 KiB = 1024
 IMAGE, DATA, BASE = "disk.qcow2", "disk.data", "base"
@@ -108,13 +108,7 @@ def encrypted(options: str, size: int) -> Make:
     def make(directory: Path) -> Start:
         guest = pattern(size // 2).ljust(size, b"\0")
         (directory / "part.raw").write_bytes(guest[: size // 2])
-        luks = f"{options},encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
-        qemu_img("create", "-q", "--object", SECRET, "-f", "qcow2", "-o", luks, directory / IMAGE, f"{size}")
-        qemu_io(
-            f"driver=qcow2,file.filename={directory / IMAGE},encrypt.key-secret=s",
-            f"write -q -s {directory / 'part.raw'} 0 {size // 2}",
-            options=("--object", SECRET, "--image-opts"),
-        )
+        make_luks(directory / IMAGE, size, f"write -q -s {directory / 'part.raw'} 0 {size // 2}", options=options)
         return replace(_loaded(directory, guest), is_encrypted=True)
 
     return make

@@ -29,7 +29,7 @@ from tests.crash.images import BITMAP, DATA, IDLE_BITMAP, IMAGE, KEY, SNAPSHOT, 
 from tests.support.crash import CrashState
 from tests.support.crash.expectations import fingerprints
 from tests.support.crash.explore import shown
-from tests.support.qcow2edit import SECRET
+from tests.support.qcow2edit import with_secret
 
 CLUSTER_SIZE_MAX = 64 * KiB
 """Of the images here: a header lies within it."""
@@ -271,9 +271,7 @@ def _on_disk(start: Start, files: Sequence[bytes]) -> Iterator[Path]:
 
 def _named(start: Start) -> Sequence[str]:
     """How qemu-img is told of the image."""
-    if not start.is_encrypted:
-        return ("-f", "qcow2", IMAGE)
-    return ("--object", SECRET, "--image-opts", f"driver=qcow2,file.filename={IMAGE},encrypt.key-secret=s")
+    return with_secret(IMAGE) if start.is_encrypted else ("-f", "qcow2", IMAGE)
 
 
 def peer_check(start: Start, files: Sequence[bytes]) -> tuple[int, str]:

@@ -17,7 +17,7 @@ import pytest
 
 from tests.interop.samples import KIB, MIB, allocated_bytes, first_difference, run, run_ok, write_sparse
 from tests.support.peers import require_program
-from tests.support.qcow2edit import SECRET, qemu_check, qemu_img, qemu_io
+from tests.support.qcow2edit import make_luks, qemu_check, qemu_img, qemu_io
 from tests.support.server import NbdimgServer, PeerServer
 
 SIZE = 4 * MIB
@@ -257,19 +257,13 @@ def test_control_a_changed_byte_is_a_difference(server: NbdimgServer, directory:
 def test_encrypted_image_reads_and_writes_with_its_key_file(tmp_path: Path) -> None:
     image, key, raw = tmp_path / "disk.qcow2", tmp_path / "key", tmp_path / "raw"
     key.write_text("key")
-    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,cluster_size=16k"
-    qemu_img("create", "-q", "--object", SECRET, "-f", "qcow2", "-o", options, image, str(SIZE))
-    opts = f"driver=qcow2,file.filename={image},encrypt.key-secret=s"
-    qemu_io(opts, "write -q -P 1 0 100k", "write -q -P 2 3M 5k", options=("--object", SECRET, "--image-opts"))
+    encrypted = make_luks(image, SIZE, "write -q -P 1 0 100k", "write -q -P 2 3M 5k")
     with NbdimgServer(image, options=[f"--key-file={key}"]) as server:
         qemu_io(server.uri, "read -q -P 1 0 100k", "read -q -P 2 3M 5k", "read -q -P 0 1M 1M", options=("-f", "raw"))
         qemu_io(server.uri, "write -q -P 7 50k 20k", "write -q -P 8 2M 3k", "discard 0 16k", options=("-f", "raw"))
         qemu_img("convert", "-f", "raw", "-O", "raw", server.uri, raw)
     assert qemu_check(image).exit_status == 0
-    run_ok(
-        require_program("qemu-img"), "compare", "--object", SECRET, "--image-opts", opts,
-        f"driver=raw,file.filename={raw}",
-    )  # fmt: skip
+    run_ok(require_program("qemu-img"), "compare", *encrypted, f"driver=raw,file.filename={raw}")
 
 
 # Through us, and then without us

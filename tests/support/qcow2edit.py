@@ -44,6 +44,20 @@ def qemu_io(image: str | Path, *commands: str, options: Sequence[str] = ()) -> N
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 
 
+def with_secret(path: str | Path) -> tuple[str, ...]:
+    """How qemu's tools are told of an encrypted image; the image itself comes last."""
+    return ("--object", SECRET, "--image-opts", f"driver=qcow2,file.filename={path},encrypt.key-secret=s")
+
+
+def make_luks(path: str | Path, size: int, *writes: str, options: str = "cluster_size=16k") -> tuple[str, ...]:
+    """An image encrypted with SECRET, and commands of qemu-io on it. Returns `with_secret` of it."""
+    luks = f"encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,{options}"
+    qemu_img("create", "-q", "--object", SECRET, "-f", "qcow2", "-o", luks, path, str(size))
+    *named, image = with_secret(path)
+    qemu_io(image, *writes, options=named)
+    return (*named, image)
+
+
 @dataclass(frozen=True, slots=True)
 class QemuReport:
     """What `qemu-img check` says; all numbers are 0 when it could not open the image."""
@@ -62,7 +76,7 @@ def qemu_check(path: Path) -> QemuReport:
     image: tuple[str | Path, ...] = ("-f", "qcow2", path)
     with path.open("rb") as file:
         if file.read(36)[32:] == b"\0\0\0\2":
-            image = ("--object", SECRET, "--image-opts", f"driver=qcow2,file.filename={path},encrypt.key-secret=s")
+            image = with_secret(path)
     done = qemu_img("check", "--output=json", *image, ok=(0, 1, 2, 3))
     if not done.stdout.strip():
         return QemuReport(done.returncode)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.qcow2edit import COMPRESSED, COPIED, SECRET, Edit, qemu_img, qemu_io
+from tests.support.qcow2edit import COMPRESSED, COPIED, Edit, make_luks, qemu_img, qemu_io
 
 BITMAPS = 0x23852875
 LUKS = 0x0537BE77
@@ -70,10 +70,7 @@ def _data_file(path: Path) -> None:
 
 
 def _luks(path: Path) -> None:
-    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,cluster_size=16k"
-    qemu_img("create", "-q", "--object", SECRET, "-f", "qcow2", "-o", options, path, str(SIZE))
-    image = f"driver=qcow2,file.filename={path},encrypt.key-secret=s"
-    qemu_io(image, "write -q -P 1 0 100k", options=("--object", SECRET, "--image-opts"))
+    make_luks(path, SIZE, "write -q -P 1 0 100k")
 
 
 KINDS: dict[str, Callable[[Path], None]] = {

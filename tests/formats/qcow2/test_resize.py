@@ -23,7 +23,7 @@ from nbdimg.storage.posix import PosixFile
 from nbdimg.units import GiB, KiB, MiB, TiB
 from tests.crash import qcow2 as scenarios
 from tests.support.crash import run_now
-from tests.support.qcow2edit import SECRET, Edit, QemuReport, qemu_check, qemu_img, qemu_io
+from tests.support.qcow2edit import Edit, QemuReport, make_luks, qemu_check, qemu_img, qemu_io
 
 SEED = 20260131
 
@@ -336,17 +336,9 @@ def test_resize_within_a_compressed_cluster(tmp_path: Path, kind: str) -> None:
     assert_is(path, content[:500224].ljust(MiB, b"\0"))
 
 
-def encrypted(path: Path, size: int, *writes: str) -> tuple[str, ...]:
-    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,cluster_size=16k"
-    qemu_img("create", "-q", "--object", SECRET, "-f", "qcow2", "-o", options, path, str(size))
-    image = f"driver=qcow2,file.filename={path},encrypt.key-secret=s"
-    qemu_io(image, *writes, options=("--object", SECRET, "--image-opts"))
-    return ("--object", SECRET, "--image-opts", image)
-
-
 def test_resize_of_an_encrypted_image_needs_no_key_at_cluster_boundaries(tmp_path: Path) -> None:
     path, raw = tmp_path / "a.qcow2", tmp_path / "raw"
-    image = encrypted(path, MiB, "write -q -P 5 0 1M")
+    image = make_luks(path, MiB, "write -q -P 5 0 1M")
     resized(path, 3 * MiB, 512 * KiB, 2 * MiB)
     qemu_img("convert", "-O", "raw", *image, raw)
     assert raw.read_bytes() == b"\5" * 512 * KiB + bytes(2 * MiB - 512 * KiB)
@@ -355,7 +347,7 @@ def test_resize_of_an_encrypted_image_needs_no_key_at_cluster_boundaries(tmp_pat
 
 def test_resize_of_an_encrypted_image_within_a_cluster_needs_its_key(tmp_path: Path) -> None:
     path, raw = tmp_path / "a.qcow2", tmp_path / "raw"
-    image = encrypted(path, 100 * KiB, "write -q -P 5 0 100k")
+    image = make_luks(path, 100 * KiB, "write -q -P 5 0 100k")
     for size in (MiB, 50 * KiB):
         with pytest.raises(ConfigError, match="it is encrypted, and no key file was given"):
             resized(path, size)
