@@ -45,7 +45,7 @@ class Run(NamedTuple):
     failure: tuple[Request, OSError | NbdimgError] | None = None
 
 
-WRITE_BURST = 4
+WRITE_BURST = 8
 """Writes answered before their replies are sent: a client that has them can prepare the next while this one goes on."""
 
 _READ = int(Command.READ)

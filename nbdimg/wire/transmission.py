@@ -6,7 +6,7 @@ a turn is: fill, parse, handle, *park*. What is left of a turn is one of three t
     ┌────────┐  header complete   ┌──────────────────────┐
     │ HEADER │ ─────────────────▶ │ a request is returned │   payload, if any, lies in the shared buffer
     └────────┘                    └──────────────────────┘
-       │  payload longer than what arrived
+       │  payload longer than what arrived, and not short (CARRIED_SHARE)
        ▼
     ┌─────────┐  a buffer of its own is filled, first in the list that `buffers` returns, with a short spill into
     │ PAYLOAD │  the shared buffer behind it, so that the next header costs no system call of its own
@@ -34,6 +34,10 @@ from nbdimg.errors import ProtocolError
 from nbdimg.wire.constants import EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, Command, CommandFlag
 from nbdimg.wire.messages import COMPACT_REQUEST, EXTENDED_REQUEST, PayloadRequest, Request
 
+CARRIED_SHARE = 16
+"""A WRITE payload of which the shared buffer holds so many is not worth a buffer of its own: what has come of it is
+carried to the next turn, where its request lies whole before those behind it."""
+
 CONTEXT_IDS_MAX = 1024
 """Context ids in one BLOCK_STATUS payload; an export has a handful."""
 
@@ -55,6 +59,7 @@ class Receiver:
 
     __slots__ = (
         "_allocate",
+        "_carried_max",
         "_carry",
         "_end",
         "_filled",
@@ -83,6 +88,7 @@ class Receiver:
         self._scratch = scratch
         self._spill_size = spill_size
         self._payload_max = payload_max
+        self._carried_max = min(len(scratch) // CARRIED_SHARE, payload_max)
         self._allocate = allocate
         header = EXTENDED_REQUEST if is_extended else COMPACT_REQUEST
         self.unpack: Callable[[memoryview, int], tuple[Any, ...]] = header.unpack_from
@@ -180,6 +186,8 @@ class Receiver:
                 self._position = stop
                 self.starved = False
                 return Request(command, flags, cookie, offset, length, self._scratch[body:stop])
+            if length <= self._carried_max:
+                return None
             return self._begin_payload(Request(command, flags, cookie, offset, length), body)
         if flags & _PAYLOAD_LEN and self._is_extended:
             return self._begin_payload(PayloadRequest(command, flags, cookie, offset, length), body)

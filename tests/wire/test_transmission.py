@@ -15,7 +15,7 @@ import pytest
 
 from nbdimg.errors import ProtocolError
 from nbdimg.limits import Limits
-from nbdimg.wire.transmission import CONTEXT_IDS_MAX
+from nbdimg.wire.transmission import CARRIED_SHARE, CONTEXT_IDS_MAX
 from tests.wire.receiving import PAYLOAD_MAX, SCRATCH_SIZE, SPILL_SIZE, Owner, Seen
 
 SEED = 20
@@ -208,6 +208,23 @@ def test_payload_is_received_in_place_with_the_next_header_in_the_spill(
     assert owner.seen[:1] == [written(content(300))]
     owner.deliver(stream[stop:])
     assert owner.seen == [written(content(300)), was_read(), was_read(), was_read()]
+
+
+@DIALECTS
+@pytest.mark.parametrize("difference", [-1, 0, 1])
+def test_short_payload_that_comes_in_parts_is_carried_and_needs_no_buffer(is_extended: bool, difference: int) -> None:
+    payload = content(1024 // CARRIED_SHARE + difference)
+    stream = write(payload, is_extended) + read(is_extended)
+    header_size = 32 if is_extended else 28
+    for cut in range(header_size, header_size + len(payload)):
+        owner = Owner(is_extended=is_extended, scratch_size=1024)
+        owner.deliver(read(is_extended, 1) + stream[:cut])
+        assert owner.seen == [was_read(1)]
+        assert owner.receiver.is_mid_request()
+        owner.deliver(stream[cut:])
+        assert owner.seen == [was_read(1), written(payload), was_read()]
+        assert not owner.receiver.is_mid_request()
+        assert owner.allocated == ([len(payload)] if difference > 0 else [])
 
 
 @DIALECTS
