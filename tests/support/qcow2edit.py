@@ -53,9 +53,9 @@ def make_luks(path: str | Path, size: int, *writes: str, options: str = "cluster
     """An image encrypted with SECRET, and commands of qemu-io on it. Returns `with_secret` of it."""
     luks = f"encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,{options}"
     qemu_img("create", "-q", "--object", SECRET, "-f", "qcow2", "-o", luks, path, str(size))
-    *named, image = with_secret(path)
-    qemu_io(image, *writes, options=named)
-    return (*named, image)
+    named = with_secret(path)
+    qemu_io(named[-1], *writes, options=named[:-1])
+    return named
 
 
 @dataclass(frozen=True, slots=True)
