@@ -11,30 +11,25 @@ import json
 import os
 import re
 import subprocess
-import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.deploy.debian import TRIXIE, NotPrepared, extract, pip, project
 from tests.deploy.manifests import DOCKERFILE, ROOT, SERVER_UID
 from tests.interop.samples import run_ok
 from tests.support.peers import require_program
 
 BUILD_LIMIT_S = 280.0
-DEBIAN_SUITE, PYTHON_VERSION = "trixie", "3.13"
-"""The release whose Python is the one of the Dockerfile."""
+RELEASE = TRIXIE
+"""Its Python is the one of the Dockerfile."""
 
-PACKAGES = "base-files,coreutils,dash,libc-bin,python3-venv"
+PACKAGES = ("base-files", "coreutils", "dash", "libc-bin", "python3-venv")
 SHELLS = ("/usr/bin/dash", "/usr/bin/bash", "/usr/bin/rbash")
 BASE = re.findall(r"^FROM (\S+)", DOCKERFILE.read_text(), re.MULTILINE)[-1]
 IMAGE = "nbdimg-test"
 BUILD = ("bud", "--isolation=chroot", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024")
 """Where no limits are named, buildah 1.39 asks for 1048576 of each, which not every machine grants."""
-
-
-class NotPrepared(Exception):
-    """This machine has no packages for a base image, no wheels for its Python, or does not let root mount."""
 
 
 class Builder:
@@ -57,13 +52,11 @@ class Builder:
 
     def prepare(self) -> None:
         """The base image, and the wheels that pip will want. Raises: NotPrepared."""
-        with subprocess.Popen(_download(self.directory / "wheels")) as download:
-            try:
-                self._make_base()
-            except AssertionError as error:
-                raise NotPrepared(f"no base image can be made here: {error}") from None
+        download_wheels = pip("download", f"--dest={self.directory}/wheels", _requirements(), RELEASE)
+        with subprocess.Popen(download_wheels) as download:
+            self._make_base()
         if download.returncode:
-            raise NotPrepared(f"pip has no wheels for Python {PYTHON_VERSION} here")
+            raise NotPrepared(f"pip has no wheels for Python {RELEASE.python} here")
 
     def build(self) -> None:
         """The Dockerfile as it is, from the project's directory."""
@@ -76,9 +69,11 @@ class Builder:
 
     def _make_base(self) -> None:
         container = self.call("from", "scratch")
-        root = Path(self.call("mount", container))
-        bootstrap = [require_program("mmdebstrap"), "--quiet", "--variant=extract", f"--include={PACKAGES}"]
-        run_ok(*bootstrap, DEBIAN_SUITE, root, timeout_s=BUILD_LIMIT_S)
+        try:
+            root = Path(self.call("mount", container))
+        except AssertionError as error:
+            raise NotPrepared(f"nothing can be mounted here: {error}") from None
+        extract(root, RELEASE, PACKAGES)
         _finish_base(root)
         self.call("commit", "--quiet", "--disable-compression", "--rm", container, BASE)
 
@@ -106,15 +101,12 @@ def _finish_base(root: Path) -> None:
     (certificates / "ca-certificates.crt").write_bytes(b"".join(each.read_bytes() for each in authorities))
 
 
-def _download(directory: Path) -> list[str]:
-    """What the Dockerfile's `pip install` wants, for the container's Python, and what builds the project."""
-    text = tomllib.loads((ROOT / "pyproject.toml").read_text())
+def _requirements() -> list[str]:
+    """What the Dockerfile's `pip install` wants, and what builds the project."""
+    text = project()
     (extras,) = re.findall(r"'/src\[(.*)\]'", DOCKERFILE.read_text())
-    optional = text["project"]["optional-dependencies"]
-    requirements = [*text["build-system"]["requires"], *text["project"]["dependencies"]]
-    requirements += [each for extra in extras.split(",") for each in optional[extra]]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--only-binary=:all:"]
-    return [*command, f"--python-version={PYTHON_VERSION}", f"--dest={directory}", *requirements]
+    optional = [each for extra in extras.split(",") for each in text["project"]["optional-dependencies"][extra]]
+    return [*text["build-system"]["requires"], *text["project"]["dependencies"], *optional]
 
 
 def specification(root: Path, image: Any, service: Any, volumes: dict[str, Path], environment: Sequence[str]) -> Any:

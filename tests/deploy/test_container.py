@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.container import SHELLS, Builder, NotPrepared, specification
+from tests.deploy.container import SHELLS, Builder, specification
+from tests.deploy.debian import NotPrepared
 from tests.deploy.manifests import COMPOSE, ROOT, SERVER_UID, load
 from tests.interop.samples import run, run_ok
 from tests.support.peers import require_program

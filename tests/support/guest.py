@@ -72,13 +72,13 @@ poweroff -f
 ALIASES = "".join(f"alias {name}=/programs/{name}\n" for name in PROGRAMS)
 """BusyBox's shell prefers its own applets, whatever PATH says; since 1.37 Debian's has one of nbd-client's name."""
 
-SCRIPT_PRELUDE = (
-    ALIASES
-    + r"""
+CONTROL_FUNCTIONS = r"""
 report() { echo "$1=$2" >&3; }
 pause() { echo "pause=$1" >&3; read -r _ <&3; }
 """
-)
+"""What a script says to the host, where its descriptor 3 is the control line."""
+
+SCRIPT_PRELUDE = ALIASES + CONTROL_FUNCTIONS
 
 LIST_MODULES = """
 import __future__, os, select, socket, struct, sys, time
