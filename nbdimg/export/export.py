@@ -181,12 +181,8 @@ class Export:
 
         Raises: OSError, NbdimgError: the request failed, now.
         """
-        if request.command == _WRITE:
-            payload = request.payload
-            assert payload is not None
-            if payload and (self._is_blocked(request) or not self.image.try_write(request.offset, payload)):
-                return self._submit_write(request)
-            return self._flush() if request.flags & _FUA else None
+        if request.command == _WRITE and request.length:
+            return self._submit_write(request)
         if request.command == Command.FLUSH:
             return None if self.image.gate.is_clean else self._flush()
         if request.length == 0:
@@ -196,12 +192,6 @@ class Export:
         if request.command == Command.CACHE:
             return self._submit_cache(request)
         return self._submit_unmap(request)
-
-    def _is_blocked(self, request: Request) -> bool:
-        if not self.inflight.count:
-            return False
-        start, stop = self._write_span(request)
-        return self.inflight.conflicts(start, stop, is_exclusive=True)
 
     def _write_span(self, request: Request) -> tuple[int, int]:
         """What a write must have for itself. One that meets others takes whole clusters: by the time it runs, they may
@@ -217,11 +207,16 @@ class Export:
         start, stop = self._sectors(request.offset, request.length)
         return self.image.cluster_span(start, stop)
 
-    def _submit_write(self, request: Request) -> Work[None]:
+    def _submit_write(self, request: Request) -> Work[None] | None:
+        """Now, unless it meets others or would wait."""
+        assert request.payload is not None
+        meets_span = self._write_span(request) if self.inflight.count else None
+        is_blocked = meets_span is not None and self.inflight.conflicts(*meets_span, is_exclusive=True)
+        if not is_blocked and self.image.try_write(request.offset, request.payload):
+            return self._flush() if request.flags & _FUA else None
         request.keep_payload()
         offset, payload = request.offset, request.payload
-        assert payload is not None
-        return self._change(request, self._write_span(request), lambda: self.image.write(offset, payload))
+        return self._change(request, meets_span or self._write_span(request), lambda: self.image.write(offset, payload))
 
     def _submit_unmap(self, request: Request) -> Work[None]:
         offset, length, flags = request.offset, request.length, request.flags
