@@ -51,6 +51,11 @@ class FlushGate:
         """A change is complete and not yet durable."""
         self._change_count += 1
 
+    def close(self) -> None:
+        """The files are closed: a flush that comes too late has nothing to write to."""
+        if not self.is_clean and self.failure is None:
+            self.failure = "it was closed before it was flushed"
+
     async def flush(self) -> None:
         """Everything that `changed` told of before this call is durable on return.
 

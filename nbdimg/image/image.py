@@ -473,8 +473,8 @@ class Image:
                 return
             if is_fast_only:
                 raise RequestError(errno.EOPNOTSUPP, "zeroes would have to be written out here", offset)
-            for position in range(start, start + count, ZERO_WRITE_SIZE):
-                await file.pwrite(position, _ZEROES[: start + count - position])
+            for position, zeroes in _zeroes(start, start + count):
+                await file.pwrite(position, zeroes)
 
         unit = self.driver.unmap_size
         stop = offset + length
@@ -489,9 +489,13 @@ class Image:
         if edges and is_fast_only:
             raise RequestError(errno.EOPNOTSUPP, "zeroes would have to be written out here", edges[0][0])
         await self.record(offset, stop)
-        for edge_start, edge_stop in edges:
-            await self.write(edge_start, _ZEROES[: edge_stop - edge_start])
+        for edge in edges:
+            await self._write_zeroes(*edge)
         await self._unmap(start, whole_stop, Unmap.ZERO if may_unmap else Unmap.KEEP, zero)
+
+    async def _write_zeroes(self, offset: int, stop: int) -> None:
+        for position, zeroes in _zeroes(offset, stop):
+            await self.write(position, zeroes)
 
     async def _is_zero(self, offset: int, stop: int) -> bool:
         while offset < stop:
@@ -533,8 +537,7 @@ class Image:
             if extent.writable:
                 await change(extent, extent.file_offset + offset - extent.offset, count)
             elif to is not Unmap.TRIM and not await self._is_zero(offset, offset + count):
-                for position in range(offset, offset + count, ZERO_WRITE_SIZE):
-                    await self.write(position, _ZEROES[: offset + count - position])
+                await self._write_zeroes(offset, offset + count)
         finally:
             self.driver.unmapped(offset, count)
             self.gate.changed()
@@ -585,9 +588,16 @@ class Image:
 
     async def discard(self) -> None:
         """Close the files and write nothing: what is not flushed is not wanted."""
+        self.gate.close()
         await self.driver.abandon()
         if self.backing is not None and not self._shares_backing:
             await self.backing.close()
+
+
+def _zeroes(start: int, stop: int) -> Iterator[tuple[int, memoryview]]:
+    """The writes that fill the range with zeroes."""
+    for position in range(start, stop, ZERO_WRITE_SIZE):
+        yield position, _ZEROES[: stop - position]
 
 
 async def _all(reads: list[Awaitable[None]]) -> None:

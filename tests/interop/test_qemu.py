@@ -29,6 +29,8 @@ from tests.interop.samples import (
     write_sparse,
 )
 from tests.support.peers import require_program
+from tests.support.rawclient import connect_negotiated
+from tests.support.rawprotocol import Command, CommandFlag
 from tests.support.server import NbdimgServer, PeerServer
 
 EXIT_IMAGE_REFUSED = 3
@@ -384,3 +386,19 @@ def test_two_read_only_servers_of_one_image_coexist(tmp_path: Path, first: str) 
     with servers[0] as one, servers[1] as two:
         for target in (one, two, image):
             qemu_io_ok(target, "read 0 64k", options=("-r",))
+
+
+@pytest.mark.parametrize("flags", [0, CommandFlag.NO_HOLE])
+def test_zeroes_of_part_of_a_long_cluster_are_whole(tmp_path: Path, flags: int) -> None:
+    image = tmp_path / "disk.qcow2"
+    run_ok(require_program("qemu-img"), "create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", image, "4M")
+    run_ok(require_program("qemu-io"), "-f", "qcow2", "-c", "write -P 7 0 4M", image)
+    with NbdimgServer(image) as server, connect_negotiated(server.socket_path, "disk") as client:
+        assert client.request(Command.WRITE_ZEROES, 256 << 10, 1500 << 10, flags).error == 0
+        client.disconnect()
+        server.terminate()
+        assert server.wait() == 0
+    expected = b"\7" * (256 << 10) + bytes(1500 << 10) + b"\7" * ((4 << 20) - (1756 << 10))
+    raw = tmp_path / "raw"
+    run_ok(require_program("qemu-img"), "convert", "-O", "raw", image, raw)
+    assert raw.read_bytes() == expected

@@ -66,7 +66,7 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
     driver = image.driver
     assert isinstance(driver, Qcow2Driver)
     check(driver.file.path, driver.header, size)
-    _check_bitmaps(driver)
+    _check_bitmaps(driver, size)
     if size < driver.size:
         await _shrink(image, driver, size)
     await _forget(image, driver, progress)
@@ -75,9 +75,11 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
     await _store_bitmaps(image, driver)
 
 
-def _check_bitmaps(driver: Qcow2Driver) -> None:
+def _check_bitmaps(driver: Qcow2Driver, size: int) -> None:
     store = driver.bitmaps
     if isinstance(store, BitmapStore):
+        if not size and store.entries:
+            raise UnsupportedFeature(driver.file.path, "a disk of size 0 has no bitmaps: remove them first")
         for entry in store.entries:
             if entry.name not in store.names:
                 raise UnsupportedFeature(

@@ -521,3 +521,21 @@ def test_control_fault_is_found_by_crashes(
 ) -> None:
     fault(monkeypatch)
     assert crashed(name)
+
+
+def test_cluster_cut_in_two_reads_as_zeroes_when_the_disk_grows_again(tmp_path: Path) -> None:
+    """Its end is longer than one write of zeroes."""
+    path = tmp_path / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", path, "4M")
+    qemu_io(path, "write -P 7 0 4M")
+    resized(path, 2 * MiB + 512 * KiB, 4 * MiB)
+    assert guest(path) == bytes([7]) * (2 * MiB + 512 * KiB) + bytes(1536 * KiB)
+
+
+def test_disk_with_bitmaps_is_not_made_empty(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    qemu_img("bitmap", "--add", path, "monday")
+    with pytest.raises(UnsupportedFeature, match="a disk of size 0 has no bitmaps: remove them first"):
+        resized(path, 0)
+    assert len(guest(path)) == MiB
