@@ -269,7 +269,8 @@ class Export:
                 else:
                     if extents is None:
                         extents = await self.image.map(offset, length, extents_max)
-                    pairs = status_pairs(extents, STATUS_FLAGS[context], alignment)
+                    is_cut = bool(extents) and extents[-1].stop < offset + length
+                    pairs = status_pairs(extents, STATUS_FLAGS[context], alignment, is_cut=is_cut)
                 answers.append((context_id, pairs[:1] if request.flags & CommandFlag.REQ_ONE else pairs))
             return answers
 

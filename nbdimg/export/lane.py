@@ -10,7 +10,8 @@ request. The lane cuts through the layers on purpose and in this one module.
          Nothing is tried twice: a file call that failed is reported, not repeated, unless it was for several writes
          made one (`merge`): then each is tried alone, and fails for itself.
     (L3) The lane runs within one turn. It takes READs while no change is in flight on the export, WRITEs while nothing
-         is. So a mapping that it has looked up stays true until it returns, and a slow READ holds up no other.
+         is. So a mapping that it has looked up stays true until it writes elsewhere than in place, or returns; and a
+         slow READ holds up no other.
 """
 
 from __future__ import annotations
@@ -149,6 +150,8 @@ class Lane:
                         followers, next_position = merged.followers, merged.position
                     elif not image.try_write(offset, data):
                         break
+                    if not is_in_place:
+                        read_stop = 0
                     put_done(arena, fill, cookie, offset)
                     fill += done_size
                     for follower in followers:

@@ -33,16 +33,21 @@ STATUS_FLAGS: dict[str, Callable[[Extent], int]] = {BASE_ALLOCATION: _allocation
 """How each context reads an extent; a context of the namespace qemu:dirty-bitmap: has extents of its own."""
 
 
-def status_pairs(extents: Sequence[Extent], value_of: Callable[[Extent], int], alignment: int) -> Pairs:
+def status_pairs(
+    extents: Sequence[Extent], value_of: Callable[[Extent], int], alignment: int, *, is_cut: bool = False
+) -> Pairs:
     """The pairs for extents that follow one another, equal neighbours merged.
 
-    Lengths are multiples of `alignment` but for the last. A unit that several extents share gets the smallest of
-    their values, which promises least: data before zero, zero before hole; the nearest depth.
+    Lengths are multiples of `alignment` but for the last; with `is_cut`, where a client has to go on from there, that
+    one too. A unit that several extents share gets the smallest of their values, which promises least: data before
+    zero, zero before hole; the nearest depth.
     """
     if not extents:
         return []
     start = position = extents[0].offset
     end = extents[-1].stop
+    if is_cut:
+        end = start + (align_down(end - start, alignment) or end - start)
     pairs: Pairs = []
     for extent in extents:
         value = value_of(extent)

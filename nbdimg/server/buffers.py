@@ -17,6 +17,12 @@ MAPPED_FROM = 128 * KiB
 """Buffers from this size on are maps."""
 
 
+SMALL_MAX = 256 * KiB
+SMALL_SHARE = 4
+"""One in so many bytes of the limit is for buffers up to SMALL_MAX alone: a few clients whose long payloads are slow to
+come do not keep all others from theirs."""
+
+
 class BufferPool:
     """Buffers in powers of two. `limit` bounds the bytes lent out; a request that alone is larger is lent alone."""
 
@@ -28,7 +34,8 @@ class BufferPool:
         self._kept: dict[int, list[memoryview]] = {}
 
     def has_room(self, length: int) -> bool:
-        return self.lent_bytes == 0 or self.lent_bytes + length <= self.limit
+        limit = self.limit if length <= SMALL_MAX else self.limit - self.limit // SMALL_SHARE
+        return self.lent_bytes == 0 or self.lent_bytes + length <= limit
 
     def take(self, length: int) -> memoryview:
         """A buffer of `length` bytes with any content; `give` must follow."""

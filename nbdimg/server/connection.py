@@ -205,6 +205,8 @@ class Connection:
 
     def _answer(self, handshake: Handshake, answer: bytes) -> None:
         self.outbox.put_or_queue(answer)
+        if self.is_closed:
+            return
         if handshake.state is State.DONE:
             self._begin_transmission(handshake)
         elif handshake.state is State.ENTERING:

@@ -168,6 +168,8 @@ class Transmission:
         finally:
             self._receiver.park()
             self._outbox.send_turn()
+            if self._outbox.is_broken:
+                self._give_partial()
         self.handled_count += handled
         if self._streams:
             self._schedule_pump()
@@ -206,6 +208,7 @@ class Transmission:
 
     def _handle(self, request: Request, is_cold: bool) -> None:
         if request.command == _DISC:
+            self._release(request)
             self._finish_input()
             return
         request.arrived_s = self.tally.arrived_s
@@ -525,3 +528,10 @@ class Transmission:
         self.in_flight -= len(self._streams)
         self._streams.clear()
         self._held = None
+        self._give_partial()
+
+    def _give_partial(self) -> None:
+        """The rest of a payload will not come."""
+        payload = self._receiver.abandon()
+        if payload is not None:
+            self._give(payload)

@@ -236,6 +236,12 @@ class Receiver:
                 f"block status payload is {len(payload)} bytes, expected 8 + 4n, n at most {CONTEXT_IDS_MAX}"
             )
 
+    def abandon(self) -> memoryview | None:
+        """The buffer of a payload that has not come whole, for its owner to have again. Its request is forgotten."""
+        payload, self._payload, self._partial = self._payload, None, None
+        self._filled = 0
+        return payload
+
     def park(self) -> None:
         """Give up the shared buffer at the end of a turn: what was not parsed is copied."""
         if self._position < self._end:

@@ -106,3 +106,10 @@ def test_pairs_of_a_range_of_whole_units_agree_with_a_value_for_each_byte(
     whole = [*runs, ("zero", rest)] if rest else runs
     values = [0 if kind == "data" else HOLE_AND_ZERO for kind, length in whole for _ in range(length)]
     assert status_pairs(extents(*whole), BASE, alignment) == reference(values, alignment)
+
+
+def test_range_that_goes_on_ends_at_a_whole_unit() -> None:
+    runs = extents(("data", 4096), ("zero", 8192), ("data", 4096), ("zero", 8192), ("data", 1024))
+    assert status_pairs(runs, BASE, 16384) == [(25600, 0)]
+    assert status_pairs(runs, BASE, 16384, is_cut=True) == [(16384, 0)]
+    assert status_pairs(runs[:1], BASE, 16384, is_cut=True) == [(4096, 0)]

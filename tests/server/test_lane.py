@@ -6,11 +6,13 @@ import asyncio
 import random
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from struct import pack
 from typing import Any, NamedTuple, Self
 
 import pytest
 
+from nbdimg.config import ExportConfig, ServerConfig
 from nbdimg.errors import ProtocolError
 from nbdimg.export.export import Export
 from nbdimg.export.lane import Lane, Run
@@ -23,9 +25,13 @@ from nbdimg.server.shared import Shared
 from nbdimg.server.transmission import Transmission
 from nbdimg.storage.file import Buffer
 from nbdimg.storage.memory import MemoryFile
+from nbdimg.uri import NbdUri
 from nbdimg.wire.constants import TransmissionFlag
 from nbdimg.wire.handshake import Session
+from tests.server.tls_live import LiveServer, files
 from tests.support.faultfile import HeldFile
+from tests.support.rawclient import connect_negotiated
+from tests.support.rawprotocol import Command
 
 SIZE = 1 << 20
 DIALECTS = {"simple": (False, False), "structured": (True, False), "extended": (True, True)}
@@ -229,3 +235,17 @@ def test_lane_takes_reads_beside_a_slow_read_and_nothing_beside_a_slow_change(
             assert len(await conversation.rest()) == 16 + 512 * (not command)
 
     asyncio.run(main())
+
+
+def test_read_behind_a_write_that_allocates_sees_it(tmp_path: Path) -> None:
+    """All three are handled in one run: what the first READ has looked up is true no more."""
+    (golden,) = files(tmp_path, ["golden"])
+    export = ExportConfig(str(golden), "golden", "raw", overlay="per-client", overlay_directory=str(tmp_path))
+    uri = NbdUri.parse(f"nbd+unix:///?socket={tmp_path / 's'}")
+    with LiveServer(ServerConfig((export,), (uri,))) as server, connect_negotiated(server.address, "golden") as client:
+        for offset in range(0, 1 << 20, 1 << 17):
+            read, again = client.reads(2, 4096, offset)
+            write = client.new_request(Command.WRITE, offset, 4096, payload=b"w" * 4096)
+            client.send_requests([read, write, again])
+            found = {reply.cookie: reply for reply in client.read_replies(3)}
+            assert found[again.cookie].data == b"w" * 4096

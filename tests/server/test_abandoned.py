@@ -1,0 +1,97 @@
+"""What clients leave behind that vanish at the worst moment: nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbdimg.config import ExportConfig, ServerConfig
+from nbdimg.limits import Limits
+from nbdimg.uri import NbdUri
+from tests.server.tls_live import LiveServer, files
+from tests.support.rawclient import Client, connect_negotiated
+from tests.support.rawprotocol import (
+    KIB,
+    MIB,
+    Command,
+    CommandFlag,
+    Info,
+    Option,
+    info_data,
+    option_bytes,
+)
+from tests.support.rss import wait_until
+
+GONE_S = 10.0
+PAYLOAD_SIZE = 8 * MIB
+LIMITS = Limits(total_bytes=32 * MIB)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[LiveServer]:
+    (path,) = files(tmp_path, ["disk"], 16 * MIB)
+    (golden,) = files(tmp_path, ["golden"])
+    exports = (
+        ExportConfig(str(path), "disk", "raw"),
+        ExportConfig(str(golden), "golden", "raw", overlay="per-client", overlay_directory=str(tmp_path)),
+    )
+    uri = NbdUri.parse(f"nbd+unix:///?socket={tmp_path / 's'}")
+    with LiveServer(ServerConfig(exports, (uri,), limits=LIMITS)) as server:
+        yield server
+
+
+def all_gone(server: LiveServer) -> bool:
+    return wait_until(lambda: not server.service.server.connections, GONE_S)
+
+
+def test_half_a_write_gives_its_buffer_back(server: LiveServer) -> None:
+    for _ in range(2 * LIMITS.total_bytes // PAYLOAD_SIZE):
+        with connect_negotiated(server.address, "disk") as client:
+            header = client.announce(client.new_request(Command.WRITE, 0, PAYLOAD_SIZE))
+            client.send(header + bytes(100 * KIB))
+            assert wait_until(lambda: server.service.server.lent_bytes >= PAYLOAD_SIZE, GONE_S)
+        assert wait_until(lambda: not server.service.server.lent_bytes, GONE_S)
+    with connect_negotiated(server.address, "disk") as client:
+        assert client.write(0, b"x" * PAYLOAD_SIZE).error == 0
+
+
+def test_disc_with_a_payload_gives_its_buffer_back(server: LiveServer) -> None:
+    with Client(server.address) as client:
+        client.greet()
+        client.negotiate("disk", extended=True)
+        client.send_requests([client.new_request(Command.DISC, 0, MIB, CommandFlag.PAYLOAD_LEN, bytes(MIB))])
+        assert all_gone(server)
+    assert server.service.server.lent_bytes == 0
+
+
+def test_client_that_left_behind_go_is_attached_to_nothing(server: LiveServer) -> None:
+    for _ in range(50):
+        with Client(server.address) as client:
+            client.greet()
+            client.send(option_bytes(Option.GO, info_data("disk", [Info.BLOCK_SIZE])))
+    assert all_gone(server)
+    (export,) = (each for each in server.service.registry if each.name == "disk")
+    assert export.meter.connection_count == 0
+
+
+def test_flushes_of_a_client_that_left_do_not_reach_a_closed_overlay(server: LiveServer) -> None:
+    for _ in range(5):
+        with connect_negotiated(server.address, "golden") as client:
+            zeroes = [client.new_request(Command.WRITE_ZEROES, at * 512, 512, CommandFlag.FUA) for at in range(20)]
+            client.send_requests(zeroes)
+    assert all_gone(server)
+    assert not [line for line in server.lines if "failed" in line]
+
+
+def test_clients_with_slow_payloads_leave_room_for_small_ones(server: LiveServer) -> None:
+    hogs = []
+    for _ in range(LIMITS.total_bytes // PAYLOAD_SIZE):
+        hog = connect_negotiated(server.address, "disk")
+        hogs.append(hog)
+        hog.send(hog.announce(hog.new_request(Command.WRITE, 0, PAYLOAD_SIZE)) + bytes(64))
+    with connect_negotiated(server.address, "disk", timeout_s=GONE_S) as client:
+        assert client.write(0, b"y" * 256 * KIB).error == 0
+    for hog in hogs:
+        hog.close()
