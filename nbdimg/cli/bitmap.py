@@ -23,7 +23,7 @@ bitmap = typer.Typer(
     name="bitmap", help="Dirty bitmaps of a qcow2 image: which parts of the disk have changed.", no_args_is_help=True
 )
 
-Image = Annotated[str, typer.Argument(metavar="IMAGE", help="A qcow2 image that no other program has open.")]
+Image = Annotated[str, typer.Argument(metavar="IMAGE", help="A qcow2 image that no other program writes to.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The bitmap.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the image's bitmaps as one JSON object.")]
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nbdimg.cli.opened import opening
 from nbdimg.cli.options import AllowReferences, AsJson, Format, Parent
 from nbdimg.cli.output import print_json, shown, sized
 from nbdimg.errors import ConfigError, UnsupportedFeature, escaped
@@ -60,7 +61,8 @@ async def _collect(
     path: str, format: str | None, is_chain: bool, roots: tuple[str, ...], parent: str | None
 ) -> list[dict[str, Any]]:
     async with AsyncExitStack() as files:
-        top = PosixFile(path, writable=False)
+        with opening(path):
+            top = PosixFile(path, writable=False)
         files.push_async_callback(top.close)
         format = format or await probed_format(top)
         if not is_chain:

@@ -95,7 +95,7 @@ def _root(
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status; errors go to standard error as one line."""
     try:
-        status = app(list(arguments), standalone_mode=False)
+        status = app(list(arguments), prog_name="nbdimg", standalone_mode=False)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -108,7 +108,9 @@ def _report(error: Exception) -> int:
     usage_message = getattr(error, "format_message", None)
     if usage_message is not None:
         if usage_message():
-            complain(f"{usage_message()}; see nbdimg --help")
+            context = getattr(error, "ctx", None)
+            command = "nbdimg" if context is None else context.command_path
+            complain(f"{usage_message().rstrip('.')}; see {command} --help")
         return EXIT_USAGE
     for kind, status in _STATUSES:
         if isinstance(error, kind):

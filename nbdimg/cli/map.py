@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nbdimg.cli.opened import opening
 from nbdimg.cli.options import AllowReferences, Format, Parent
 from nbdimg.cli.output import JSON_VERSION, shown
 from nbdimg.errors import ConfigError
@@ -54,7 +55,8 @@ async def _map(
     length: int | None,
     as_json: bool,
 ) -> None:
-    image = await open_image(path, format=format, writable=False, roots=roots, is_keyless=True, parent=parent)
+    with opening(path):
+        image = await open_image(path, format=format, writable=False, roots=roots, is_keyless=True, parent=parent)
     try:
         if start > image.size:
             raise ConfigError(f"{path}: --start is {start}, expected at most the image's size, {image.size}")

@@ -1,13 +1,22 @@
-"""An image's own file, opened by a verb that needs no other."""
+"""Images as verbs open them, and an image's own file for those that need no other."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from nbdimg.errors import ImageError
 from nbdimg.storage.locks import lock_image
 from nbdimg.storage.posix import PosixFile
+
+
+@contextmanager
+def opening(path: str) -> Iterator[None]:
+    """Raises: ImageError: a file could not be opened or read: `path`, or the one that the error names."""
+    try:
+        yield
+    except OSError as error:
+        raise ImageError(str(error.filename or path), error.strerror or str(error)) from None
 
 
 @asynccontextmanager
@@ -16,10 +25,8 @@ async def opened(path: str, *, writable: bool) -> AsyncIterator[PosixFile]:
 
     Raises: ImageError: it cannot be opened, or is in use.
     """
-    try:
+    with opening(path):
         file = PosixFile(path, writable=writable)
-    except OSError as error:
-        raise ImageError(path, error.strerror or str(error)) from None
     try:
         lock_image(file.descriptor, file.path, writable=writable)
         yield file

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from nbdimg.cli.opened import opening
 from nbdimg.cli.options import AllowReferences, AsJson, Format, Parent
 from nbdimg.cli.output import ProgressReport, print_json, progress, shown, sized
 from nbdimg.errors import ConfigError, escaped
@@ -64,7 +65,8 @@ async def _resized(
 ) -> tuple[str, int, int]:
     """The image's format, old and new size."""
     wanted(text, 0)
-    image = await open_image(path, format=format, roots=roots, key=key, is_keyless=True, parent=parent)
+    with opening(path):
+        image = await open_image(path, format=format, roots=roots, key=key, is_keyless=True, parent=parent)
     try:
         old = image.size
         size = wanted(text, old)

@@ -23,11 +23,13 @@ from nbdimg.uri import NbdUri
 
 
 async def serve_images(config: ServerConfig, inherited: Sequence[Inherited], *, is_verbose: bool) -> int:
-    """Serve until SIGTERM or SIGINT; SIGHUP has the files of TLS read again. Returns the exit status.
+    """Serve until SIGTERM or SIGINT. SIGHUP has the files of TLS read again; without TLS it is a terminal that went
+    away, and ends the server in order unless it is ignored (nohup). Returns the exit status.
 
     Raises: as `serving`.
     """
-    stop = _StopSignals()
+    is_hangup = config.tls is None and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    stop = _StopSignals(signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if is_hangup else []))
     notifier = _prepare(config, None, is_verbose=is_verbose)
     try:
         async with _administered(config, inherited) as attach, _serving(config, inherited) as service:
@@ -58,7 +60,7 @@ async def serve_file(
         config = load()
         return config.server, config.reload == "watch"
 
-    stop = _StopSignals()
+    stop = _StopSignals(signal.SIGTERM, signal.SIGINT)
     is_reload_asked = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, is_reload_asked.set)
     seen = stamp(path)
@@ -115,12 +117,12 @@ def _serving(config: ServerConfig, inherited: Sequence[Inherited]) -> AbstractAs
 
 
 class _StopSignals:
-    """The first SIGTERM or SIGINT asks for a drain, the second for an end to it."""
+    """The first signal asks for a drain, the second for an end to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *numbers: signal.Signals) -> None:
         self._is_asked = asyncio.Event()
         self._is_forced = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in numbers:
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
 
     def _on_signal(self) -> None:

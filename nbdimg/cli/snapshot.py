@@ -24,7 +24,7 @@ from nbdimg.server.loop import run_loop
 
 _COLUMNS = ("ID", "NAME", "SIZE", "VM STATE", "DATE")
 
-Image = Annotated[str, typer.Argument(metavar="IMAGE", help="A qcow2 image that no other program has open.")]
+Image = Annotated[str, typer.Argument(metavar="IMAGE", help="A qcow2 image that no other program writes to.")]
 Wanted = Annotated[str, typer.Argument(metavar="NAME", help="The snapshot's id or name; the id is tried first.")]
 
 snapshot = typer.Typer(

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import errno
 from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from nbdimg.errors import ConfigError
+from nbdimg.formats.newfile import naming, new_file
 from nbdimg.formats.options import Opened, OpenOptions
 from nbdimg.image.driver import Allocation, Extent, ExtentKind, Miss, Unmap
 from nbdimg.image.image import Image
@@ -132,14 +135,8 @@ async def resize(image: Image, size: int, *, progress: object = None) -> None:
     """
     driver = image.driver
     assert isinstance(driver, RawDriver)
-    try:
+    with _fitting(driver.file.path, size):
         await driver.file.truncate(size)
-    except (OSError, OverflowError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EFBIG):
-            raise
-        raise ConfigError(
-            f"{driver.file.path}: it cannot have {size} bytes: the file system has no such files, or it is a device"
-        ) from None
     driver.resized()
     image.resized()
     image.gate.changed()
@@ -151,6 +148,22 @@ async def open_driver(file: BlockFile, options: OpenOptions) -> Opened:
 
 
 def create(path: str, size: int) -> None:
-    """Make a sparse raw image of `size` bytes. Raises: OSError: the file exists or cannot be made."""
-    with open(path, "xb") as file:
-        file.truncate(size)
+    """Make a sparse raw image of `size` bytes. Raises: ConfigError: as `resize`. OSError: as `new_file`."""
+    with ExitStack() as undo, ExitStack() as files:
+        file = new_file(path, files, undo)
+        with naming(path), _fitting(path, size):
+            file.truncate(size)
+        undo.pop_all()
+
+
+@contextmanager
+def _fitting(path: str, size: int) -> Iterator[None]:
+    """Raises: ConfigError: a file cannot be given so many bytes."""
+    try:
+        yield
+    except (OSError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EFBIG):
+            raise
+        raise ConfigError(
+            f"{path}: it cannot have {size} bytes: the file system has no such files, or it is a device"
+        ) from None

@@ -40,7 +40,7 @@ WATCH_INTERVAL_S = 2.0
 IN_PLACE = frozenset({"description", "access", "is_tls_only"})
 """Fields of ExportConfig that change while the image stays open."""
 
-Stamp = tuple[str, int, int, int, int]
+Stamp = tuple[str, int, int, int, int, int]
 
 logger = logging.getLogger("nbdimg")
 
@@ -214,6 +214,7 @@ class Reloader:
             if each.name in service.live:
                 raise ConfigError(f"export {each.name} was added live: remove that one, or give this one another name")
         service.check(new)
+        asked, new = new, replace(new, admin=service.config.admin, metrics_address=service.config.metrics_address)
         sandbox.check(new)
         tls = None if new.tls is None else Tls(new.tls)
         found = difference(service.config, new)
@@ -225,7 +226,7 @@ class Reloader:
         except (ConfigError, ListenError):
             await _discard(prepared)
             raise
-        if (service.config.admin, service.config.metrics_address) != (new.admin, new.metrics_address):
+        if new != asked:
             logger.warning("what is new in [admin] and [metrics] takes a restart")
         leaving = self._commit(found, prepared, new)
         service.server.set_tls(tls)
@@ -349,15 +350,15 @@ async def _discard(prepared: _Prepared) -> None:
 
 
 def stamp(path: str) -> Stamp | None:
-    """What differs when a file was written or exchanged, also by way of a symbolic link to its directory, as
-    Kubernetes exchanges a ConfigMap's. None: it is not there.
+    """What differs when a file was written, exchanged or given another mode, also by way of a symbolic link to its
+    directory, as Kubernetes exchanges a ConfigMap's. None: it is not there.
     """
     try:
         real = os.path.realpath(path)
         found = os.stat(real)
     except OSError:
         return None
-    return real, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+    return real, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size, found.st_mode
 
 
 def _stamps(paths: Sequence[str]) -> dict[str, Stamp | None]:

@@ -263,7 +263,7 @@ async def open_exports(config: ExportConfig, limits: Limits, *, is_trial: bool =
 
     Args: is_trial: open it as far as that goes while another export writes to it: neither locked nor for writing.
 
-    Raises: ConfigError, ImageError. OSError: the key file cannot be read.
+    Raises: ConfigError, ImageError.
     """
     exports: list[Export] = []
     key = read_key_file(config.key_path) if config.key_path is not None else None
@@ -272,7 +272,7 @@ async def open_exports(config: ExportConfig, limits: Limits, *, is_trial: bool =
     except BaseException as error:
         await close_exports(exports)
         if isinstance(error, OSError):
-            raise ImageError(config.path, sandbox.reason(error)) from None
+            raise ImageError(str(error.filename or config.path), sandbox.reason(error)) from None
         raise
     return exports
 

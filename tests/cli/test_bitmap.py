@@ -187,7 +187,7 @@ def test_refusals_are_one_line_and_change_nothing(refused: Any) -> None:
     refused(["add", "disk.qcow2", "b0", "-g", "x"], USAGE, "'x' is not a size: .*")
     refused(["add", "disk.qcow2", ""], USAGE, "bitmap name '': expected 1 to 1023 bytes .*")
     refused(["remove", "disk.qcow2", "b0"], USAGE, "disk.qcow2: there is no bitmap 'b0', known are none")
-    refused(["merge", "disk.qcow2", "b0"], USAGE, "Missing argument 'SOURCE...'.*; see nbdimg --help")
+    refused(["merge", "disk.qcow2", "b0"], USAGE, "Missing argument 'SOURCE...'; see nbdimg bitmap merge --help")
 
 
 def test_image_that_is_served_cannot_be_changed(refused: Any) -> None:

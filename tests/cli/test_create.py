@@ -234,6 +234,8 @@ def test_create_on_a_terminal_shows_progress_and_then_the_line() -> None:
         (["a.qcow2", "--backing", "b"], "the backing file's format is not given, and it is never guessed"),
         (["a.qcow2", "--backing", "b", "--backing-format", "vmdk"], "the backing format is 'vmdk', .*: give SIZE"),
         (["a.qcow2", "--backing", "nbd://h/x", "--backing-format", "raw"], ".* is not a path, give SIZE"),
+        (["a.raw", "8E"], "a.raw: it cannot have 9223372036854775808 bytes: .*"),
+        (["a.raw", "7E"], "a.raw: it cannot have 8070450532247928832 bytes: .*"),
         (["a.raw", "1M", "--compat", "2"], "a raw image has no options but its size; did you mean .*"),
         (["a.qcow2", "3P"], "size is .*, expected 0 to .*"),
         (["a.qcow2", "1M", "--encrypt-key-file", "/dev/null"], "key file /dev/null is empty, .*"),
@@ -242,6 +244,7 @@ def test_create_on_a_terminal_shows_progress_and_then_the_line() -> None:
 )
 def test_create_what_cannot_be_made_is_refused_in_one_line(refused: Any, arguments: list[str], pattern: str) -> None:
     refused(arguments, USAGE, pattern)
+    assert not Path(arguments[0]).exists()
 
 
 @pytest.mark.parametrize("name", ["a.qcow2", "a.raw"])

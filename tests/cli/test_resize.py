@@ -102,7 +102,7 @@ def test_resize_encrypted_takes_a_key_file_where_zeroes_must_be_written(said: An
         (["a.qcow2", "2M", "--format", "vmdk"], USAGE, "unknown format 'vmdk', .*"),
         (["a.img", "8E"], USAGE, "a.img: it cannot have .* bytes: .*"),
         (["overlay", "2M"], IMAGE, "overlay: backing file '/etc/passwd' leads outside, .*"),
-        (["absent", "2M"], 1, "absent: No such file or directory"),
+        (["absent", "2M"], 3, "absent: No such file or directory"),
     ],
 )
 def test_resize_what_cannot_be_is_refused_in_one_line(

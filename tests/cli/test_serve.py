@@ -18,9 +18,11 @@ import pytest
 
 from nbdimg import __version__
 from nbdimg.cli.main import run
-from tests.support.rawclient import Client
+from tests.support.peers import require_program
+from tests.support.rawclient import Client, try_connect
 from tests.support.rawprotocol import Command, TransmissionFlag
-from tests.support.server import NbdimgServer, complaints
+from tests.support.rss import wait_until
+from tests.support.server import NbdimgServer, ServerProcess, complaints
 
 USAGE, IMAGE, LISTEN = 2, 3, 4
 START_LIMIT_S = 3.0
@@ -80,7 +82,7 @@ def size_of(address: str | tuple[str, int], name: str) -> int:
 @pytest.mark.parametrize(
     ("options", "pattern"),
     [
-        (["--frobnicate"], "No such option.*--frobnicate.*see nbdimg --help"),
+        (["--frobnicate"], "No such option.*--frobnicate.*see nbdimg serve --help"),
         (["--format", "vmdk"], "unknown format 'vmdk', known are raw, qcow2, vhdx"),
         (["--format", ""], "unknown format ''"),
         (["--min-block-size", "0"], "minimum block size is 0"),
@@ -390,7 +392,7 @@ def test_serve_insecure_plaintext_lets_any_address_pass_the_check(
 # Signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_serve_signal_exits_0_and_removes_the_socket(image: Path, number: signal.Signals) -> None:
     with NbdimgServer(image) as server:
         with Client(server.socket_path) as client:
@@ -403,6 +405,34 @@ def test_serve_signal_exits_0_and_removes_the_socket(image: Path, number: signal
         assert not os.path.exists(server.socket_path)
         assert complaints(server.stderr()) == []
     assert image.read_bytes().startswith(b"written before the signal")
+
+
+def test_serve_that_is_to_ignore_hangups_serves_on(image: Path) -> None:
+    nohup = (require_program("nohup"), sys.executable, "-m", "nbdimg")
+    with NbdimgServer(image, program=nohup) as server:
+        server.process.send_signal(signal.SIGHUP)
+        assert size_of(server.socket_path, "disk") == image.stat().st_size
+        server.terminate()
+        assert server.wait(10) == 0
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_serve_without_a_standard_stream_ends_in_order(tmp_path: Path, image: Path, closed: str) -> None:
+    """What it would have taken in the stream's place is none of libuv's, which does not close the three."""
+    path = tmp_path / "s"
+    line = f"exec {sys.executable} -m nbdimg serve --listen 'nbd+unix:///?socket={path}' {image} {closed}"
+    with ServerProcess(["sh", "-c", line]) as server:
+        assert wait_until(lambda: not server.is_running() or try_connect(str(path)) is not None, 20)
+        server.terminate()
+        assert server.wait(10) == 0
+        assert complaints(server.stderr()) == []
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-"])
+def test_command_without_a_standard_stream_works(image: Path, closed: str) -> None:
+    line = f"exec {sys.executable} -m nbdimg resize --format raw {image} +1M {closed}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_serve_signal_leaves_a_socket_that_another_server_has_made_meanwhile(tmp_path: Path, image: Path) -> None:

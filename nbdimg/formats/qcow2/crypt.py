@@ -282,11 +282,13 @@ def read_key_file(path: str | os.PathLike[str]) -> bytes:
     a group. (QEMU takes a secret's file as it is, newline included.)
 
     Raises:
-        ConfigError: the file is empty, or larger than KEY_FILE_SIZE_MAX.
-        OSError: it cannot be read.
+        ConfigError: the file cannot be read, is empty, or larger than KEY_FILE_SIZE_MAX.
     """
-    with Path(path).open("rb") as file:
-        content = file.read(KEY_FILE_SIZE_MAX + 1)
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(KEY_FILE_SIZE_MAX + 1)
+    except OSError as error:
+        raise ConfigError(f"key file {os.fspath(path)}: {error.strerror}") from None
     if len(content) > KEY_FILE_SIZE_MAX:
         raise ConfigError(f"key file {os.fspath(path)} has more than {KEY_FILE_SIZE_MAX} bytes")
     passphrase = content.removesuffix(b"\n")
