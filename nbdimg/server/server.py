@@ -15,7 +15,7 @@ import socket
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from nbdimg.errors import NbdimgError
+from nbdimg.errors import ImageError, NbdimgError
 from nbdimg.export.export import Export
 from nbdimg.export.registry import Registry
 from nbdimg.limits import Limits
@@ -312,6 +312,8 @@ async def _close_all(exports: Collection[Export]) -> Sequence[NbdimgError | OSEr
     for export in exports:
         try:
             await export.close()
-        except (NbdimgError, OSError) as error:
+        except NbdimgError as error:
             failures.append(error)
+        except OSError as error:
+            failures.append(ImageError(export.image.path, error.strerror or str(error)))
     return failures
