@@ -1,6 +1,7 @@
 """Where blocks live: the block allocation table and the sector bitmaps, looked up and changed in memory by 4 KiB pages.
 
-    (B1) A block's space is its own: what is mapped lies outside all structures, what is written inside the file too.
+    (B1) A block's space is its own: what is mapped lies outside all structures and inside the file, and what is new
+         behind all that blocks reach, which a writable open finds out (reach.py).
     (B2) Space that a block gave up is used again only after the log entry that says so is durable, and reads as zeroes.
     (B3) In a file with a parent, a block that is not present shows the parent; zero, unmapped and undefined do not.
     (B4) Nothing changes before the journal's session has begun: until then whoever wants to is told to load that, and
@@ -85,6 +86,8 @@ class Bat:
         self._journal = journal
         self._is_writable = journal is not None
         geometry = self._geometry = parts.geometry
+        self._last = FILE_OFFSET_MAX if self._is_writable else min(FILE_OFFSET_MAX, file.size - geometry.block_size)
+        """Up to here a block needs no closer look; what a writable file holds was looked at when it was opened."""
         self.size = geometry.size
         self._has_parent = geometry.has_parent
         self._block_size = geometry.block_size
@@ -131,7 +134,7 @@ class Bat:
     def _check_place(self, index: int, entry: int, length: int) -> None:
         """Raises: CorruptImage: what the entry is of cannot lie where it says (B1)."""
         offset = entry & ENTRY_OFFSET_MASK
-        if self._data_start <= offset <= FILE_OFFSET_MAX:
+        if self._data_start <= offset <= self._last:
             return
         if not MiB <= offset <= FILE_OFFSET_MAX:
             raise self._malformed(index, entry, "an offset of 1 MiB to 256 TiB where data is present")
@@ -144,6 +147,9 @@ class Bat:
                     f"(BAT entry {index}, offset {at})",
                     at,
                 )
+        end, size = offset + self._geometry.needed(index), self._file.size
+        if end > size and not self._is_writable:
+            raise self._malformed(index, entry, f"an end inside the file's {size} bytes, not at {end}")
 
     def _malformed(self, index: int, entry: int, expected: str) -> CorruptImage:
         at = self._offset + 8 * index
@@ -161,7 +167,7 @@ class Bat:
             return Miss(self.pages, index >> _PAGE_BITS)
         page.use_count += 1
         state, kind, host = _FULL, _DATA, page.entries[index & _PAGE_MASK] - _FULL
-        if host & _FLAGS_MASK or not self._data_start <= host <= FILE_OFFSET_MAX:
+        if host & _FLAGS_MASK or not self._data_start <= host <= self._last:
             state, host = self._entry(page, index)
             if state == _PARTIAL:
                 return self._map_sectors(block, host, offset, stop)
@@ -188,7 +194,7 @@ class Bat:
                 break
             entry = page.entries[index & _PAGE_MASK]
             if kind is _DATA:
-                goes_on = entry == host | _FULL and self._data_start <= host <= FILE_OFFSET_MAX
+                goes_on = entry == host | _FULL and self._data_start <= host <= self._last
             else:
                 state = entry & _FLAGS_MASK
                 goes_on = state <= _UNMAPPED and self._kind(state) is kind
@@ -259,11 +265,7 @@ class Bat:
         extent = self.map(offset, stop)
         if isinstance(extent, Miss):
             return extent
-        if not extent.writable:
-            return self._elsewhere
-        if extent.file_offset + extent.length > self._space.grown:
-            raise self._space.cut_short(extent.file_offset)
-        return extent
+        return extent if extent.writable else self._elsewhere
 
     def reserve(self, offset: int, stop: int) -> Allocation | Miss:
         """Room in one block."""
@@ -293,7 +295,7 @@ class Bat:
                 return taken
             host = taken
         elif host + self._block_size > self._space.grown:
-            raise self._space.cut_short(host)
+            return Miss(self._space, host + self._block_size)
         first, last = 0, self._block_sectors
         if is_partial:
             first = (offset - start) >> self._sector_bits
@@ -332,8 +334,6 @@ class Bat:
             for key in range(taken // PAGE_SIZE, (taken + BITMAP_SIZE) // PAGE_SIZE):
                 self.bitmaps.add(key, key * PAGE_SIZE, array("B", bytes(PAGE_SIZE)))
             bitmap_offset = taken
-        if bitmap_offset + BITMAP_SIZE > self._space.grown:
-            raise self._space.cut_short(bitmap_offset)
         first = bitmap_offset // PAGE_SIZE + (position * self._block_sectors >> _SECTOR_PAGE_BITS)
         last = bitmap_offset // PAGE_SIZE + ((position + 1) * self._block_sectors - 1 >> _SECTOR_PAGE_BITS)
         missing = next((key for key in range(first, last + 1) if key not in self.bitmaps.slices), None)
@@ -399,7 +399,7 @@ class Bat:
             return offset
         if kind is _DATA:
             if host + self._block_size > self._space.grown:
-                raise self._space.cut_short(host)
+                return Miss(self._space, host + self._block_size)
             self._space.free(host, self._block_size)
         page.entries[index & _PAGE_MASK] = State.ZERO if to is Unmap.ZERO else State.UNMAPPED
         self.pages.changed(page)

@@ -20,16 +20,16 @@ from nbdimg.units import MiB, align_down
 
 
 class VhdxDriver:
-    """Made by `open.open_driver`. `journal` is None when nothing will be written."""
+    """Made by `open.open_driver`. `journal` is None when nothing will be written, and then `reach` does not matter."""
 
     name = "vhdx"
     unmap_size = PAGE_SIZE
     failure: str | None = None
 
-    def __init__(self, file: BlockFile, parts: Parts, journal: Journal | None) -> None:
+    def __init__(self, file: BlockFile, parts: Parts, journal: Journal | None, reach: int) -> None:
         self.file = file
         self._journal = journal
-        self._space = Space(file, max(stop for _, stop, _ in parts.structures()))
+        self._space = Space(file, max(reach, *(stop for _, stop, _ in parts.structures())))
         self.bat = bat = Bat(file, parts, self._space, journal)
         self.size = bat.size
         self.cluster_size = parts.geometry.block_size

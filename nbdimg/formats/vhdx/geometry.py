@@ -62,3 +62,10 @@ class Geometry:
     def bitmap_index(self, chunk: int) -> int:
         """The entry of a chunk's sector bitmap: (2) with a ratio of 128 gives 386."""
         return (chunk + 1) * self.chunk_ratio + chunk
+
+    def needed(self, index: int) -> int:
+        """Bytes that must be in the file of what the entry is of: a short last block may end with the disk."""
+        chunk, position = divmod(index, self.chunk_ratio + 1)
+        if position == self.chunk_ratio:
+            return BITMAP_SIZE
+        return min(self.block_size, self.size - (index - chunk) * self.block_size)

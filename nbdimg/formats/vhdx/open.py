@@ -14,6 +14,7 @@ from nbdimg.formats.vhdx.locator import Locator, candidates, verify_linkage
 from nbdimg.formats.vhdx.log import load_active
 from nbdimg.formats.vhdx.metadata import Metadata
 from nbdimg.formats.vhdx.parts import Parts, load_parts
+from nbdimg.formats.vhdx.reach import reach
 from nbdimg.formats.vhdx.replay import open_replayed, replay_to_file
 from nbdimg.image.driver import FormatDriver
 from nbdimg.image.gate import Reference
@@ -43,7 +44,8 @@ async def open_driver(file: BlockFile, options: OpenOptions) -> Opened:
     _check_bat(file, parts)
     _tell_damage(file.path, parts)
     journal = Journal(file, headers) if options.writable else None
-    return Opened(VhdxDriver(file, parts, journal), _parent(file, parts.metadata, options.parent_path))
+    end = await reach(file, parts) if options.writable else 0
+    return Opened(VhdxDriver(file, parts, journal, end), _parent(file, parts.metadata, options.parent_path))
 
 
 async def _has_lost_log(file: BlockFile, headers: Headers) -> bool:

@@ -8,9 +8,11 @@ Space that earlier sessions left unused is not looked for: that would take readi
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from contextlib import suppress
 
-from nbdimg.errors import CorruptImage
+from nbdimg.formats.vhdx.structs import FILE_OFFSET_MAX
 from nbdimg.image.driver import Miss
 from nbdimg.storage.file import BlockFile
 from nbdimg.units import MiB, align_up
@@ -20,7 +22,7 @@ GROWTH = 64 * MiB
 
 
 class Space:
-    """Offsets and lengths are multiples of 1 MiB. Args: start: behind the last structure."""
+    """Offsets and lengths are multiples of 1 MiB. Args: start: behind the last structure, and where blocks reach."""
 
     def __init__(self, file: BlockFile, start: int) -> None:
         self._file = file
@@ -47,6 +49,8 @@ class Space:
 
     async def load(self, key: int) -> None:
         """Extend the file to hold `key` bytes and some more. Raises: OSError."""
+        if key > FILE_OFFSET_MAX:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self._file.path)
         async with self._growing:
             if key > self.grown:
                 size = align_up(key, self._growth)
@@ -69,8 +73,3 @@ class Space:
             with suppress(OSError):
                 if await self._file.punch(start, stop - start) or await self._file.zero(start, stop - start):
                     self._free.append((start, stop))
-
-    def cut_short(self, offset: int) -> CorruptImage:
-        """What to raise of a block that is to be written and ends behind `grown`."""
-        message = f"a block lies at offset {offset}, expected it to end inside the file's {self.grown} bytes"
-        return CorruptImage(self._file.path, message, offset)

@@ -162,9 +162,14 @@ def test_growth_that_fails_changes_nothing() -> None:
     asyncio.run(main())
 
 
-def test_block_that_is_cut_short_is_told_with_a_sentence() -> None:
-    """B1."""
-    error = Space(SparseFile(8 * M), START).cut_short(100 * M)
-    assert str(error) == (
-        "memory: a block lies at offset 104857600, expected it to end inside the file's 8388608 bytes"
-    )
+def test_file_does_not_grow_past_what_an_entry_can_say() -> None:
+    """256 TiB: a hostile image may point there."""
+
+    async def main() -> None:
+        file = SparseFile(4 * M)
+        assert await take(Space(file, (256 << 40) - 2 * M), M) == (256 << 40) - 2 * M
+        for start in ((256 << 40) - M, 256 << 40):
+            with pytest.raises(OSError, match="too large"):
+                await take(Space(SparseFile(4 * M), start), 2 * M)
+
+    asyncio.run(main())
