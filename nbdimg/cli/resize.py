@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from nbdimg.cli.opened import opening
 from nbdimg.cli.options import AllowReferences, AsJson, Format, Parent
 from nbdimg.cli.output import ProgressReport, print_json, progress, shown, sized
-from nbdimg.errors import ConfigError, escaped
+from nbdimg.errors import ConfigError, ImageFailed, escaped
 from nbdimg.formats import open_image, read_key_file, resize_image
 from nbdimg.formats.vhdx.driver import VhdxDriver
 from nbdimg.server.loop import run_loop
@@ -76,9 +77,12 @@ async def _resized(
             driver = image.driver
             size = align_up(size, driver.sector_size if isinstance(driver, VhdxDriver) else _SECTOR_SIZE)
         await resize_image(image, size, may_shrink=may_shrink, progress=report)
-        return image.driver.name, old, size
-    finally:
-        await image.close()
+    except BaseException:
+        with suppress(ImageFailed, OSError):
+            await image.close()
+        raise
+    await image.close()
+    return image.driver.name, old, size
 
 
 def wanted(text: str, size: int) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import subprocess
 from functools import partial
@@ -11,10 +13,12 @@ from typing import Any
 
 import pytest
 
+from nbdimg.formats.vhdx import resize as vhdx_resize
 from nbdimg.units import KiB, MiB
 from tests.cli.conftest import Command
 from tests.support.peers import require_program
 from tests.support.qcow2edit import make_luks, qemu_img
+from tests.support.vhdximages import dynamic
 
 USAGE, IMAGE = 2, 3
 
@@ -112,6 +116,16 @@ def test_resize_what_cannot_be_is_refused_in_one_line(
     qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", "/etc/passwd", "-F", "raw", "overlay", "1M")
     Path("a.img").write_bytes(b"x")
     refused(arguments, status, pattern)
+
+
+def test_resize_that_fails_tells_what_failed_first(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("a.vhdx").write_bytes(dynamic(bytes(MiB)))
+
+    async def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.vhdx")
+
+    monkeypatch.setattr(vhdx_resize, "load_headers", fail)
+    refused(["a.vhdx", "2M"], 1, "a.vhdx: No space left on device")
 
 
 @pytest.mark.parametrize("mode", ["-r", "-n"], ids=["reader", "writer"])

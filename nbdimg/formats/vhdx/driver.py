@@ -20,7 +20,7 @@ from nbdimg.units import MiB, align_down
 
 
 class VhdxDriver:
-    """Made by `open.open_driver`. `journal` is None when nothing will be written, and then `reach` does not matter."""
+    """Made by `open.load_driver`. `journal` is None when nothing will be written, and then `reach` does not matter."""
 
     name = "vhdx"
     unmap_size = PAGE_SIZE

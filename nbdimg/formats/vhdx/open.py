@@ -34,6 +34,12 @@ async def open_driver(file: BlockFile, options: OpenOptions) -> Opened:
     """
     if options.snapshot is not None:
         raise ConfigError(f"{file.path}: a vhdx image has no internal snapshots")
+    driver, metadata = await load_driver(file, options)
+    return Opened(driver, _parent(driver.file, metadata, options.parent_path))
+
+
+async def load_driver(file: BlockFile, options: OpenOptions) -> tuple[VhdxDriver, Metadata]:
+    """The image in `file` by itself, and its metadata, in which a parent is named. Raises: as `open_driver`."""
     headers = await load_headers(file)
     is_lost = options.accepts_lost_log and await _has_lost_log(file, headers)
     if options.writable:
@@ -45,7 +51,7 @@ async def open_driver(file: BlockFile, options: OpenOptions) -> Opened:
     _tell_damage(file.path, parts)
     journal = Journal(file, headers) if options.writable else None
     end = await reach(file, parts) if options.writable else 0
-    return Opened(VhdxDriver(file, parts, journal, end), _parent(file, parts.metadata, options.parent_path))
+    return VhdxDriver(file, parts, journal, end), parts.metadata
 
 
 async def _has_lost_log(file: BlockFile, headers: Headers) -> bool:

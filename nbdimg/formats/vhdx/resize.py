@@ -27,7 +27,7 @@ from nbdimg.formats.vhdx.driver import VhdxDriver
 from nbdimg.formats.vhdx.geometry import Geometry, State
 from nbdimg.formats.vhdx.header import load_headers, read
 from nbdimg.formats.vhdx.offline import PIECE_SIZE, Session, bat_pieces
-from nbdimg.formats.vhdx.open import open_driver
+from nbdimg.formats.vhdx.open import load_driver
 from nbdimg.formats.vhdx.parts import Parts, load_parts
 from nbdimg.formats.vhdx.region import RegionEntry, build_region_table
 from nbdimg.image.image import Image
@@ -56,11 +56,11 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
         parts = await load_parts(file, await load_headers(file))
         session = Session(file, parts.headers, changes_data=True)
         await _Resize(file, parts, size, session, progress).run()
-        opened = await open_driver(file, OpenOptions(DenyGate(), writable=True))
+        driver, _ = await load_driver(file, OpenOptions(DenyGate(), writable=True))
     except BaseException:
         image.gate.failure = "a resize was not finished: open it anew"
         raise
-    image.driver = opened.driver
+    image.driver = driver
     image.resized()
 
 

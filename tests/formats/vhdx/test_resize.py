@@ -220,6 +220,26 @@ def test_resize_of_a_child_that_would_show_more_of_its_parent_is_refused() -> No
     assert resized(builder.content, MiB, gate=Gate(3 * MiB))[1] == b"\x0f" * MiB
 
 
+def test_resize_of_a_child_whose_parent_is_given_asks_for_no_name_of_it() -> None:
+    """Its locator has none; the parent that is open stays what is read."""
+    content = Builder(2 * MiB, parent=".\\parent.vhdx").content
+    name, other = ("relative_path".encode("utf-16-le"), "relative_text".encode("utf-16-le"))
+    assert content.count(name) == 1
+    file = MemoryFile(content.replace(name, other), "x.vhdx")
+
+    async def work() -> None:
+        options = OpenOptions(Gate(2 * MiB), writable=True, parent_path="parent.vhdx")
+        image = await open_file(file, "vhdx", options)
+        await resize_image(image, 3 * MiB)
+        await image.write(2 * MiB, b"\1" * MiB)
+        await image.close()
+        image = await open_file(file, "vhdx", options)
+        assert await guest_of(image) == b"\x0f" * (2 * MiB) + b"\1" * MiB
+        await image.close()
+
+    asyncio.run(work())
+
+
 @pytest.mark.parametrize(("size", "sector_size"), [(0, 512), (100, 512), (512, 4096), (64 * TiB + 512, 512)])
 def test_resize_to_a_size_that_cannot_be_is_refused(size: int, sector_size: int) -> None:
     with pytest.raises(ConfigError, match=f"the size is {size} bytes, expected a multiple of the .* {sector_size}"):
