@@ -70,7 +70,7 @@ class Limits:
     """Payload bytes in flight for one connection; a single larger request is admitted alone."""
 
     total_bytes: int = 256 * MiB
-    """Payload bytes in flight for all connections."""
+    """Payload bytes in flight for all connections; a quarter of it is for payloads of up to 256 KiB alone."""
 
     output_bytes: int = 1 * MiB
     """Replies waiting for one client's socket; above this no further request of that client is looked at."""
