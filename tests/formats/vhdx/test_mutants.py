@@ -173,11 +173,14 @@ def outcomes(kind: str, visit: Callable[[bytearray], object]) -> Iterator[bool]:
 
 
 def asyncio_run(visit: Callable[[bytearray], object], content: bytearray) -> None:
-    """A coroutine that never waits, without a loop of its own: files in memory have nothing to wait for."""
+    """A coroutine that never waits, without a loop of its own: files in memory have nothing to wait for. When it
+    lets others have their turn, it gives None.
+    """
     coroutine = visit(content)
     assert asyncio.iscoroutine(coroutine)
     try:
-        coroutine.send(None)
+        while coroutine.send(None) is None:
+            pass
     except StopIteration:
         return
     coroutine.close()

@@ -17,7 +17,7 @@ import pytest
 from nbdimg.errors import CorruptImage, UnsupportedFeature
 from nbdimg.formats.vhdx import structs as s
 from nbdimg.formats.vhdx.header import Header, load_headers
-from nbdimg.formats.vhdx.log import Page, Zeroes
+from nbdimg.formats.vhdx.log import Page, Zeroes, load_active
 from nbdimg.formats.vhdx.metadata import load_metadata
 from nbdimg.formats.vhdx.region import load_regions
 from nbdimg.formats.vhdx.replay import Overlay, ReplayedFile, open_replayed, replay_to_file
@@ -400,6 +400,33 @@ def test_replay_to_file_of_a_size_that_is_refused_writes_no_more_and_leaves_the_
             (BAT + 64 * K, M - 64 * K)
         ]
         assert (await load_headers(file)).current.log_guid == LOG_GUID
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_replay_gives_others_their_turn(writable: bool) -> None:
+    """A file that is in memory does not wait, and a log may have millions of changes."""
+    ranges = [(BAT, SECTOR)] * 20000
+    log = ring((0, entry(10, 0, *ranges)), length=3 * M)
+    second = craft.header(2, log_guid=LOG_GUID, log_length=3 * M, log_offset=4 * M)
+    turns = 0
+
+    async def turn() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def run() -> None:
+        file = MemoryFile(image(second=second) + log, "x.vhdx", writable=writable)
+        headers = await load_headers(file)
+        other = asyncio.create_task(turn())
+        await load_active(file, headers.current)
+        assert turns >= 3
+        await (replay_to_file(file, headers) if writable else open_replayed(file, headers.current))
+        assert turns > len(ranges) // 128
+        other.cancel()
 
     asyncio.run(run())
 
