@@ -238,15 +238,25 @@ async def _apply_all(file: BlockFile, header: Header, active: Sequence) -> None:
 
 
 async def _apply(file: BlockFile, overlay: Overlay) -> None:
+    """Zeroes only where the file may have other bytes: behind its end it is zero when it grows, and a hole is already,
+    which the barrier that follows makes durable. In one hole there may be thousands of ranges.
+    """
+    hole_stop = 0
     for start, stop in overlay.zeroes():
-        await _zero(file, start, min(stop, file.size))
+        stop = min(stop, file.size)
+        if start >= stop:
+            break
+        if hole_stop < stop:
+            is_data, end = file.data_extent(start)
+            hole_stop = 0 if is_data else end
+        if hole_stop < stop:
+            await _zero(file, start, stop)
     for offset, content in overlay.runs():
         await file.pwrite(offset, content)
 
 
 async def _zero(file: BlockFile, start: int, stop: int) -> None:
-    """Zero what lies in the file; behind its end it is zero when the file grows."""
-    if start >= stop or await file.zero(start, stop - start):
+    if await file.zero(start, stop - start):
         return
     for offset in range(start, stop, _WRITE_SIZE):
         await file.pwrite(offset, bytes(min(_WRITE_SIZE, stop - offset)))

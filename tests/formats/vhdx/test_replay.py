@@ -404,6 +404,38 @@ def test_replay_to_file_of_a_size_that_is_refused_writes_no_more_and_leaves_the_
     asyncio.run(run())
 
 
+class Holed(Recorder):
+    """Has holes, which are zero: (start, stop)."""
+
+    holes = ((4 * M, 5 * M), (6 * M, 8 * M))
+
+    def data_extent(self, offset: int) -> tuple[bool, int]:
+        for start, stop in self.holes:
+            if offset < stop:
+                return (True, start) if offset < start else (False, stop)
+        return True, self.size
+
+
+def test_replay_to_file_leaves_holes_alone() -> None:
+    """Each range would cost a call of the system. What only begins or ends in a hole is no hole."""
+    inside = [(4 * M, SECTOR), (4 * M + 2 * SECTOR, M - 2 * SECTOR), (6 * M + SECTOR, SECTOR), (7 * M, SECTOR)]
+    other = [(5 * M + SECTOR, SECTOR), (6 * M - SECTOR, SECTOR), (7 * M + 3 * SECTOR, M), (9 * M - SECTOR, 64 * K)]
+    content = logged((0, entry(10, 0, *inside, *other, last=10 * M)), length=9 * M)
+    content[4 * M :] = b"\x77" * (5 * M)
+    for start, stop in Holed.holes:
+        content[start:stop] = bytes(stop - start)
+
+    async def run() -> None:
+        file = Holed(content)
+        await replay_to_file(file, await load_headers(file))
+        zeroed = [(offset, len(data)) for kind, offset, data in file.steps if kind == "write" and offset >= 4 * M]
+        assert zeroed == [*other[:-1], (9 * M - SECTOR, SECTOR)]
+        zeroes = [(offset, bytes(length)) for offset, length in (*inside, *other)]
+        assert file.content[BAT:] == applied(content, *zeroes, size=10 * M)[BAT:]
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("writable", [False, True])
 def test_replay_gives_others_their_turn(writable: bool) -> None:
     """A file that is in memory does not wait, and a log may have millions of changes."""
