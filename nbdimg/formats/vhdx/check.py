@@ -219,8 +219,7 @@ class Survey:
             self._follows = offset + geometry.block_size
         elif not offset:
             return None
-        length = min(geometry.block_size, geometry.size - block * geometry.block_size)
-        return self._take(index, entry, offset, length, geometry.block_size)
+        return self._take(index, entry, offset, geometry.needed(index), geometry.block_size)
 
     def _take(self, index: int, entry: int, offset: int, needed: int, length: int) -> None:
         """A place in the file: it must be inside, and nothing else may be there."""

@@ -16,7 +16,7 @@ from nbdimg.formats.vhdx.structs import PAGE_SIZE
 from nbdimg.image.tables import TableCache
 from nbdimg.storage.file import BlockFile
 from nbdimg.storage.ordering import Plan, Stage
-from nbdimg.units import MiB, align_down
+from nbdimg.units import MiB, align_down, align_up
 
 
 class VhdxDriver:
@@ -62,8 +62,9 @@ class VhdxDriver:
         pages = [*self.bat.bitmaps.capture(), *entries]
         if not pages:
             return Plan((first,))
-        flushed_offset = align_down(self._space.grown, MiB)
-        return Plan((first, *self._journal.stages(pages, flushed_offset, self._space.end)))
+        grown = self._space.grown
+        last_offset = min(self._space.end, align_up(grown, MiB))
+        return Plan((first, *self._journal.stages(pages, align_down(grown, MiB), last_offset)))
 
     async def flushed(self) -> None:
         assert self._journal is not None

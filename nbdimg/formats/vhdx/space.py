@@ -2,7 +2,7 @@
 
     used ──free──▶ freed ──capture──▶ leaving ──reclaim: punched──▶ free ──take──▶ used
 
-Space that earlier sessions left unused is not looked for: that would take reading the whole BAT; `compact` finds it.
+Space that earlier sessions left unused is not looked for: that would take remembering the whole BAT; `compact` does.
 """
 
 from __future__ import annotations

@@ -127,6 +127,24 @@ def test_sectors_are_added_to_a_short_last_block() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("offset", [40 * M, 200 << 40])
+def test_replay_does_not_let_the_file_grow_to_where_only_an_entry_points(offset: int) -> None:
+    """What is not there needs no room: a file of 200 TiB would be refused by most file systems."""
+    builder = Builder(8 * M)
+    builder.add_full(0, DATA)
+    builder.set_block(1, offset | UNMAPPED)
+
+    async def main() -> None:
+        image = await opened(builder.content, writable=True)
+        await image.trim(0, M)
+        await image.flush()
+        again = await opened(content_of(image), writable=True)
+        assert again.driver.file.size == len(builder.content)
+        assert await bytes_of(again, 0, 8 * M) == bytes(8 * M)
+
+    asyncio.run(main())
+
+
 # What was truncated
 
 
