@@ -169,7 +169,8 @@ def test_healthcheck_as_a_process_loads_none_of_the_server(server: FakeServer, t
     )
     assert (done.returncode, done.stderr) == (HEALTHY, "")
     loaded = set(done.stdout.split())
-    assert {each for each in loaded if each.startswith("nbdimg")} == {"nbdimg", "nbdimg.cli", "nbdimg.cli.healthcheck"}
+    own = {"nbdimg", "nbdimg.cli", "nbdimg.cli.streams", "nbdimg.cli.healthcheck"}
+    assert {each for each in loaded if each.startswith("nbdimg")} == own
     assert loaded.isdisjoint({"asyncio", "ssl", "http", "email", "argparse", "typer", "json", "logging", "aiohttp"})
 
 
