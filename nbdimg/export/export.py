@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
 from nbdimg import limits
-from nbdimg.errors import ConfigError, escaped
+from nbdimg.errors import ConfigError, ImageError, escaped
 from nbdimg.export.inflight import Entry, InFlight
 from nbdimg.export.meter import Meter
 from nbdimg.export.status import STATUS_FLAGS, Pairs, dirty_pairs, status_pairs
@@ -333,10 +333,13 @@ class Export:
             end.set()
 
     async def close(self) -> None:
-        """Flush and close the image. No request may be in flight. Raises: ImageFailed."""
+        """Flush and close the image. No request may be in flight. Raises: ImageError."""
         if self.overlays is not None:
             await self.overlays.close()
-        await self.image.close()
+        try:
+            await self.image.close()
+        except OSError as error:
+            raise ImageError(self.image.path, error.strerror or str(error)) from None
 
 
 async def _until_ready(entry: Entry) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 
+from nbdimg.limits import PIECE_SIZE
 from nbdimg.units import KiB, MiB
 
 KEPT_BYTES_MAX = 8 * MiB
@@ -16,11 +17,9 @@ KEPT_BYTES_MAX = 8 * MiB
 MAPPED_FROM = 128 * KiB
 """Buffers from this size on are maps."""
 
-
-SMALL_MAX = 256 * KiB
 SMALL_SHARE = 4
-"""One in so many bytes of the limit is for buffers up to SMALL_MAX alone: a few clients whose long payloads are slow to
-come do not keep all others from theirs."""
+"""One in so many bytes of the limit is for buffers of up to PIECE_SIZE alone: a few clients whose long payloads are
+slow to come do not keep all others from theirs."""
 
 
 class BufferPool:
@@ -34,7 +33,7 @@ class BufferPool:
         self._kept: dict[int, list[memoryview]] = {}
 
     def has_room(self, length: int) -> bool:
-        limit = self.limit if length <= SMALL_MAX else self.limit - self.limit // SMALL_SHARE
+        limit = self.limit if length <= PIECE_SIZE else self.limit - self.limit // SMALL_SHARE
         return self.lent_bytes == 0 or self.lent_bytes + length <= limit
 
     def take(self, length: int) -> memoryview:

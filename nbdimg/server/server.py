@@ -15,7 +15,7 @@ import socket
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from nbdimg.errors import ImageError, NbdimgError
+from nbdimg.errors import NbdimgError
 from nbdimg.export.export import Export
 from nbdimg.export.registry import Registry
 from nbdimg.limits import Limits
@@ -235,7 +235,7 @@ class Server:
             self._stop_accepting(listener)
         self._listeners.clear()
 
-    async def retire(self, exports: Collection[Export]) -> Sequence[NbdimgError | OSError]:
+    async def retire(self, exports: Collection[Export]) -> Sequence[NbdimgError]:
         """Close exports that the registry no longer has: their clients go in peace within `drain_timeout_s`.
 
         Returns what went wrong with images; they are closed all the same.
@@ -246,7 +246,7 @@ class Server:
             await asyncio.wait(tasks)
         return await _close_all(exports)
 
-    async def outlast(self, exports: Collection[Export]) -> Sequence[NbdimgError | OSError]:
+    async def outlast(self, exports: Collection[Export]) -> Sequence[NbdimgError]:
         """As `retire`, when the last client has left, however long it stays."""
         await self._wait_gone(self.clients_of(exports), is_patient=True)
         return await self.retire(exports)
@@ -288,7 +288,7 @@ class Server:
             if not departure.is_patient:
                 departure.is_over.set()
 
-    async def close(self) -> Sequence[NbdimgError | OSError]:
+    async def close(self) -> Sequence[NbdimgError]:
         """Cut what is connected, wait for requests that run, flush and close the images.
 
         Returns what went wrong with images; the server is closed all the same.
@@ -307,13 +307,11 @@ def _sweep_interval(limits: Limits) -> float:
     return min(shortest_s / SWEEPS_PER_TIMEOUT, SWEEP_INTERVAL_MAX_S)
 
 
-async def _close_all(exports: Collection[Export]) -> Sequence[NbdimgError | OSError]:
-    failures: list[NbdimgError | OSError] = []
+async def _close_all(exports: Collection[Export]) -> Sequence[NbdimgError]:
+    failures: list[NbdimgError] = []
     for export in exports:
         try:
             await export.close()
         except NbdimgError as error:
             failures.append(error)
-        except OSError as error:
-            failures.append(ImageError(export.image.path, error.strerror or str(error)))
     return failures

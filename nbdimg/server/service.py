@@ -42,7 +42,7 @@ class Leaving:
     config: ExportConfig
     is_live: bool
     exports: list[Export]
-    closing: asyncio.Task[Sequence[NbdimgError | OSError]]
+    closing: asyncio.Task[Sequence[NbdimgError]]
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class Service:
     server: Server
     registry: Registry
     config: ServerConfig
-    failures: list[NbdimgError | OSError] = field(default_factory=list)
+    failures: list[NbdimgError] = field(default_factory=list)
     exports: dict[str, list[Export]] = field(default_factory=dict)
     live: dict[str, ExportConfig] = field(default_factory=dict)
     leaving: list[Leaving] = field(default_factory=list)
@@ -182,7 +182,7 @@ class Service:
         leaving.closing.add_done_callback(lambda _: self.leaving.remove(leaving))
         return leaving
 
-    async def _outlast(self, exports: Collection[Export]) -> Sequence[NbdimgError | OSError]:
+    async def _outlast(self, exports: Collection[Export]) -> Sequence[NbdimgError]:
         failures = await self.server.outlast(exports)
         for failure in failures if not self.registry.is_shutting_down else ():
             logger.error("%s", failure)
@@ -272,9 +272,13 @@ async def open_exports(config: ExportConfig, limits: Limits, *, is_trial: bool =
     except BaseException as error:
         await close_exports(exports)
         if isinstance(error, OSError):
-            raise ImageError(str(error.filename or config.path), sandbox.reason(error)) from None
+            raise _unopened(config, error) from None
         raise
     return exports
+
+
+def _unopened(config: ExportConfig, error: OSError) -> ImageError:
+    return ImageError(str(error.filename or config.path), sandbox.reason(error))
 
 
 async def close_exports(exports: Sequence[Export]) -> None:
@@ -315,7 +319,7 @@ async def open_snapshot(config: ExportConfig, snapshot_id: str, label: str, limi
     try:
         return await _open_snapshot(config, snapshot_id, label, limits, key)
     except OSError as error:
-        raise ImageError(config.path, sandbox.reason(error)) from None
+        raise _unopened(config, error) from None
 
 
 async def _open_snapshot(
