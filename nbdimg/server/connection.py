@@ -320,7 +320,7 @@ class Connection:
     def close_if_done(self) -> None:
         if not self._is_finishing or self.is_closed:
             return
-        if self.outbox.pending_bytes or (self._transmission is not None and self._transmission.has_work()):
+        if not self.outbox.is_empty() or (self._transmission is not None and self._transmission.has_work()):
             return
         if not self._is_draining:
             self.close()

@@ -70,6 +70,10 @@ class Outbox:
         self.stalled_since_s: float | None = None
         self.is_broken = False
 
+    def is_empty(self) -> bool:
+        """Whether all that was put or queued has left."""
+        return not self.fill and not self.pending_bytes
+
     def room(self, size: int) -> int:
         """Where in the arena the next `size` bytes go; they count once `fill` is moved past them."""
         if self.fill + size > ARENA_SIZE:

@@ -443,6 +443,7 @@ class Transmission:
         self._outbox.send_turn()
         if streams and not self._outbox.pending_bytes and not self._outbox.is_broken:
             self._schedule_pump()
+        self._shell.close_if_done()
 
     def _advance(self, stream: Stream) -> int:
         """Send a stream's next piece; it goes back to the front unless it is done or waits. Returns bytes sent."""

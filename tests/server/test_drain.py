@@ -19,9 +19,10 @@ from tests.support.rss import wait_until
 from tests.support.server import NbdimgServer
 
 REQUEST_COUNT = 40
-READ_LENGTH = (
-    512 * KIB
-)  # 40 of them fill any socket buffer and stay below the 32 MiB that one connection may have in flight
+READ_LENGTH = 480 * KIB
+"""40 of them fill any socket buffer and stay below the 32 MiB that one connection may have in flight; the last of the
+pieces in which each is sent is not a whole one.
+"""
 STOP_LIMIT_S = 5.0
 STUCK_LIMIT_S = 15.0
 
