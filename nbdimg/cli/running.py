@@ -10,19 +10,20 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 
 from nbdimg.config import ServerConfig
 from nbdimg.configfile import FileConfig, Overrides, load_config
-from nbdimg.server import sandbox
+from nbdimg.server import handover, sandbox
 from nbdimg.server.live import Control
 from nbdimg.server.log import start_logging
 from nbdimg.server.reload import Reloader, stamp, status
 from nbdimg.server.service import Service, serving
-from nbdimg.server.systemd import Inherited, Notifier, is_for_clients
+from nbdimg.server.systemd import Inheritance, Inherited, Notifier, is_for_clients
 from nbdimg.uri import NbdUri
 
 
-async def serve_images(config: ServerConfig, inherited: Sequence[Inherited], *, is_verbose: bool) -> int:
+async def serve_images(config: ServerConfig, inheritance: Inheritance, *, is_verbose: bool) -> int:
     """Serve until SIGTERM or SIGINT. SIGHUP has the files of TLS read again; without TLS it is a terminal that went
     away, and ends the server in order unless it is ignored (nohup). Returns the exit status.
 
@@ -32,12 +33,16 @@ async def serve_images(config: ServerConfig, inherited: Sequence[Inherited], *, 
     stop = _StopSignals(signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if is_hangup else []))
     notifier = _prepare(config, None, is_verbose=is_verbose)
     try:
-        async with _administered(config, inherited) as attach, _serving(config, inherited) as service:
+        async with (
+            _administered(config, inheritance.listeners) as attach,
+            _serving(config, inheritance, notifier) as service,
+        ):
             attach(service, Control(service, None))
             if config.tls is not None:
                 asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, service.reload_tls)
             _announce(service, notifier)
             await stop.wait_and_drain(service, notifier)
+        service.server.estate.settle(notifier)
     finally:
         notifier.close()
     return _exit_status(service)
@@ -47,7 +52,7 @@ async def serve_file(
     path: str,
     overrides: Overrides,
     default_listeners: tuple[NbdUri, ...],
-    inherited: Sequence[Inherited],
+    inheritance: Inheritance,
     *,
     is_verbose: bool,
 ) -> int:
@@ -68,7 +73,10 @@ async def serve_file(
     notifier = _prepare(config.server, path, is_verbose=is_verbose)
     try:
         server = config.server
-        async with _administered(server, inherited) as attach, _serving(server, inherited) as service:
+        async with (
+            _administered(server, inheritance.listeners) as attach,
+            _serving(server, inheritance, notifier) as service,
+        ):
             reloader = Reloader(service, load_again, notifier, path, is_watching=config.reload == "watch", seen=seen)
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.request)
             attach(service, Control(service, reloader))
@@ -79,6 +87,7 @@ async def serve_file(
                 await stop.wait_and_drain(service, notifier)
             finally:
                 await reloader.close()
+        service.server.estate.settle(notifier)
     finally:
         notifier.close()
     return _exit_status(service)
@@ -112,8 +121,11 @@ async def _administered(
         yield backend.attach
 
 
-def _serving(config: ServerConfig, inherited: Sequence[Inherited]) -> AbstractAsyncContextManager[Service]:
-    return serving(config, list(filter(is_for_clients, inherited)))
+def _serving(
+    config: ServerConfig, inheritance: Inheritance, notifier: Notifier
+) -> AbstractAsyncContextManager[Service]:
+    listeners = list(filter(is_for_clients, inheritance.listeners))
+    return serving(config, listeners, partial(handover.claim, inheritance, notifier))
 
 
 class _StopSignals:
@@ -131,6 +143,7 @@ class _StopSignals:
     async def wait_and_drain(self, service: Service, notifier: Notifier) -> None:
         await self._is_asked.wait()
         notifier.stopping()
+        service.server.estate.is_open = notifier.keeps_descriptors
         loop = asyncio.get_running_loop()
         drain = loop.create_task(service.drain())
         force = loop.create_task(self._is_forced.wait())

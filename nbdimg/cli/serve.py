@@ -16,7 +16,7 @@ from nbdimg.errors import ConfigError
 from nbdimg.formats import DRIVERS, check_format, create_image
 from nbdimg.limits import Limits
 from nbdimg.server.loop import run_loop
-from nbdimg.server.systemd import inherited_sockets, is_for_clients
+from nbdimg.server.systemd import inherit, is_for_clients
 from nbdimg.units import MiB, parse_size
 
 DEMO_PATH = "demo.img"
@@ -213,8 +213,8 @@ def serve(
         image_directories=tuple(image_directory) if image_directory else None,
         log_format=None if log_format is None else one_of(*LOG_FORMATS)(log_format),
     )
-    inherited = inherited_sockets()
-    default_listeners = () if any(map(is_for_clients, inherited)) else (DEFAULT_LISTENER,)
+    inheritance = inherit()
+    default_listeners = () if any(map(is_for_clients, inheritance.listeners)) else (DEFAULT_LISTENER,)
     if config is not None:
         images_own = (
             *(images, format, read_only, description, key_file, allow_references, min_block_size != "1"),
@@ -222,7 +222,7 @@ def serve(
         )
         if any(images_own):
             raise ConfigError(f"with --config images and their options stand in {config}, not on the command line")
-        return run_loop(serve_file(config, overrides, default_listeners, inherited, is_verbose=verbose))
+        return run_loop(serve_file(config, overrides, default_listeners, inheritance, is_verbose=verbose))
     check_format(format)
     block_size_min = parse_size(min_block_size)
     exports = tuple(
@@ -242,7 +242,7 @@ def serve(
         for argument in images or [_demo()]
     )
     server = config_without_file(exports, overrides=overrides, default_listeners=default_listeners)
-    return run_loop(serve_images(server, inherited, is_verbose=verbose))
+    return run_loop(serve_images(server, inheritance, is_verbose=verbose))
 
 
 def _tls(

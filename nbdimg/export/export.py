@@ -80,8 +80,10 @@ class Overlays(Protocol):
         """
         ...
 
-    async def detach(self, export: Export) -> None:
-        """One client fewer has it; what that one has begun is waited for."""
+    async def detach(self, export: Export) -> bool:
+        """One client fewer has it; what that one has begun is waited for. Returns whether nothing was lost at closing;
+        what was, is logged.
+        """
         ...
 
     async def close(self) -> None:

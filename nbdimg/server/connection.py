@@ -16,6 +16,9 @@ I/O error, and ask again what was not answered. So nothing more is received, wha
 the end of output is said. LEAVING: the client's own end is awaited for a moment, and what it still sends is
 dropped; to close over unread bytes would reset the connection, and the reset may overtake the last replies.
 
+A drain may also leave the client to the next server (see handover.py): then nothing is said, the socket stays open, and
+LEAVING falls away. A payload that is under way is received whole before, the beginning of a request is left as it is.
+
 Deadlines are looked at by the server's sweep (`check_deadlines`), not by a timer for each event.
 """
 
@@ -33,6 +36,7 @@ from nbdimg.export.access import Client, Right
 from nbdimg.export.export import Export, Overlays
 from nbdimg.export.registry import View, Wanted
 from nbdimg.server.audit import Refusal, Visit
+from nbdimg.server.handover import LeftClient, broken_promise
 from nbdimg.server.outbox import Outbox, TlsOutbox
 from nbdimg.server.overlays import overlay_refusal
 from nbdimg.server.shared import Shared
@@ -40,7 +44,7 @@ from nbdimg.server.tls import TlsSocket
 from nbdimg.server.transmission import Transmission
 from nbdimg.units import KiB
 from nbdimg.wire.constants import OptionReply, TransmissionFlag
-from nbdimg.wire.handshake import ExportInfo, Handshake, OptionError, State, TlsMode
+from nbdimg.wire.handshake import ExportInfo, Handshake, OptionError, Session, State, TlsMode
 
 logger = logging.getLogger("nbdimg")
 
@@ -98,7 +102,7 @@ class Connection:
         """As it is registered; what the client works with may be an overlay of it."""
         self._overlay: Export | None = None
         self._is_entering = False
-        self._granted: ExportInfo | None = None
+        self._session: Session | None = None
         self._visit: Visit | None = None
         """Since the client has opened an export."""
         self._kept_from: Export | None = None
@@ -107,6 +111,8 @@ class Connection:
         self._is_reading = False
         self._is_finishing = False
         self._is_draining = False
+        self._is_left = False
+        """Whether the next server is to have the client, once it is in a state to be left."""
         self._left_s: float | None = None
         self.started_s = shared.loop.time()
         self._received_bytes = 0
@@ -125,7 +131,7 @@ class Connection:
     @property
     def is_read_only(self) -> bool:
         """Whether the client was given an export that it may not change."""
-        return self._granted is not None and bool(self._granted.flags & TransmissionFlag.READ_ONLY)
+        return self._session is not None and bool(self._session.export.flags & TransmissionFlag.READ_ONLY)
 
     @property
     def in_flight(self) -> int:
@@ -208,7 +214,8 @@ class Connection:
         if self.is_closed:
             return
         if handshake.state is State.DONE:
-            self._begin_transmission(handshake)
+            assert handshake.session is not None
+            self._begin_transmission(handshake.session, handshake.leftover)
         elif handshake.state is State.ENTERING:
             self._begin_entering(handshake)
         elif handshake.state is State.TLS:
@@ -282,17 +289,39 @@ class Connection:
         except ProtocolError as error:
             self.protocol_error(error)
 
-    def _begin_transmission(self, handshake: Handshake) -> None:
-        session = handshake.session
-        assert session is not None
+    async def go_on(self, session: Session, received: bytes) -> None:
+        """In place of `start`: with a session that the server before this one has begun."""
+        wanted, offered = self._view.resolve(session.export.name), self._view.find(session.export.name)
+        try:
+            if wanted is None or offered is None:
+                raise ProtocolError("it is not there for this client any more")
+            size = offered.size
+            if wanted.export.overlays is not None:
+                may_make = self._view.right(wanted.export) is Right.WRITE
+                self._overlay = await wanted.export.overlays.attach(wanted.overlay, self._limits, may_make=may_make)
+                self.export, size = wanted.export, self._overlay.info.size
+            reason = broken_promise(session, offered, size)
+            if reason is not None:
+                raise ProtocolError(reason)
+            self._session = session
+            if not self.is_welcome():
+                raise ProtocolError("its rules have changed")
+            self.unpause()
+            self._begin_transmission(session, received)
+        except (NbdimgError, OSError) as error:
+            name = escaped(session.export.name)
+            self._say(logging.WARNING, f"closed, its session on {name} cannot go on: {error}")
+            self.close()
+
+    def _begin_transmission(self, session: Session, leftover: bytes) -> None:
         export = self._overlay
         if export is None:
             self.export = export = self._shared.registry.lookup(session.export.name)
         if export is None:
             raise ProtocolError(f"export {escaped(session.export.name)} was removed during the handshake")
         self._handshake = None
-        self._granted = session.export
-        self._transmission = Transmission(self, self._shared, session, export, handshake.leftover)
+        self._session = session
+        self._transmission = Transmission(self, self._shared, session, export, leftover)
         self._visit = Visit(
             session.export.name,
             export.meter,
@@ -302,13 +331,14 @@ class Connection:
             is_read_only=self.is_read_only,
         )
         self._shared.audit.attached(self._visit)
-        if handshake.leftover:
+        if leftover:
             self._transmission.resume()
 
     def _end_of_input(self) -> None:
         """The client has closed its side; it may still read: all that it asked is answered (rule 16)."""
         if self._handshake is not None and self._mode is TlsMode.REQUIRED and self._tls is None:
             self._refuse(Refusal.TLS, "left without TLS, which is required here")
+        self._is_left = False
         self.finish_input()
         self.close_if_done()
 
@@ -318,14 +348,36 @@ class Connection:
         self.pause()
 
     def close_if_done(self) -> None:
+        if self._is_left and not self.is_closed:
+            self._receive_payload_alone()
         if not self._is_finishing or self.is_closed:
             return
         if not self.outbox.is_empty() or (self._transmission is not None and self._transmission.has_work()):
             return
         if not self._is_draining:
             self.close()
+        elif self._is_left:
+            self._leave_to_successor()
         elif self._left_s is None:
             self._leave()
+
+    def _receive_payload_alone(self) -> None:
+        transmission = self._transmission
+        assert transmission is not None
+        self._is_left = not transmission.has_finished_input
+        if not transmission.wants_payload():
+            self.finish_input()
+            return
+        self._is_finishing = False
+        if not transmission.is_paused:
+            self.unpause()
+
+    def _leave_to_successor(self) -> None:
+        assert self._session is not None
+        assert self._transmission is not None
+        client = LeftClient(self._plain_sock, self._session, self._mode, self._transmission.unhandled)
+        self._part()
+        self._shared.estate.add(client)
 
     def _leave(self) -> None:
         self._left_s = self._shared.loop.time()
@@ -379,22 +431,28 @@ class Connection:
 
     def is_welcome(self) -> bool:
         """Whether a handshake now would give the client what it has; access rules change."""
-        if self._granted is None:
+        if self._session is None:
             return True
-        offered = self._view.find(self._granted.name)
-        if offered is None or (offered.flags & ~self._granted.flags & TransmissionFlag.READ_ONLY):
+        granted = self._session.export
+        offered = self._view.find(granted.name)
+        if offered is None or (offered.flags & ~granted.flags & TransmissionFlag.READ_ONLY):
             return False
         return self._is_encrypted or not (offered.is_tls_only and self._mode is TlsMode.SELECTIVE)
 
     def begin_drain(self) -> None:
-        """Answer what has arrived, take nothing more, and part from the client."""
+        """Answer what has arrived, take nothing more, and part from the client, or leave it to the next server."""
         self._is_draining = self._view.is_shutting_down = True
         if self._transmission is None:
             self.close()
-        else:
-            self._transmission.is_draining = True
-            self.finish_input()
-            self.close_if_done()
+            return
+        self._is_left = self._shared.estate.is_open and not self._is_finishing and self._can_be_left()
+        self._transmission.begin_drain(takes_payload=self._is_left)
+        self.finish_input()
+        self.close_if_done()
+
+    def _can_be_left(self) -> bool:
+        """Whether another process could go on with the client: its keys and an unnamed overlay die with this one."""
+        return self._tls is None and (self._overlay is None or (self.export is not None and self.export.keeps_overlays))
 
     def check_deadlines(self, now: float) -> None:
         """Close the connection if its client has let a deadline pass. Called every so often."""
@@ -429,19 +487,26 @@ class Connection:
 
     def close(self) -> None:
         """Close the socket now; requests in flight run on and are not answered."""
-        if self.is_closed:
-            return
+        if not self.is_closed:
+            self._part()
+            self._sock.close()
+
+    def _part(self) -> None:
+        """Have no more to do with the client; its socket stays open."""
         self.is_closed = True
         self.pause()
         self.outbox.discard()
         if self._transmission is not None:
             self._transmission.on_broken()
-        self._sock.close()
         if self._visit is not None:
             assert self._transmission is not None
             self._shared.audit.detached(self._visit, self._transmission.tally)
         if self._overlay is not None:
             assert self.export is not None
             assert self.export.overlays is not None
-            self._shared.start(self.export.overlays.detach(self._overlay))
+            self._shared.start(self._give_back(self.export.overlays, self._overlay))
         self._on_closed(self)
+
+    async def _give_back(self, overlays: Overlays, overlay: Export) -> None:
+        if not await overlays.detach(overlay) and self._is_draining:
+            self._shared.estate.renounce()

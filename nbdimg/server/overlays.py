@@ -88,17 +88,19 @@ class GoldenOverlays:
             self._gone()
             raise
 
-    async def detach(self, export: Export) -> None:
+    async def detach(self, export: Export) -> bool:
         try:
             if self.is_kept:
                 await self._leave(export)
-                return
-            async with export.standstill():
-                await export.image.discard()
+            else:
+                async with export.standstill():
+                    await export.image.discard()
         except (NbdimgError, OSError) as error:
             logger.error("%s", error)
+            return False
         finally:
             self._gone()
+        return True
 
     def _gone(self) -> None:
         self._client_count -= 1

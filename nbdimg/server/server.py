@@ -21,6 +21,7 @@ from nbdimg.export.registry import Registry
 from nbdimg.limits import Limits
 from nbdimg.server.audit import Audit, Refusal
 from nbdimg.server.connection import Connection
+from nbdimg.server.handover import Estate, LeftClient
 from nbdimg.server.listen import listen, peer_of, prepare, remove_socket
 from nbdimg.server.shared import Shared
 from nbdimg.server.tls import Tls
@@ -118,6 +119,11 @@ class Server:
         return self._shared.audit
 
     @property
+    def estate(self) -> Estate:
+        """Clients that a drain leaves to the next server, if it is open."""
+        return self._shared.estate
+
+    @property
     def lent_bytes(self) -> int:
         """Bytes of buffers that hold payload in flight."""
         return self._shared.pool.lent_bytes
@@ -172,29 +178,44 @@ class Server:
                 self._loop.remove_reader(listener.fileno())
                 self._loop.call_later(ACCEPT_PAUSE_S, self._accept_again, listener, is_tls)
                 return
-            self._adopt(sock, address, is_tls)
+            connection = self._adopt(sock, address, self._tls_mode(is_tls))
+            if connection is not None:
+                connection.start()
+
+    async def take_up(self, clients: Collection[LeftClient]) -> None:
+        """Go on with the sessions of clients that the server before this one has left."""
+        for sock, session, mode, received in clients:
+            try:
+                address = sock.getpeername()
+            except OSError:
+                sock.close()
+                continue
+            connection = self._adopt(sock, address, mode)
+            if connection is not None:
+                await connection.go_on(session, received)
 
     def _accept_again(self, listener: socket.socket, is_tls: bool) -> None:
         if listener.fileno() >= 0:
             self._loop.add_reader(listener.fileno(), self._accept, listener, is_tls)
 
-    def _adopt(self, sock: socket.socket, address: object, is_tls: bool) -> None:
+    def _adopt(self, sock: socket.socket, address: object, mode: TlsMode) -> Connection | None:
+        """Its connection, which has said nothing yet; None: the client is gone, or turned away."""
         try:
             prepare(sock)
             peer, client = peer_of(sock, address)
         except OSError:
             sock.close()
-            return
+            return None
         self._shared.audit.accept_count += 1
         if len(self._connections) >= self._limits.connections:
             self._shared.audit.refused(peer, Refusal.LIMIT, f"{self._limits.connections} clients are connected already")
             sock.close()
-            return
-        connection = Connection(sock, peer, client, self._tls_mode(is_tls), self._shared, self._forget)
+            return None
+        connection = Connection(sock, peer, client, mode, self._shared, self._forget)
         self._connections[connection.descriptor] = connection
         self._hangups.register(connection.descriptor, 0)
         self._is_empty.clear()
-        connection.start()
+        return connection
 
     def _forget(self, connection: Connection) -> None:
         del self._connections[connection.descriptor]

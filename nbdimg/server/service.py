@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from time import time
@@ -19,6 +19,7 @@ from nbdimg.formats import open_image, read_key_file, snapshot_labels
 from nbdimg.image.image import Image
 from nbdimg.limits import Limits
 from nbdimg.server import sandbox
+from nbdimg.server.handover import LeftClient
 from nbdimg.server.listen import address_of
 from nbdimg.server.overlays import lend_overlays
 from nbdimg.server.server import Server
@@ -190,10 +191,14 @@ class Service:
 
 
 @asynccontextmanager
-async def serving(config: ServerConfig, inherited: Sequence[Inherited] = ()) -> AsyncIterator[Service]:
+async def serving(
+    config: ServerConfig, inherited: Sequence[Inherited] = (), claim: Callable[[], Collection[LeftClient]] = tuple
+) -> AsyncIterator[Service]:
     """Serve until the block ends; then connections are cut, and images flushed and closed.
 
-    Args: inherited: sockets that listen already; they take the place of listeners at the same address.
+    Args:
+        inherited: sockets that listen already; they take the place of listeners at the same address.
+        claim: gives the clients that the server before this one has left; called when nothing else can fail.
 
     Raises:
         ConfigError: the configuration contradicts itself.
@@ -219,13 +224,17 @@ async def serving(config: ServerConfig, inherited: Sequence[Inherited] = ()) -> 
         for listener in config.listeners:
             if address_of(listener) not in taken:
                 server.listen(listener)
+        await server.take_up(claim())
         yield service
     finally:
         registry.is_shutting_down = True
         async with service.lock:
+            has_failed = any(export.image.failure is not None for export in registry)
             service.failures.extend(await server.close())
         for leaving in list(service.leaving):
             service.failures.extend(await leaving.closing)
+        if service.failures or has_failed:
+            server.estate.renounce()
 
 
 def check_config(config: ServerConfig) -> None:

@@ -11,6 +11,7 @@ from nbdimg.export.registry import Registry
 from nbdimg.limits import ARENA_SIZE, RECEIVE_SIZE, Limits
 from nbdimg.server.audit import Audit
 from nbdimg.server.buffers import BufferPool
+from nbdimg.server.handover import Estate
 from nbdimg.server.log import LimitedLog
 from nbdimg.server.spin import Spinner
 from nbdimg.server.tls import Tls
@@ -26,6 +27,7 @@ class Shared:
         self.tls: Tls | None = None
         self.log = LimitedLog()
         self.audit = Audit()
+        self.estate = Estate()
         self.spinner = Spinner(loop)
         self.scratch = memoryview(bytearray(RECEIVE_SIZE))
         self.arena = bytearray(ARENA_SIZE)

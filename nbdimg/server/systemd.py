@@ -10,8 +10,10 @@ import asyncio
 import contextlib
 import logging
 import os
+import select
 import socket
-from collections.abc import MutableMapping
+from array import array
+from collections.abc import MutableMapping, Sequence
 from time import CLOCK_MONOTONIC, clock_gettime_ns
 from typing import NamedTuple
 
@@ -27,6 +29,14 @@ TLS_SUFFIX = "tls"
 ADMIN_NAME, METRICS_NAME = "admin", "metrics"
 """Sockets of these names are not for NBD clients."""
 
+KEPT_PREFIX = "nbdimg-"
+"""Descriptors of such names are those that a process of this service has had kept."""
+
+DESCRIPTORS_PER_MESSAGE = 200
+"""The kernel passes 253 at once."""
+
+KEEP_TIMEOUT_S = 5.0
+
 logger = logging.getLogger("nbdimg")
 
 
@@ -38,26 +48,40 @@ class Inherited(NamedTuple):
     name: str
 
 
+class Inheritance(NamedTuple):
+    """What this process was started with. `kept`: by name, the descriptors that `Notifier.keep` was given before."""
+
+    listeners: list[Inherited]
+    kept: dict[str, list[int]]
+
+
 def is_for_clients(inherited: Inherited) -> bool:
     """Whether it is for NBD clients, and not for HTTP."""
     return inherited.name not in (ADMIN_NAME, METRICS_NAME)
 
 
-def inherited_sockets(environment: MutableMapping[str, str] | None = None) -> list[Inherited]:
-    """The sockets of LISTEN_FDS, if they are meant for this process; the variables are removed, as nobody else may
+def inherit(environment: MutableMapping[str, str] | None = None) -> Inheritance:
+    """The descriptors of LISTEN_FDS, if they are meant for this process; the variables are removed, as nobody else may
     take them.
 
     Raises: ConfigError: one is no listening stream socket, or the variables are no numbers.
     """
     environment = os.environ if environment is None else environment
     pid, count, names = (environment.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES"))
+    inheritance = Inheritance([], {})
     if not count or pid != str(os.getpid()):
-        return []
+        return inheritance
     if not count.isdecimal():
         raise ConfigError(f"LISTEN_FDS is {count!r}, expected a number")
     listed = names.split(":") if names else []
     named = listed + ["unknown"] * (int(count) - len(listed))
-    return [_inherited(FIRST_DESCRIPTOR + index, named[index]) for index in range(int(count))]
+    for descriptor, name in enumerate(named[: int(count)], FIRST_DESCRIPTOR):
+        if name.startswith(KEPT_PREFIX):
+            os.set_inheritable(descriptor, False)
+            inheritance.kept.setdefault(name, []).append(descriptor)
+        else:
+            inheritance.listeners.append(_inherited(descriptor, name))
+    return inheritance
 
 
 def _inherited(descriptor: int, name: str) -> Inherited:
@@ -86,24 +110,27 @@ def _uri_of(sock: socket.socket, *, is_tls: bool) -> NbdUri:
 class Notifier:
     """Tells the service manager about this process. Must be made on the running loop.
 
-    Args: environment: NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID are taken out of it.
+    Args: environment: NOTIFY_SOCKET, WATCHDOG_USEC, WATCHDOG_PID and FDSTORE are taken out of it.
     """
 
     def __init__(self, environment: MutableMapping[str, str] | None = None) -> None:
         environment = os.environ if environment is None else environment
-        address, period, pid = (
-            environment.pop(name, "") for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+        address, period, pid, kept_max = (
+            environment.pop(name, "") for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "FDSTORE")
         )
         self._loop = asyncio.get_running_loop()
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self._socket: socket.socket | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self.keeps_descriptors = False
+        """Whether `keep` has a meaning here."""
         if address.startswith(("@", "/")):
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
             if address.startswith("@"):
                 # The sandbox does not reach it later. At a path, each message goes to whoever is there by then.
                 with contextlib.suppress(OSError):
                     self._socket.connect(self._address)
+            self.keeps_descriptors = kept_max.isdecimal() and int(kept_max) > 0
             is_mine = pid in ("", str(os.getpid()))
             if is_mine and period.isdecimal() and int(period):
                 self._interval_s = int(period) / 1e6 / 2
@@ -119,6 +146,45 @@ class Notifier:
 
     def stopping(self) -> None:
         self._send("STOPPING=1", "STATUS=draining")
+
+    def keep(self, name: str, descriptors: Sequence[int]) -> None:
+        """Have descriptors kept for the next process of this service, until `forget`; returns when they are. Those that
+        are more than the service may have kept are closed. Blocks.
+
+        Args: name: begins with KEPT_PREFIX.
+
+        Raises: OSError.
+        """
+        for start in range(0, len(descriptors), DESCRIPTORS_PER_MESSAGE):
+            self._pass(f"FDSTORE=1\nFDNAME={name}", descriptors[start : start + DESCRIPTORS_PER_MESSAGE])
+        self._wait_processed()
+
+    def forget(self, name: str) -> None:
+        """What was kept under this name is the business of this process alone from now on."""
+        self._send("FDSTOREREMOVE=1", f"FDNAME={name}")
+
+    def _pass(self, message: str, descriptors: Sequence[int]) -> None:
+        assert self._socket is not None
+        passed = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))
+        self._socket.settimeout(KEEP_TIMEOUT_S)
+        try:
+            self._socket.sendmsg([message.encode()], [passed], 0, self._address)
+        finally:
+            self._socket.setblocking(False)
+
+    def _wait_processed(self) -> None:
+        """The other end of a pipe is closed behind everything that was sent before."""
+        here, there = os.pipe()
+        try:
+            try:
+                self._pass("BARRIER=1", [there])
+            finally:
+                os.close(there)
+            watched = select.poll()
+            watched.register(here, 0)
+            watched.poll(KEEP_TIMEOUT_S * 1000)
+        finally:
+            os.close(here)
 
     def close(self) -> None:
         if self._timer is not None:

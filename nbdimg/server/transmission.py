@@ -113,7 +113,8 @@ class Transmission:
         self._streams: deque[Stream] = deque()
         self._held: Request | None = None
         self._taken_bytes = 0
-        self._is_paused = False
+        self.is_paused = False
+        """Nothing is received and parsed until something in flight is done (T1)."""
         self._is_wake_scheduled = False
         self._is_pump_scheduled = False
         self._has_finished_input = False
@@ -125,11 +126,30 @@ class Transmission:
 
     def has_work(self) -> bool:
         """Whether requests are in flight, or may wait to be handled."""
-        return bool(self.in_flight) or (self._is_paused and not self._has_finished_input)
+        return bool(self.in_flight) or (self.is_paused and not self._has_finished_input)
+
+    @property
+    def has_finished_input(self) -> bool:
+        """Whether the client has said DISC."""
+        return self._has_finished_input
+
+    def begin_drain(self, *, takes_payload: bool) -> None:
+        """Nothing more is received, but for the rest of a payload under way if `takes_payload`."""
+        self.is_draining = True
+        self._receiver.is_last_payload = takes_payload
+
+    def wants_payload(self) -> bool:
+        """Whether the rest of a payload is received although everything else drains."""
+        return self._receiver.is_last_payload and self._receiver.is_mid_payload
+
+    @property
+    def unhandled(self) -> bytes:
+        """Behind the last request, once nothing is in flight."""
+        return self._receiver.carried
 
     def is_mid_request(self) -> bool:
         """Whether the client owes the rest of a request."""
-        return not self._is_paused and self._receiver.is_mid_request()
+        return not self.is_paused and self._receiver.is_mid_request()
 
     def buffers(self) -> list[memoryview]:
         """Where the next bytes belong."""
@@ -225,15 +245,15 @@ class Transmission:
         self._shell.finish_input()
 
     def _pause(self) -> None:
-        if not self._is_paused:
-            self._is_paused = True
+        if not self.is_paused:
+            self.is_paused = True
             self._shell.pause()
         if self._receiver.starved or self._held is not None:
             self._shared.when_room(self._wake)
 
     def _wake(self) -> None:
         """Something that a paused connection may have waited for has happened."""
-        if self._is_paused and not self._is_wake_scheduled:
+        if self.is_paused and not self._is_wake_scheduled:
             self._is_wake_scheduled = True
             self._shared.loop.call_soon(self._continue)
 
@@ -248,7 +268,7 @@ class Transmission:
         if self._is_full():
             self._pause()
             return
-        self._is_paused = False
+        self.is_paused = False
         self._shell.unpause()
         try:
             self.resume()

@@ -71,6 +71,7 @@ class Receiver:
         "_scratch",
         "_spill_size",
         "header_size",
+        "is_last_payload",
         "magic",
         "starved",
         "unpack",
@@ -102,16 +103,29 @@ class Receiver:
         self._payload: memoryview | None = None
         self._filled = 0
         self.starved = False
+        self.is_last_payload = False
+        """Whether nothing is wanted behind the payload that is being filled."""
 
     def is_mid_request(self) -> bool:
         """Whether bytes of an unfinished request have arrived."""
         return self._partial is not None or bool(self._carry)
 
+    @property
+    def carried(self) -> bytes:
+        """What `park` has kept, behind the last request or the part of a payload that has come."""
+        return self._carry
+
+    @property
+    def is_mid_payload(self) -> bool:
+        """Whether a payload has a buffer of its own, which is not full yet."""
+        return self._payload is not None
+
     def buffers(self) -> list[memoryview]:
         """Where the next bytes belong, in this order; never empty."""
         if self._payload is not None:
             assert not self._carry, "R1: what was parked is parsed before more is received"
-            return [self._payload[self._filled :], self._spill(len(self._payload))]
+            rest = self._payload[self._filled :]
+            return [rest] if self.is_last_payload else [rest, self._spill(len(self._payload))]
         carry = self._carry
         self._position = 0
         self._end = len(carry)

@@ -31,6 +31,7 @@ TIMEOUT_S = 600.0
 SIZE = 16 << 20
 PATTERN_SIZE = 1 << 20
 WRITTEN_OFFSET = 512 << 10
+RESTARTED_OFFSET = 8 << 20
 DYNAMIC_USERS = range(61184, 65520)
 """systemd's, see its documentation of UIDs and GIDs."""
 
@@ -59,6 +60,24 @@ detach
 touch /etc/written
 nsenter --target $main --mount touch /etc/written && report writes /etc || true
 nsenter --target $main --mount touch /var/lib/nbdimg/written && report writes_state yes
+
+attach /run/nbdimg-disk/nbd.sock disk
+rounds=0
+while test ! -e /enough; do
+    dd if=/pattern of=/dev/nbd0 bs=64k seek=$(({RESTARTED_OFFSET} >> 16)) oflag=direct || report error "$?"
+    rounds=$((rounds + 1))
+    report rounds $rounds
+done &
+for restart in 1 2; do
+    sleep 2
+    systemctl restart nbdimg@disk
+    report restarted "$(journalctl --output=cat --unit=nbdimg@disk --grep=': attached to ' | wc -l)"
+done
+touch /enough
+wait $!
+report survived "$(tail -c +{RESTARTED_OFFSET + 1} /dev/nbd0 | head -c {PATTERN_SIZE} | sha256sum | cut -d " " -f 1)"
+detach
+main=$(systemctl show --property=MainPID --value nbdimg@disk)
 
 kill -STOP $main
 until test "$(systemctl show --property=NRestarts --value nbdimg@disk)" = 1; do sleep 0.5; done
@@ -163,6 +182,13 @@ def test_service_is_a_dynamic_user_without_privileges_behind_a_filter(story: Sto
 def test_service_writes_in_its_state_directory_alone(story: Story) -> None:
     assert "writes" not in story.values
     assert story.values["writes_state"] == "yes"
+
+
+def test_kernel_stays_attached_while_the_service_is_restarted(story: Story) -> None:
+    assert "error" not in story.values
+    assert story.values["restarted"] == "4"
+    assert int(story.values["rounds"]) >= 2
+    assert story.values["survived"] == story.values["pattern"]
 
 
 def test_service_that_hangs_is_restarted_and_has_what_was_flushed(story: Story) -> None:

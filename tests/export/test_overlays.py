@@ -82,7 +82,7 @@ class Lender:
     async def attach(self, name: str | None, limits: Limits, *, may_make: bool) -> Export:
         raise NotImplementedError
 
-    async def detach(self, export: Export) -> None:
+    async def detach(self, export: Export) -> bool:
         raise NotImplementedError
 
     async def close(self) -> None:

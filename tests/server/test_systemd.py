@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from nbdimg.errors import ConfigError
-from nbdimg.server.systemd import Notifier, inherited_sockets
+from nbdimg.server.systemd import Inheritance, Notifier, inherit
 from tests.support.activation import hand_over, listening
 from tests.support.configured import ConfiguredServer, answers, export
 from tests.support.rawclient import connect_negotiated, try_connect
@@ -160,16 +160,16 @@ def test_activation_sockets_outlive_reloads_that_may_not_expose_them(tmp_path: P
         stop(process)
 
 
-def test_inherited_sockets_without_variables_are_none() -> None:
-    assert inherited_sockets({}) == []
+def test_inherit_without_variables_is_nothing() -> None:
+    assert inherit({}) == Inheritance([], {})
     environment = {"LISTEN_FDS": "3", "LISTEN_PID": "1", "OTHER": "x"}
-    assert inherited_sockets(environment) == []
+    assert inherit(environment) == Inheritance([], {})
     assert environment == {"OTHER": "x"}
 
 
-def test_inherited_sockets_count_that_is_no_number_is_refused() -> None:
+def test_inherit_count_that_is_no_number_is_refused() -> None:
     with pytest.raises(ConfigError, match="LISTEN_FDS is 'x', expected a number"):
-        inherited_sockets({"LISTEN_FDS": "x", "LISTEN_PID": str(os.getpid())})
+        inherit({"LISTEN_FDS": "x", "LISTEN_PID": str(os.getpid())})
 
 
 @pytest.mark.skipif(ACTIVATE is None, reason="systemd-socket-activate is not installed")

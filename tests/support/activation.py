@@ -10,13 +10,15 @@ from typing import IO
 
 HAND_OVER = """
 import os, sys
-descriptors, names, pid = sys.argv[1].split(","), sys.argv[2], sys.argv[3]
-held = [os.dup(int(each)) for each in descriptors]
-for index, each in enumerate(held):
-    os.dup2(each, 100 + index)
-for index in range(len(held)):
+descriptors, names, pid = sys.argv[1], sys.argv[2], sys.argv[3]
+given = [int(each) for each in descriptors.split(",") if each]
+for index, each in enumerate(given):
+    os.dup2(each, 100 + index, inheritable=False)
+for each in given:
+    os.close(each)
+for index in range(len(given)):
     os.dup2(100 + index, 3 + index)
-os.environ["LISTEN_FDS"] = str(len(held))
+os.environ["LISTEN_FDS"] = str(len(given))
 os.environ["LISTEN_PID"] = pid or str(os.getpid())
 if names:
     os.environ["LISTEN_FDNAMES"] = names
@@ -43,9 +45,14 @@ def hand_over(
     """`nbdimg ARGUMENTS` with the sockets as its descriptors from 3 on."""
     descriptors = [each.fileno() for each in sockets]
     return subprocess.Popen(
-        [sys.executable, "-c", HAND_OVER, ",".join(map(str, descriptors)), names, pid, *arguments],
+        activation_argv(descriptors, names, *arguments, pid=pid),
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
         pass_fds=descriptors,
     )
+
+
+def activation_argv(descriptors: Sequence[int], names: str, *arguments: str, pid: str = "") -> list[str]:
+    """What runs `nbdimg ARGUMENTS` with the descriptors, which it must inherit, as those from 3 on."""
+    return [sys.executable, "-c", HAND_OVER, ",".join(map(str, descriptors)), names, pid, *arguments]

@@ -1,0 +1,173 @@
+"""Clients that outlive their server: left with the service manager when it stops, and taken up by the next one.
+
+    drain ─▶ what has arrived is answered ─▶ images flushed and closed ─▶ sockets and state kept by systemd
+                                                                                  │
+    serving ◀─ sessions go on, with the first byte that was not answered ◀─ images open
+
+A client notices a pause. It is left only in a state that bytes describe whole: in its transmission phase, without TLS,
+every request answered whose last byte has come, and on an image or kept overlay that the next server opens as well.
+
+    (H1) If anything fails at the end, nobody is left: a client of an image whose last flush failed must see its
+         connection end, for the next server opens the image as if nothing had happened.
+    (H2) What systemd keeps is forgotten there before the first byte of it is served: it never serves twice.
+    (H3) A session goes on only if a handshake would give the client no less than it has.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import NamedTuple
+
+from nbdimg.server.systemd import Inheritance, Notifier
+from nbdimg.wire.constants import TransmissionFlag
+from nbdimg.wire.handshake import ExportInfo, Session, TlsMode
+
+CLIENT_NAME, STATE_NAME = "nbdimg-client", "nbdimg-clients"
+"""What systemd keeps them under: each socket, and one file that tells of all."""
+
+VERSION = 1
+"""Of the file's content."""
+
+logger = logging.getLogger("nbdimg")
+
+
+class LeftClient(NamedTuple):
+    """`mode`: its listener's. `received`: the bytes behind the last request that was answered."""
+
+    sock: socket.socket
+    session: Session
+    mode: TlsMode
+    received: bytes
+
+
+class Estate:
+    """What one server leaves. `is_open`: whether clients are to be left at all."""
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._clients: list[LeftClient] = []
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    def add(self, client: LeftClient) -> None:
+        if self.is_open:
+            self._clients.append(client)
+        else:
+            client.sock.close()
+
+    def renounce(self) -> None:
+        """Leave nobody (H1): those who are there already lose their connection."""
+        self.is_open = False
+        for client in self._clients:
+            client.sock.close()
+        self._clients.clear()
+
+    def settle(self, notifier: Notifier) -> None:
+        """Have the service manager keep the clients, for a process that it starts later."""
+        if not self:
+            return
+        state = os.memfd_create(STATE_NAME)
+        with open(state, "wb") as file:
+            file.write(_packed(self._clients))
+            file.flush()
+            try:
+                notifier.keep(CLIENT_NAME, [each.sock.fileno() for each in self._clients])
+                notifier.keep(STATE_NAME, [state])
+            except OSError as error:
+                logger.error("clients could not be left to the next server: %s", error.strerror or error)
+            else:
+                logger.info("clients left to the next server: %d", len(self._clients))
+        self.renounce()
+
+
+def claim(inheritance: Inheritance, notifier: Notifier) -> list[LeftClient]:
+    """The clients that the server before this one has left. The service manager keeps them no longer (H2)."""
+    kept = inheritance.kept
+    sockets = [socket.socket(fileno=each) for each in kept.get(CLIENT_NAME, ())]
+    states = [_content(each) for each in kept.get(STATE_NAME, ())]
+    for name in kept:
+        notifier.forget(name)
+    clients: list[LeftClient] = []
+    try:
+        for state in states:
+            clients.extend(_unpacked(state, sockets))
+    except (ValueError, LookupError, TypeError) as error:
+        logger.error("what is told of the clients of the server before this one cannot be read: %r", error)
+    taken = {each.sock for each in clients}
+    for sock in sockets:
+        if sock not in taken:
+            sock.close()
+    return clients
+
+
+def broken_promise(session: Session, offered: ExportInfo, size: int) -> str | None:
+    """What of a session does not hold for the export as it is offered now; None: it can go on (H3).
+
+    Args: size: of what the client works with, in bytes.
+    """
+    granted = session.export
+    if size < granted.size:
+        return f"it has {size} bytes, the client was told {granted.size}"
+    lost = granted.flags & ~offered.flags & ~TransmissionFlag.READ_ONLY
+    if lost or (offered.flags & ~granted.flags & TransmissionFlag.READ_ONLY):
+        return f"it is not offered as {granted.flags!r} any more"
+    if offered.block_size_min > granted.block_size_min:
+        return f"its smallest block has {offered.block_size_min} bytes, the client was told {granted.block_size_min}"
+    missing = set(session.contexts.values()) - set(offered.contexts)
+    if missing:
+        return f"it has no metadata context {min(missing)} any more"
+    return None
+
+
+def _identity(descriptor: int) -> int:
+    """What a socket is known by in every process."""
+    return os.fstat(descriptor).st_ino
+
+
+def _content(descriptor: int) -> bytes:
+    with open(descriptor, "rb") as file:
+        file.seek(0)
+        return file.read()
+
+
+def _packed(clients: Sequence[LeftClient]) -> bytes:
+    told = [
+        {
+            "socket": _identity(each.sock.fileno()),
+            "session": asdict(each.session),
+            "mode": each.mode.value,
+            "received": each.received.hex(),
+        }
+        for each in clients
+    ]
+    return json.dumps({"version": VERSION, "clients": told}).encode()
+
+
+def _unpacked(state: bytes, sockets: Sequence[socket.socket]) -> list[LeftClient]:
+    """Raises: ValueError, LookupError, TypeError: it was written by another version, or is damaged."""
+    content = json.loads(state)
+    if content["version"] != VERSION:
+        raise ValueError(f"version {content['version']}, expected {VERSION}")
+    found = {_identity(each.fileno()): each for each in sockets}
+    return [
+        LeftClient(
+            found[each["socket"]], _session(each["session"]), TlsMode(each["mode"]), bytes.fromhex(each["received"])
+        )
+        for each in content["clients"]
+        if each["socket"] in found
+    ]
+
+
+def _session(told: dict[str, object]) -> Session:
+    """A session from what `asdict` and JSON have made of it."""
+    session = Session(**told)  # type: ignore[arg-type]
+    export = ExportInfo(**session.export)  # type: ignore[arg-type]
+    export = replace(export, flags=TransmissionFlag(export.flags), contexts=tuple(export.contexts))
+    contexts = {int(key): name for key, name in session.contexts.items()}
+    return replace(session, export=export, flags=TransmissionFlag(session.flags), contexts=contexts)
