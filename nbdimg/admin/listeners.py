@@ -99,6 +99,7 @@ async def _serve(stack: AsyncExitStack, app: web.Application, sockets: Sequence[
     runner = web.AppRunner(
         app,
         access_log=None,
+        auto_decompress=False,  # on the loop, before anybody has asked who it is: 1 MiB of gzip can hold 1 GiB
         logger=_silent,
         keepalive_timeout=IDLE_TIMEOUT_S,
         lingering_time=LINGER_S,

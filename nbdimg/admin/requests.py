@@ -25,6 +25,8 @@ async def json_body(request: web.Request) -> object:
     """Raises: Refusal: it is no JSON, is not said to be, or does not come."""
     if request.content_type != JSON_TYPE:
         raise Refusal(415, f"the content type is {request.content_type}, expected {JSON_TYPE}")
+    if "Content-Encoding" in request.headers:
+        raise Refusal(415, "the body has a content encoding, expected none")
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             raw = await request.read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from aiohttp.compression_utils import ZLibDecompressor
 
 from nbdimg.admin import app, health, listeners, requests
 from nbdimg.config import AdminConfig, ServerConfig
@@ -22,6 +24,7 @@ from tests.admin.fake import FakeServer
 from tests.support.activation import hand_over, listening
 from tests.support.configured import ConfiguredServer, export
 from tests.support.httpclient import Answer, ask, connected, exchanged, http_address, received
+from tests.support.rawprotocol import MIB
 from tests.support.rss import wait_until
 from tests.support.server import NbdimgServer
 
@@ -179,6 +182,28 @@ def test_client_that_never_ends_its_body_gets_408(
         answer = received(sock)
         assert (answer.status, answer.detail) == (408, "the body did not come within 0.2 s")
     assert server.control.calls == []
+
+
+def test_packed_body_is_refused_and_nobody_unpacks_it(server: FakeServer, address: str) -> None:
+    packed = gzip.compress(b'{"size": 4096}')
+    answer = ask(address, "POST", "/v1/exports/a/resize", packed, {"Content-Encoding": "gzip"})
+    assert (answer.status, answer.detail) == (415, "the body has a content encoding, expected none")
+    assert server.control.calls == []
+
+
+def test_packed_body_that_nothing_reads_takes_no_time_of_others(
+    server: FakeServer, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpacked: list[int] = []
+    decompressor = ZLibDecompressor.decompress_sync
+
+    def noted(self: ZLibDecompressor, data: bytes, max_length: int = 0) -> bytes:
+        unpacked.append(len(data))
+        return decompressor(self, data, max_length)
+
+    monkeypatch.setattr(ZLibDecompressor, "decompress_sync", noted)
+    assert ask(address, "POST", "/livez", gzip.compress(bytes(MIB)), {"Content-Encoding": "gzip"}).status == 405
+    assert unpacked == []
 
 
 def test_client_that_never_reads_is_cut(server: FakeServer, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
