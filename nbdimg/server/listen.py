@@ -102,10 +102,18 @@ def _named(what: str) -> Iterator[None]:
 
 
 def remove_socket(path: str, inode: int) -> None:
-    """Remove the file of a Unix socket, unless another server's stands there by now."""
-    with contextlib.suppress(FileNotFoundError):
+    """Remove the file of a Unix socket, unless another server's stands there by now.
+
+    What hinders that is logged and nothing more: who listens there next replaces the file, and images are still to be
+    flushed.
+    """
+    try:
         if os.stat(path).st_ino == inode:
             os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        logger.warning("socket %s cannot be removed: %s", path, error.strerror)
 
 
 def _listen_unix(path: str, mode: int | None = None) -> socket.socket:

@@ -250,6 +250,22 @@ def test_stop_flushes_what_is_hidden(tmp_path: Path, make: Make) -> None:
     assert raw.read_bytes()[:4096] == b"w" * 4096
 
 
+def test_stop_flushes_images_though_the_socket_file_is_out_of_reach(
+    tmp_path: Path, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    with ControlledServer(directory, make("disk", "qcow2")) as server:
+        with server.connect("disk") as client:
+            assert_works(client)
+        directory.rename(tmp_path / "elsewhere")
+        directory.touch()
+    raw = tmp_path / "raw"
+    qemu_img("convert", "-f", "qcow2", "-O", "raw", tmp_path / "disk.img", raw)
+    assert raw.read_bytes()[:4096] == b"w" * 4096
+    assert f"socket {directory}/s cannot be removed: Not a directory" in caplog.text
+
+
 def test_hidden_client_is_given_the_time_of_all_others_when_the_server_stops(
     served: ControlledServer, make: Make
 ) -> None:
