@@ -208,7 +208,7 @@ def test_config_without_file_takes_environment_and_command_line() -> None:
         ("NBDIMG_INSECURE_PLAINTEXT", "1", "'1' is not allowed, expected true or false"),
         ("NBDIMG_LIMIT_CONNECTIONS", "many", "'many' is not allowed, expected a whole number from 1"),
         ("NBDIMG_LIMIT_CONNECTIONS", "0", "0 is not allowed"),
-        ("NBDIMG_LIMIT_DRAIN_TIMEOUT", "nan", "nan is not allowed, expected seconds from 0 on"),
+        ("NBDIMG_LIMIT_DRAIN_TIMEOUT", "nan", "nan is not allowed, expected seconds from 0 to 9223372036854775807"),
         (
             "NBDIMG_LIMIT_CONECTIONS",
             "3",
@@ -304,7 +304,7 @@ def test_load_every_limit_can_come_from_file_and_environment(file: Path, key: st
         ),
         (
             "[[exports]]\npath = 'x'\n[[exports.access]]\nuids = [0,\n-1]",
-            "5: exports[0].access[0].uids[1]: -1 is not allowed, expected a whole number from 0 on",
+            "5: exports[0].access[0].uids[1]: -1 is not allowed, expected a whole number from 0 to 9223372036854775807",
         ),
         (
             "[[exports]]\npath = 'x'\n[[exports.access]]\ngids = []",
@@ -313,11 +313,27 @@ def test_load_every_limit_can_come_from_file_and_environment(file: Path, key: st
         ("a = 1\na = 2", "2: not TOML: this key is given twice"),
         ("a = \n", "1: not TOML: Invalid value (column 5)"),
         ("a = [1,", "1: not TOML: "),
+        pytest.param(
+            f"[limits]\npayload_rate = 1{'0' * 400}", "2: limits.payload_rate: 10000000", id="bytes beyond a float"
+        ),
+        pytest.param(
+            f"[limits]\ndrain_timeout = 1{'0' * 400}", "2: limits.drain_timeout: 10000000", id="seconds beyond a float"
+        ),
     ],
 )
 def test_load_wrong_file_names_line_key_value_and_what_is_allowed(file: Path, text: str, expected: str) -> None:
     (problem,) = problems(file, text)
     assert problem.startswith(expected.replace("DIR", str(file.parent)))
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [("1" * 5000, "a number has too many digits"), ("[" * 3000, "lists or tables are nested too deeply")],
+)
+def test_load_value_that_the_parser_cannot_take_is_refused(file: Path, value: str, reason: str) -> None:
+    with pytest.raises(ConfigFileError) as caught:
+        load(file, f"a = {value}")
+    assert str(caught.value) == f"{file}: {reason}"
 
 
 @pytest.mark.parametrize("text", ["127.0.0.1:0", "[::1]:9808", "localhost:65535"])

@@ -17,8 +17,6 @@ from nbdimg.server.live import Control, RemoveMode
 from nbdimg.server.states import ExportState
 
 REMOVE_MODES = ("drain", "hide", "hard")
-SIZE_MAX = (1 << 63) - 1
-"""Bytes of a disk: the largest file offset."""
 
 
 async def list_exports(request: web.Request) -> web.Response:
@@ -49,7 +47,7 @@ async def remove_export(request: web.Request) -> web.Response:
 async def resize_export(request: web.Request) -> web.Response:
     control, state = _found(request)
     table, reader = await table_body(request, ("size", "shrink"))
-    size = table.get("size", size_in_bytes(1, SIZE_MAX), 0)
+    size = table.get("size", size_in_bytes(1), 0)
     may_shrink = table.get("shrink", boolean, False)
     if "size" not in table:
         table.report("size is missing, expected bytes")

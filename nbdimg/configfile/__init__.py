@@ -86,6 +86,10 @@ def load_config(
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigFileError([_syntax_problem(name, text, error)]) from None
+    except RecursionError:
+        raise ConfigFileError([f"{name}: lists or tables are nested too deeply"]) from None
+    except ValueError:
+        raise ConfigFileError([f"{name}: a number has too many digits"]) from None
     reader = Reader(name, content, text)
     config = FileConfig(*mapped(reader))
     return _finished(reader.problems(), config, environment, overrides, default_listeners)

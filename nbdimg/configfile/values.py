@@ -19,6 +19,8 @@ from nbdimg.uri import NbdUri
 from nbdimg.wire.constants import STRING_MAX
 
 PORT_MAX = 65535
+INTEGER_MAX = (1 << 63) - 1
+"""The largest number that TOML promises; `tomllib` takes some that no float can hold."""
 
 T = TypeVar("T")
 Parse = Callable[[object], T]
@@ -59,10 +61,10 @@ def one_of(*allowed: str) -> Parse[str]:
     return parse
 
 
-def count(least: int, most: int | None = None) -> Parse[int]:
+def count(least: int, most: int = INTEGER_MAX) -> Parse[int]:
     def parse(value: object) -> int:
         value = _number(value, int)
-        if isinstance(value, bool) or not isinstance(value, int) or not (least <= value <= (most or value)):
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise ConfigError(f"{shown(value)} is not allowed, expected a whole number {_range(least, most)}")
         return value
 
@@ -72,8 +74,8 @@ def count(least: int, most: int | None = None) -> Parse[int]:
 def seconds(least: float) -> Parse[float]:
     def parse(value: object) -> float:
         value = _number(value, float)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < float("inf"):
-            raise ConfigError(f"{shown(value)} is not allowed, expected seconds {_range(least)}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= INTEGER_MAX:
+            raise ConfigError(f"{shown(value)} is not allowed, expected seconds {_range(least, INTEGER_MAX)}")
         return float(value)
 
     return parse
@@ -92,12 +94,12 @@ def _number(value: object, kind: Callable[[str], float]) -> object:
     return value
 
 
-def size_in_bytes(least: int, most: int | None = None, multiple: int = 1) -> Parse[int]:
+def size_in_bytes(least: int, most: int = INTEGER_MAX, multiple: int = 1) -> Parse[int]:
     """A number of bytes or a string as `64MiB`."""
 
     def parse(value: object) -> int:
         size = parse_size(value) if isinstance(value, str) else value
-        if isinstance(size, bool) or not isinstance(size, int) or not (least <= size <= (most or size)):
+        if isinstance(size, bool) or not isinstance(size, int) or not least <= size <= most:
             raise ConfigError(f'{shown(value)} is not allowed, expected a size {_range(least, most)}, as "64MiB"')
         if size % multiple:
             raise ConfigError(f"{shown(value)} is not allowed, expected a multiple of {multiple} bytes")
@@ -183,8 +185,8 @@ def shown(value: object) -> str:
     return escaped(str(value)).strip("'")
 
 
-def _range(least: float, most: float | None = None) -> str:
-    return f"from {least:g} on" if most is None else f"from {least} to {most}"
+def _range(least: float, most: int) -> str:
+    return f"from {least} to {most}"
 
 
 def _listed(names: Sequence[str]) -> str:
