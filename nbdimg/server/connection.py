@@ -260,7 +260,9 @@ class Connection:
         assert wanted.export.overlays is not None
         self._is_entering = True
         self.pause()
-        self._shared.start(self._enter(handshake, handshake.entry.export, wanted, wanted.export.overlays))
+        self._shared.start(
+            self._enter(handshake, handshake.entry.export, wanted, wanted.export.overlays), wanted.export
+        )
 
     async def _enter(self, handshake: Handshake, info: ExportInfo, wanted: Wanted, overlays: Overlays) -> None:
         """Have an overlay attached, and answer GO."""
@@ -504,7 +506,7 @@ class Connection:
         if self._overlay is not None:
             assert self.export is not None
             assert self.export.overlays is not None
-            self._shared.start(self._give_back(self.export.overlays, self._overlay))
+            self._shared.start(self._give_back(self.export.overlays, self._overlay), self.export)
         self._on_closed(self)
 
     async def _give_back(self, overlays: Overlays, overlay: Export) -> None:

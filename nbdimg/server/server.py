@@ -262,8 +262,9 @@ class Server:
         Returns what went wrong with images; they are closed all the same.
         """
         await self.dismiss(self.clients_of(exports))
-        # Whoever runs now may work for a connection that is gone; what starts later cannot be of these exports.
-        if tasks := set(self._shared.tasks):
+        # What runs now may work for a connection that is gone; what starts later cannot be of these exports.
+        wanted = set(exports)
+        if tasks := [task for task, export in self._shared.tasks.items() if export in wanted]:
             await asyncio.wait(tasks)
         return await _close_all(exports)
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from nbdimg.export.export import Export
 from nbdimg.export.registry import Registry
 from nbdimg.limits import ARENA_SIZE, RECEIVE_SIZE, Limits
 from nbdimg.server.audit import Audit
@@ -33,14 +34,14 @@ class Shared:
         self.arena = bytearray(ARENA_SIZE)
         self.arena_view = memoryview(self.arena)
         self.pool = BufferPool(limits.total_bytes)
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.tasks: dict[asyncio.Task[None], Export] = {}
         self._hungry: deque[Callable[[], None]] = deque()
 
-    def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run to the end, whatever becomes of the connection."""
+    def start(self, work: Coroutine[Any, Any, None], export: Export) -> None:
+        """Run to the end, whatever becomes of the connection. `export`: what it works with."""
         task = self.loop.create_task(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        self.tasks[task] = export
+        task.add_done_callback(self.tasks.pop)
 
     def when_room(self, callback: Callable[[], None]) -> None:
         """Call once when buffers have been given back."""

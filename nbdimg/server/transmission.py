@@ -287,7 +287,7 @@ class Transmission:
             self.tally.answered(request)
             return
         self.in_flight += 1
-        self._shared.start(self._finish(request, work))
+        self._shared.start(self._finish(request, work), self._export)
 
     def _refuse(self, request: Request, error: OSError | NbdimgError) -> None:
         self._outbox.put(self._error(request, error))
@@ -410,7 +410,7 @@ class Transmission:
         if view is None:
             self._held = request
             return
-        self._shared.start(self._finish_whole(request, view, self._export.read(request.offset, view)))
+        self._shared.start(self._finish_whole(request, view, self._export.read(request.offset, view)), self._export)
 
     async def _finish_whole(self, request: Request, view: memoryview, work: Work[list[Segment]]) -> None:
         segments = await self._segments(request, work, request.offset)
@@ -503,7 +503,7 @@ class Transmission:
         if view is None:
             self._shared.when_room(self._room_for_stream(stream))
             return
-        self._shared.start(self._finish_piece(stream, view, self._export.read(stream.position, view)))
+        self._shared.start(self._finish_piece(stream, view, self._export.read(stream.position, view)), self._export)
 
     def _room_for_stream(self, stream: Stream) -> Callable[[], None]:
         def retry() -> None:

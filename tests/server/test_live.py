@@ -193,6 +193,32 @@ def test_removed_export_is_closed_on_return(
         served.ask(served.control.add(replace(config, name="again")))
 
 
+def test_removal_and_reload_wait_for_no_storage_but_their_own(
+    served: ControlledServer, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_back = asyncio.Event()
+
+    async def flush() -> None:
+        await is_back.wait()
+
+    monkeypatch.setattr(served.service.exports["keep"][0].image, "flush", flush)
+    served.ask(served.control.add(make("disk")))
+    keep = served.wanted
+    served.wanted = replace(keep, exports=(*keep.exports, make("other")))
+    assert served.ask(served.control.reload())
+    with served.connect("keep") as client:
+        client.send_requests([client.new_request(Command.FLUSH)])
+        assert wait_until(lambda: served.now(served.control.export, "keep").in_flight == 1, WAIT_S)
+        try:
+            served.ask(served.control.remove("disk", "hard"))
+            served.wanted = keep
+            assert served.ask(served.control.reload())
+            assert served.look() == {"keep": 1}
+        finally:
+            served.now(is_back.set)
+        assert client.read_reply().error == 0
+
+
 def test_drain_of_a_client_that_stays_can_be_cut_short(tmp_path: Path, make: Make) -> None:
     """It takes no reply, so what it has asked for is not answered for a long time."""
     size = 64 * MIB
