@@ -274,7 +274,7 @@ class Connection:
         except (NbdimgError, OSError) as error:
             self._refuse(Refusal.IMAGE, f"gets no overlay of export {escaped(wanted.name)}: {error}", wanted.name)
             refusal = overlay_refusal(error)
-        is_there = self._shared.registry.lookup(wanted.export.name) is wanted.export
+        is_there = self._shared.registry.lookup(wanted.export.name) is wanted.export and self._is_offered(info)
         if overlay is not None and (self.is_closed or not is_there):
             await overlays.detach(overlay)
             overlay = None
@@ -433,9 +433,10 @@ class Connection:
 
     def is_welcome(self) -> bool:
         """Whether a handshake now would give the client what it has; access rules change."""
-        if self._session is None:
-            return True
-        granted = self._session.export
+        return self._session is None or self._is_offered(self._session.export)
+
+    def _is_offered(self, granted: ExportInfo) -> bool:
+        """Whether a handshake now would give the client as much."""
         offered = self._view.find(granted.name)
         if offered is None or (offered.flags & ~granted.flags & TransmissionFlag.READ_ONLY):
             return False

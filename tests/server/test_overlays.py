@@ -19,7 +19,7 @@ from typing import Literal
 import pytest
 from cryptography import x509
 
-from nbdimg.config import ExportConfig, ServerConfig, TlsConfig
+from nbdimg.config import AccessRule, ExportConfig, ServerConfig, TlsConfig
 from nbdimg.configfile import ConfigFileError, load_config
 from nbdimg.errors import ConfigError
 from nbdimg.formats.overlay import Golden
@@ -707,9 +707,9 @@ def test_reload_of_overlay_options_reopens_and_removal_ends_its_clients(
             assert client.read(0, 512).data == b"y" * 512
 
 
-def test_reload_while_an_overlay_is_made_refuses_it_and_closes_the_golden_image(
-    golden: Path, overlays: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def slow_making(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Overlays are being made when the first is set, and made when the second is."""
     is_asked, may_go_on = threading.Event(), threading.Event()
     make = Golden._make_unnamed
 
@@ -718,8 +718,18 @@ def test_reload_while_an_overlay_is_made_refuses_it_and_closes_the_golden_image(
         assert may_go_on.wait(PATIENCE_S)
         return make(self)
 
+    monkeypatch.setattr(Golden, "_make_unnamed", slowly)
+    return is_asked, may_go_on
+
+
+def test_reload_while_an_overlay_is_made_refuses_it_and_closes_the_golden_image(
+    golden: Path, overlays: Path, slow_making: tuple[threading.Event, threading.Event]
+) -> None:
+    is_asked, may_go_on = slow_making
+    may_go_on.set()
     with LiveServer(live_config(golden, overlays)) as server, greeted(socket_of(server)) as client:
-        monkeypatch.setattr(Golden, "_make_unnamed", slowly)
+        is_asked.clear()
+        may_go_on.clear()
         client.send_option(Option.GO, info_data("base"))
         assert is_asked.wait(PATIENCE_S)
         taken = server.now(server.service.registry.remove, "base")
@@ -727,6 +737,24 @@ def test_reload_while_an_overlay_is_made_refuses_it_and_closes_the_golden_image(
         (reply,) = client.read_option_replies(Option.GO)
         assert (reply.type, reply.text) == (Rep.ERR_UNKNOWN, "the export was removed meanwhile")
         server.now(server.service.registry.add, taken, None)
+
+
+@pytest.mark.parametrize("rule", [AccessRule(networks=("192.0.2.0/24",)), AccessRule(is_read_only=True)])
+def test_right_taken_away_while_an_overlay_is_made_refuses_it(
+    golden: Path, overlays: Path, slow_making: tuple[threading.Event, threading.Event], rule: AccessRule
+) -> None:
+    is_asked, may_go_on = slow_making
+    may_go_on.set()
+    with LiveServer(live_config(golden, overlays)) as server, greeted(socket_of(server)) as client:
+        is_asked.clear()
+        may_go_on.clear()
+        client.send_option(Option.GO, info_data("base"))
+        assert is_asked.wait(PATIENCE_S)
+        (config,) = server.service.config.exports
+        server.now(server.service.adjust, replace(config, access=(rule,)))
+        may_go_on.set()
+        assert [reply.type for reply in client.read_option_replies(Option.GO)] == [Rep.ERR_UNKNOWN]
+        assert server.service.server.clients_of(server.service.exports["base"]) == []
 
 
 @pytest.mark.parametrize("mode", ["per-client", "kept"])
