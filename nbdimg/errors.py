@@ -2,6 +2,7 @@
 
     NbdimgError
     ├─ ConfigError              a setting, an option or an argument is wrong
+    │   └─ NotThere             it names an export or a client that there is not
     ├─ ListenError              an address cannot be listened on
     ├─ ProtocolError            the peer broke the protocol: its connection ends
     │   └─ TlsError             TLS has failed, or is missing where it is required
@@ -37,6 +38,10 @@ class NbdimgError(Exception):
 
 class ConfigError(NbdimgError):
     """A setting is wrong; the message names it, its value and what is allowed."""
+
+
+class NotThere(ConfigError):
+    """No export, or no client, has the name that was given."""
 
 
 class ListenError(NbdimgError):

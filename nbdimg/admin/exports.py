@@ -12,7 +12,6 @@ from nbdimg.admin.problems import Refusal
 from nbdimg.admin.requests import BODY_NAME, checked, json_body, query_choice, table_body
 from nbdimg.configfile import export_of
 from nbdimg.configfile.values import boolean, export_name, size_in_bytes
-from nbdimg.errors import ConfigError
 from nbdimg.server.live import Control, RemoveMode
 from nbdimg.server.states import ExportState
 
@@ -82,9 +81,6 @@ async def delete_snapshot(request: web.Request) -> web.Response:
 
 
 def _found(request: web.Request) -> tuple[Control, ExportState]:
-    """Raises: Refusal: the path names no export."""
+    """Raises: NotThere: the path names no export."""
     control = request.app[BACKEND].control
-    try:
-        return control, control.export(request.match_info["name"])
-    except ConfigError as error:
-        raise Refusal(404, str(error)) from None
+    return control, control.export(request.match_info["name"])

@@ -11,7 +11,6 @@ from aiohttp import web
 from nbdimg.admin.backend import BACKEND, Backend, fields_of
 from nbdimg.admin.problems import Refusal
 from nbdimg.admin.requests import json_body, query_choice
-from nbdimg.errors import ConfigError
 from nbdimg.export.meter import CommandMeter, Meter
 from nbdimg.wire.constants import Command
 
@@ -83,10 +82,7 @@ async def reload(request: web.Request) -> web.Response:
 
 async def list_clients(request: web.Request) -> web.Response:
     control = request.app[BACKEND].control
-    try:
-        clients = control.clients(request.query.get("export"))
-    except ConfigError as error:
-        raise Refusal(404, str(error)) from None
+    clients = control.clients(request.query.get("export"))
     return web.json_response(
         {"clients": [{**fields_of(each), "identities": sorted(each.identities)} for each in clients]}
     )
@@ -98,8 +94,5 @@ async def disconnect_client(request: web.Request) -> web.Response:
     is_hard = query_choice(request, "mode", DISCONNECT_MODES) == "hard"
     if not (text.isascii() and text.isdecimal() and len(text) <= CLIENT_ID_DIGITS_MAX):
         raise Refusal(404, f"{text!r:.80} is no client's id, which is a number")
-    try:
-        await control.disconnect(int(text), hard=is_hard)
-    except ConfigError as error:
-        raise Refusal(404, str(error)) from None
+    await control.disconnect(int(text), hard=is_hard)
     return web.Response(status=204)

@@ -15,7 +15,7 @@ from http import HTTPStatus
 from aiohttp import web
 
 from nbdimg.configfile import ConfigFileError
-from nbdimg.errors import ConfigError, ImageError, ImageFailed, ImageLocked, NbdimgError
+from nbdimg.errors import ConfigError, ImageError, ImageFailed, ImageLocked, NbdimgError, NotThere
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -58,7 +58,7 @@ def _of(error: Exception) -> web.Response:
     if isinstance(error, ConfigFileError):
         return problem(422, error.problems[0], problems=error.problems)
     if isinstance(error, ConfigError):
-        return problem(409, str(error))
+        return problem(404 if isinstance(error, NotThere) else 409, str(error))
     if isinstance(error, ImageError):
         status = 409 if isinstance(error, ImageLocked) else 500 if isinstance(error, ImageFailed) else 422
         return problem(status, str(error), image=error.path)

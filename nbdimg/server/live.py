@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 from nbdimg.config import ExportConfig
-from nbdimg.errors import ConfigError, ImageFailed, ImageLocked, NbdimgError, UnsupportedFeature, escaped
+from nbdimg.errors import ConfigError, ImageFailed, ImageLocked, NbdimgError, NotThere, UnsupportedFeature, escaped
 from nbdimg.export.export import Export, default_name
 from nbdimg.formats import resize_image
 from nbdimg.formats.qcow2.driver import Qcow2Driver
@@ -44,7 +44,7 @@ RemoveMode = Literal["hide", "drain", "hard"]
 class Control:
     """Operations on a running service. `reloader` None: it was started without a configuration file.
 
-    Each raises ConfigError for a name that is not there, naming some that are, and while the server stops.
+    Each raises NotThere for a name that is not there, naming some that are, and ConfigError while the server stops.
     """
 
     def __init__(self, service: Service, reloader: Reloader | None) -> None:
@@ -134,8 +134,7 @@ class Control:
         """
         leaving = self._leaving(name)
         if leaving is None:
-            leaving = await self._alone(self._hide(name))
-            logger.info("export %s was removed: %s", escaped(name), mode)
+            leaving = await self._alone(self._hide(name, mode))
         if mode != "hide":
             await self._to_the_end(self._see_off(leaving, is_hard=mode == "hard"))
 
@@ -145,10 +144,15 @@ class Control:
             return None
         return next((each for each in reversed(self._service.leaving) if each.config.name == name), None)
 
-    async def _hide(self, name: str) -> Leaving:
+    async def _hide(self, name: str, mode: RemoveMode) -> Leaving:
+        """Another removal may have been faster."""
+        leaving = self._leaving(name)
+        if leaving is not None:
+            return leaving
         if name not in self._service.exports:
             snapshot = self._visible(name)
             raise ConfigError(f"{escaped(snapshot.name)} is a snapshot, which is removed with its image or deleted")
+        logger.info("export %s was removed: %s", escaped(name), mode)
         return self._service.hide(name)
 
     async def _see_off(self, leaving: Leaving, *, is_hard: bool) -> None:
@@ -161,12 +165,12 @@ class Control:
     async def disconnect(self, client_id: int, hard: bool = False) -> None:
         """Make one client go: as `remove` with "drain" or, with `hard`, at once. It may connect again.
 
-        Raises: ConfigError: no client has this id.
+        Raises: NotThere: no client has this id.
         """
         server = self._service.server
         found = [each for each in server.connections if each.number == client_id]
         if not found:
-            raise ConfigError(f"there is no client {client_id}")
+            raise NotThere(f"there is no client {client_id}")
         logger.info("%s: disconnected on request", found[0].peer)
         await self._to_the_end(server.dismiss(found, is_hard=hard))
 
@@ -318,12 +322,12 @@ class Control:
             raise self._unknown(name)
         return export
 
-    def _unknown(self, name: str) -> ConfigError:
+    def _unknown(self, name: str) -> NotThere:
         known = list(self._service.exports)
         said = ", ".join(map(escaped, known[:NAMES_MAX])) or "none"
         if len(known) > NAMES_MAX:
             said += f" and {len(known) - NAMES_MAX} more"
-        return ConfigError(f"there is no export {escaped(name)}, known are {said}")
+        return NotThere(f"there is no export {escaped(name)}, known are {said}")
 
     def _image_export(self, name: str) -> Export:
         export = self._visible(name)

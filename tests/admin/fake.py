@@ -10,7 +10,7 @@ from typing import Any, Self, cast
 from nbdimg.admin.backend import Backend
 from nbdimg.admin.listeners import admin_listening
 from nbdimg.config import ServerConfig
-from nbdimg.errors import ConfigError
+from nbdimg.errors import NotThere
 from nbdimg.server.live import Control
 from nbdimg.server.service import Service
 from nbdimg.server.states import ExportState
@@ -50,7 +50,7 @@ class FakeControl:
         for each in self.states:
             if each.name == name:
                 return each
-        raise ConfigError(f"there is no export {name!r}")
+        raise NotThere(f"there is no export {name!r}")
 
     async def resize(self, *arguments: Any, **choices: Any) -> ExportState:
         self.calls.append(arguments)

@@ -14,6 +14,7 @@ from nbdimg.errors import (
     CorruptImage,
     ImageFailed,
     ImageLocked,
+    NotThere,
     RequestError,
     UnsupportedFeature,
 )
@@ -110,6 +111,7 @@ def test_drain_of_a_real_server_is_seen_until_its_end(tmp_path: Path) -> None:
     ("error", "status", "detail"),
     [
         (ConfigError("it is smaller"), 409, "it is smaller"),
+        (NotThere("it is gone"), 404, "it is gone"),
         (ImageLocked("/i", "is locked"), 409, "/i: is locked"),
         (UnsupportedFeature("/i", "has none"), 422, "/i: has none"),
         (CorruptImage("/i", "L1 is bad", 7), 422, "/i: L1 is bad"),

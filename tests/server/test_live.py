@@ -6,14 +6,14 @@ import asyncio
 import errno
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nbdimg.config import AccessRule, ExportConfig, TlsConfig
-from nbdimg.errors import ConfigError, ImageError, ImageFailed, ImageLocked, UnsupportedFeature
+from nbdimg.errors import ConfigError, ImageError, ImageFailed, ImageLocked, NotThere, UnsupportedFeature
 from nbdimg.formats import create_image
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.limits import Limits
@@ -217,6 +217,21 @@ def test_removal_and_reload_wait_for_no_storage_but_their_own(
         finally:
             served.now(is_back.set)
         assert client.read_reply().error == 0
+
+
+def test_removals_at_once_join_and_what_comes_behind_finds_nothing(served: ControlledServer, make: Make) -> None:
+    served.ask(served.control.add(make("disk")))
+
+    async def at_once() -> list[object]:
+        changes: list[Awaitable[object]] = [served.control.remove("disk", "drain") for _ in range(3)]
+        changes.append(served.control.resize("disk", 2 * SIZE))
+        return await asyncio.gather(*changes, return_exceptions=True)
+
+    with served.connect("disk") as client:
+        assert_works(client)
+        *removals, resize = served.ask(at_once())
+    assert removals == [None] * 3
+    assert isinstance(resize, NotThere)
 
 
 def test_drain_of_a_client_that_stays_can_be_cut_short(tmp_path: Path, make: Make) -> None:
