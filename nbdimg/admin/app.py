@@ -17,6 +17,9 @@ from nbdimg.server.listen import peer_of
 SEND_TIMEOUT_S = 30.0
 """For a response that its client does not take."""
 
+_EXPORT = "/v1/exports/{name:[^/]+}"
+"""By any name: aiohttp's own pattern takes none with braces."""
+
 HEALTH_ROUTES = (
     web.get("/livez", health.livez),
     web.get("/readyz", health.readyz),
@@ -34,12 +37,12 @@ ADMIN_ROUTES = (
     web.delete("/v1/clients/{id}", overview.disconnect_client),
     web.get("/v1/exports", exports.list_exports),
     web.post("/v1/exports", exports.add_export),
-    web.get("/v1/exports/{name}", exports.show_export),
-    web.delete("/v1/exports/{name}", exports.remove_export),
-    web.post("/v1/exports/{name}/resize", exports.resize_export),
-    web.get("/v1/exports/{name}/snapshots", exports.list_snapshots),
-    web.post("/v1/exports/{name}/snapshots", exports.create_snapshot),
-    web.delete("/v1/exports/{name}/snapshots/{snapshot}", exports.delete_snapshot),
+    web.get(_EXPORT, exports.show_export),
+    web.delete(_EXPORT, exports.remove_export),
+    web.post(f"{_EXPORT}/resize", exports.resize_export),
+    web.get(f"{_EXPORT}/snapshots", exports.list_snapshots),
+    web.post(f"{_EXPORT}/snapshots", exports.create_snapshot),
+    web.delete(f"{_EXPORT}/snapshots/{{snapshot:[^/]+}}", exports.delete_snapshot),
 )
 
 logger = logging.getLogger("nbdimg")

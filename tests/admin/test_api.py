@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -134,12 +135,15 @@ def test_add_exports_an_image_to_clients_at_once(served: Served) -> None:
         assert client.read(0, 512).data == b"\xa5" * 512
 
 
-def test_add_name_with_slash_space_and_umlaut_is_reached_percent_encoded(served: Served) -> None:
-    served.added("a/b ä%")
-    encoded = "a%2Fb%20%C3%A4%25"
-    assert served.api.ask("GET", "/v1/exports/{name}", name=encoded).json()["name"] == "a/b ä%"
+@pytest.mark.parametrize("name", ["a/b ä%", "{x}", "..", "%2F", "?a=#b;c", "\n", "\\", "/", "'\""])
+def test_add_name_of_any_characters_is_reached_percent_encoded(served: Served, name: str) -> None:
+    served.added(name)
+    encoded = quote(name, safe="")
+    assert served.api.ask("GET", "/v1/exports/{name}", name=encoded).json()["name"] == name
+    grown = served.api.ask("POST", "/v1/exports/{name}/resize", {"size": 2 * MIB}, name=encoded)
+    assert grown.json()["size"] == 2 * MIB
     assert served.api.ask("DELETE", "/v1/exports/{name}", name=encoded).status == 204
-    assert "a/b ä%" not in served.names()
+    assert name not in served.names()
 
 
 def test_add_qcow2_with_snapshots_exports_them_too(served: Served) -> None:
@@ -284,17 +288,17 @@ def test_resize_wrong_request_is_refused(served: Served, name: str, body: object
 
 def test_snapshot_is_made_listed_served_and_deleted(served: Served) -> None:
     template = "/v1/exports/{name}/snapshots"
-    answer = served.api.ask("POST", template, {"name": "s/1"}, name="vm")
-    assert (answer.status, answer.headers["location"]) == (201, "/v1/exports/vm/snapshots/s%2F1")
+    answer = served.api.ask("POST", template, {"name": "s/{1}"}, name="vm")
+    assert (answer.status, answer.headers["location"]) == (201, "/v1/exports/vm/snapshots/s%2F%7B1%7D")
     made = answer.json()
-    assert (made["name"], made["size"], made["export"]) == ("s/1", MIB, "vm@s/1")
+    assert (made["name"], made["size"], made["export"]) == ("s/{1}", MIB, "vm@s/{1}")
     assert served.api.ask("GET", template, name="vm").json()["snapshots"] == [made]
-    assert "vm@s/1" in served.names()
-    again = served.api.ask("POST", template, {"name": "s/1"}, name="vm")
-    assert (again.status, "s/1" in again.detail) == (409, True)
-    assert served.api.ask("DELETE", f"{template}/{{snapshot}}", name="vm", snapshot="s%2F1").status == 204
+    assert "vm@s/{1}" in served.names()
+    again = served.api.ask("POST", template, {"name": "s/{1}"}, name="vm")
+    assert (again.status, "s/{1}" in again.detail) == (409, True)
+    assert served.api.ask("DELETE", f"{template}/{{snapshot}}", name="vm", snapshot="s%2F%7B1%7D").status == 204
     assert served.api.ask("GET", template, name="vm").json()["snapshots"] == []
-    assert "vm@s/1" not in served.names()
+    assert "vm@s/{1}" not in served.names()
 
 
 def test_snapshot_of_a_snapshot_is_409(served: Served) -> None:

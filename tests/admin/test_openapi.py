@@ -14,7 +14,7 @@ from nbdimg.admin.openapi import document
 from nbdimg.configfile.mapping import ACCESS_KEYS, EXPORT_KEYS
 from nbdimg.server.states import ClientState, ExportState, SnapshotState
 
-ROUTES = {(route.method, route.path) for route in ADMIN_ROUTES}
+ROUTES = {(route.method, route.path.replace(":[^/]+}", "}")) for route in ADMIN_ROUTES}
 
 
 def operations(described: dict[str, Any]) -> set[tuple[str, str]]:
