@@ -260,13 +260,14 @@ class Connection:
         assert wanted.export.overlays is not None
         self._is_entering = True
         self.pause()
-        self._shared.start(
-            self._enter(handshake, handshake.entry.export, wanted, wanted.export.overlays), wanted.export
-        )
-
-    async def _enter(self, handshake: Handshake, info: ExportInfo, wanted: Wanted, overlays: Overlays) -> None:
-        """Have an overlay attached, and answer GO."""
         may_make = self._view.right(wanted.export) is Right.WRITE
+        work = self._enter(handshake, handshake.entry.export, wanted, wanted.export.overlays, may_make=may_make)
+        self._shared.start(work, wanted.export)
+
+    async def _enter(
+        self, handshake: Handshake, info: ExportInfo, wanted: Wanted, overlays: Overlays, *, may_make: bool
+    ) -> None:
+        """Have an overlay attached, and answer GO. From its first line on the export may have been removed."""
         overlay = None
         refusal = OptionError(OptionReply.ERR_UNKNOWN, "the export was removed meanwhile")
         try:

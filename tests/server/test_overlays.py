@@ -10,11 +10,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from cryptography import x509
@@ -22,8 +22,10 @@ from cryptography import x509
 from nbdimg.config import AccessRule, ExportConfig, ServerConfig, TlsConfig
 from nbdimg.configfile import ConfigFileError, load_config
 from nbdimg.errors import ConfigError
+from nbdimg.export.export import Export
 from nbdimg.formats.overlay import Golden
 from nbdimg.limits import Limits
+from nbdimg.server.shared import Shared
 from nbdimg.storage.posix import PosixFile
 from nbdimg.uri import NbdUri
 from tests.server.test_access import refusals
@@ -737,6 +739,23 @@ def test_reload_while_an_overlay_is_made_refuses_it_and_closes_the_golden_image(
         (reply,) = client.read_option_replies(Option.GO)
         assert (reply.type, reply.text) == (Rep.ERR_UNKNOWN, "the export was removed meanwhile")
         server.now(server.service.registry.add, taken, None)
+
+
+def test_removal_before_an_overlay_is_begun_refuses_it(
+    golden: Path, overlays: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Export] = []
+    start = Shared.start
+
+    def start_and_remove(self: Shared, work: Coroutine[Any, Any, None], export: Export) -> None:
+        start(self, work, export)
+        if not taken:
+            taken.append(self.registry.remove("base"))
+
+    with LiveServer(live_config(golden, overlays)) as server, greeted(socket_of(server)) as client:
+        monkeypatch.setattr(Shared, "start", start_and_remove)
+        assert [reply.type for reply in client.option(Option.GO, info_data("base"))] == [Rep.ERR_UNKNOWN]
+        server.now(server.service.registry.add, taken[0], None)
 
 
 @pytest.mark.parametrize("rule", [AccessRule(networks=("192.0.2.0/24",)), AccessRule(is_read_only=True)])
