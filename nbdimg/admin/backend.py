@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from time import monotonic
 from typing import Any, Literal
 
 from aiohttp import web
 
+from nbdimg.admin.metrics import exposition
 from nbdimg.admin.problems import Refusal
 from nbdimg.server.live import Control
 from nbdimg.server.service import Service
@@ -23,6 +25,7 @@ class Backend:
         self.started_s = monotonic()
         self._service: Service | None = None
         self._control: Control | None = None
+        self._page: asyncio.Task[tuple[bytes, str]] | None = None
 
     def attach(self, service: Service, control: Control) -> None:
         """All exports are open, and all listeners."""
@@ -45,6 +48,22 @@ class Backend:
         if self._service is None:
             raise _starting()
         return self._service
+
+    async def metrics(self) -> tuple[bytes, str]:
+        """As `exposition`. Who asks while a page is being written gets that one: the turns of several would add up for
+        NBD's clients, and anybody may ask.
+
+        Raises: Refusal: as `service`.
+        """
+        if self._page is None:
+            self._page = asyncio.create_task(self._write_page())
+        return await asyncio.shield(self._page)
+
+    async def _write_page(self) -> tuple[bytes, str]:
+        try:
+            return await exposition(self.service)
+        finally:
+            self._page = None
 
     @property
     def control(self) -> Control:

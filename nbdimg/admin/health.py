@@ -10,7 +10,6 @@ from __future__ import annotations
 from aiohttp import web
 
 from nbdimg.admin.backend import BACKEND
-from nbdimg.admin.metrics import exposition
 
 
 async def livez(_: web.Request) -> web.Response:
@@ -36,5 +35,5 @@ async def readyz(request: web.Request) -> web.Response:
 
 
 async def metrics(request: web.Request) -> web.Response:
-    body, content_type = await exposition(request.app[BACKEND].service)
+    body, content_type = await request.app[BACKEND].metrics()
     return web.Response(body=body, headers={"Content-Type": content_type})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from nbdimg.admin import backend
 from nbdimg.config import AdminConfig, ServerConfig, TcpAddress
 from nbdimg.errors import (
     ConfigError,
@@ -20,7 +23,7 @@ from nbdimg.errors import (
 )
 from tests.admin.fake import FakeServer, state
 from tests.support.configured import ConfiguredServer, export
-from tests.support.httpclient import Answer, ask, http_address
+from tests.support.httpclient import Answer, ask, connected, http_address, received
 from tests.support.rawclient import connect_negotiated
 from tests.support.rawprotocol import MIB, Command
 from tests.support.rss import wait_until
@@ -131,6 +134,31 @@ def test_operation_that_fails_is_a_problem_of_the_fitting_kind(
     assert (answer.status, answer.detail) == (status, detail)
     assert server.control.calls == [("a", 5)]
     assert ("internal error in the admin API" in server.log) == ("internal" in detail)
+
+
+def test_metrics_that_many_ask_for_at_once_are_written_once(
+    server: FakeServer, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on = asyncio.Event()
+    written: list[bytes] = []
+
+    async def slowly(_: object) -> tuple[bytes, str]:
+        written.append(b"page %d" % len(written))
+        page = written[-1]
+        await may_go_on.wait()
+        return page, "text/plain"
+
+    monkeypatch.setattr(backend, "exposition", slowly)
+    server.attach()
+    with ExitStack() as stack:
+        asking = [stack.enter_context(connected(address)) for _ in range(5)]
+        for sock in asking:
+            sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert wait_until(lambda: bool(written), WAIT_S)
+        assert ask(address, "GET", "/livez").status == 200
+        server.now(may_go_on.set)
+        assert [received(sock).body for sock in asking] == [b"page 0"] * 5
+    assert ask(address, "GET", "/metrics").body == b"page 1"
 
 
 def test_metrics_listener_has_health_and_nothing_that_changes() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from aiohttp.compression_utils import ZLibDecompressor
 
-from nbdimg.admin import app, health, listeners, requests
+from nbdimg.admin import app, backend, listeners, requests
 from nbdimg.config import AdminConfig, ServerConfig
 from nbdimg.errors import ConfigError, ListenError
 from nbdimg.server.systemd import Inherited
@@ -212,7 +212,7 @@ def test_client_that_never_reads_is_cut(server: FakeServer, address: str, monkey
     async def long_exposition(_: object) -> tuple[bytes, str]:
         return b"#" * (8 << 20), "text/plain"
 
-    monkeypatch.setattr(health, "exposition", long_exposition)
+    monkeypatch.setattr(backend, "exposition", long_exposition)
     with connected(address) as sock:
         sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
         assert wait_until(lambda: "ESTABLISHED" not in _state(sock), WAIT_S)
