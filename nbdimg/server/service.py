@@ -26,6 +26,7 @@ from nbdimg.server.server import Server
 from nbdimg.server.systemd import Inherited
 from nbdimg.server.terms import as_reached, check_admin, check_identities, check_listener, terms_of
 from nbdimg.server.tls import Tls
+from nbdimg.storage.posix import PosixFile
 from nbdimg.uri import NbdUri
 
 SNAPSHOT_EXPORTS_MAX = 64
@@ -138,12 +139,16 @@ class Service:
                 check_listener(uri, alone)
 
     async def add_snapshot(self, name: str, snapshot_id: str, label: str) -> None:
-        """Export one more snapshot of an export's image. Raises: as `open`."""
+        """Export one more snapshot of an export's image.
+
+        Raises: as `open`; ImageError: another file is at the image's path by now.
+        """
         config = self.live.get(name) or next(each for each in self.config.exports if each.name == name)
         export = await open_snapshot(config, snapshot_id, label, self.config.limits)
         try:
+            _check_same_file(self.exports[name][0], export)
             self.registry.add(export, terms_of(config))
-        except ConfigError:
+        except NbdimgError:
             await close_exports([export])
             raise
         self.exports[name].append(export)
@@ -338,6 +343,15 @@ async def _open_snapshot(
         config.path, format="qcow2", writable=False, lock=False, roots=config.roots, key=key, snapshot=snapshot_id
     )
     return await _export(f"{named(config)}@{label}", image, config, limits, snapshot_id=snapshot_id)
+
+
+def _check_same_file(export: Export, snapshot: Export) -> None:
+    """Raises: ImageError: what was opened at the image's path is another file than the one that is open."""
+    first, second = export.image.driver.file, snapshot.image.driver.file
+    assert isinstance(first, PosixFile)
+    assert isinstance(second, PosixFile)
+    if not os.path.sameopenfile(first.descriptor, second.descriptor):
+        raise ImageError(first.path, "another file has taken its place since it was opened")
 
 
 async def _export(

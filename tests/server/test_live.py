@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
@@ -523,6 +524,22 @@ def test_snapshot_that_cannot_be_is_refused(tmp_path: Path, make: Make) -> None:
             with pytest.raises(ConfigError, match="there is no snapshot 'two'"):
                 server.ask(delete("disk", "two"))
             assert server.now(server.control.export, "disk").failure is None
+
+
+def test_snapshot_of_an_image_that_was_renamed_is_not_another_files(
+    served: ControlledServer, make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make("disk", "qcow2")
+    served.ask(served.control.add(config))
+    os.rename(config.path, tmp_path / "moved.img")
+    make("disk", "qcow2")
+    qemu_img("snapshot", "-c", "other", config.path)
+    made = served.ask(served.control.snapshot_create("disk", "s"))
+    assert (made.name, made.export) == ("s", None)
+    assert list(served.look()) == ["keep", "disk"]
+    assert "snapshot 's' of 'disk' is not exported" in caplog.text
+    assert "another file has taken its place since it was opened" in caplog.text
+    assert [each.name for each in served.ask(served.control.snapshots("disk"))] == ["s"]
 
 
 def test_snapshot_beyond_those_that_are_exported_is_made_all_the_same(
