@@ -301,8 +301,11 @@ class Connection:
             size = offered.size
             if wanted.export.overlays is not None:
                 may_make = self._view.right(wanted.export) is Right.WRITE
-                self._overlay = await wanted.export.overlays.attach(wanted.overlay, self._limits, may_make=may_make)
-                self.export, size = wanted.export, self._overlay.info.size
+                overlay = await wanted.export.overlays.attach(wanted.overlay, self._limits, may_make=may_make)
+                if self.is_closed:
+                    await wanted.export.overlays.detach(overlay)
+                    return
+                self.export, self._overlay, size = wanted.export, overlay, overlay.info.size
             reason = broken_promise(session, offered, size)
             if reason is not None:
                 raise ProtocolError(reason)
