@@ -40,6 +40,7 @@ from nbdimg.formats.qcow2.paced import PacedReader
 from nbdimg.formats.qcow2.packed import compressed_clusters, decode_offsets, encode_offsets
 from nbdimg.formats.qcow2.refcount import Refcounts, Run
 from nbdimg.formats.qcow2.snapshots import (
+    NAME_BYTES_MAX,
     TABLE_BYTES_MAX,
     Snapshot,
     find_snapshot,
@@ -56,9 +57,6 @@ from nbdimg.units import KiB, div_ceil
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
 """Called with L2 tables done and L2 tables in all; a table that is walked twice counts twice."""
-
-NAME_BYTES_MAX = 255
-"""Of a name in UTF-8; QEMU keeps no more of it in memory."""
 
 PIECE_SIZE = 64 * KiB
 """L2 tables are read in pieces of this; then the loop gets its turn. 8192 entries take 1 to 2 ms."""

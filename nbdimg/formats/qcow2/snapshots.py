@@ -22,6 +22,9 @@ from nbdimg.units import MiB, align_up
 TABLE_BYTES_MAX = 16 * MiB
 """Of a snapshot table that is read: QEMU allows 64 MiB; ordinary entries take less than 200 bytes."""
 
+NAME_BYTES_MAX = 255
+"""Of a name in UTF-8; QEMU keeps no more of it in memory."""
+
 NO_ICOUNT = (1 << 64) - 1
 
 
@@ -67,12 +70,26 @@ class Snapshot:
 
 
 def labels(snapshots: Iterable[Snapshot]) -> dict[str, str]:
-    """By id what each is called: its name, but the id where it has none or an earlier one has the same."""
-    called: dict[str, str] = {}
+    """By id what each is called: its name, but the id where an earlier one has that name, another one has it as its
+    id, or it is no name to ask for: empty, longer than `NAME_BYTES_MAX`, with NUL or bytes that are not UTF-8.
+    """
+    names: dict[str, str] = {}
     for snapshot in snapshots:
-        is_taken = not snapshot.name or snapshot.name in called.values()
-        called[snapshot.id] = snapshot.id if is_taken else snapshot.name
+        names.setdefault(snapshot.id, snapshot.name)
+    called: dict[str, str] = {}
+    taken: set[str] = set()
+    for id, name in names.items():
+        is_taken = name in taken or (name != id and name in names)
+        called[id] = id if is_taken or not _can_be_asked_for(name) else name
+        taken.add(name)
     return called
+
+
+def _can_be_asked_for(name: str) -> bool:
+    try:
+        return 1 <= len(name.encode()) <= NAME_BYTES_MAX and "\0" not in name
+    except UnicodeEncodeError:
+        return False
 
 
 def serialize(snapshots: Iterable[Snapshot], current_size: int) -> bytes:

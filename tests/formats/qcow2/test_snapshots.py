@@ -16,7 +16,7 @@ from nbdimg.formats import open_image
 from nbdimg.formats.qcow2 import snapshot_changes
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.snapshot_changes import apply_snapshot, create_snapshot, delete_snapshot
-from nbdimg.formats.qcow2.snapshots import Snapshot
+from nbdimg.formats.qcow2.snapshots import Snapshot, labels
 from nbdimg.units import KiB, MiB
 from tests.support.qcow2disk import NOW_NS, SIZE, Disk, change, content_of, driver_of
 from tests.support.qcow2edit import qemu_check, qemu_img
@@ -595,3 +595,23 @@ def test_control_model_that_differs_is_seen(tmp_path: Path) -> None:
     disk.snapshots["one"] = b"\1" + disk.snapshots["one"][1:]
     with pytest.raises(AssertionError, match="one"):
         disk.verify()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        ([("1", "a"), ("2", "a"), ("3", "")], ["a", "2", "3"]),
+        ([("1", "2"), ("2", "2")], ["1", "2"]),
+        ([("1", "2"), ("2", "")], ["1", "2"]),
+        ([("1", "1"), ("2", "b")], ["1", "b"]),
+        ([("1", "a\udcff"), ("2", "n" * 256), ("3", "\0"), ("4", "n" * 255)], ["1", "2", "3", "n" * 255]),
+    ],
+    ids=["duplicate", "name and id of the next", "id of one without a name", "own id", "no names to ask for"],
+)
+def test_labels_are_unique_and_can_be_asked_for(pairs: list[tuple[str, str]], expected: list[str]) -> None:
+    called = labels([Snapshot(id, name, 0, 0) for id, name in pairs])
+    assert called == dict(zip([id for id, _ in pairs], expected, strict=True))
+
+
+def test_labels_of_two_with_one_id_mean_the_one_that_the_id_opens() -> None:
+    assert labels([Snapshot("1", "a", 0, 0), Snapshot("1", "b", 0, 0)]) == {"1": "a"}
