@@ -130,13 +130,6 @@ class BitmapStore:
         self._marked |= names
         self.is_marked = all(bitmap.name in self._marked for bitmap in self.recording)
 
-    async def set_all(self) -> None:
-        """All of the disk is about to change at once, as when a snapshot is applied. Raises: as `mark`."""
-        await self.mark()
-        for bitmap in self.recording:
-            if bitmap.size:
-                bitmap.set_range(0, bitmap.size)
-
     async def resize(self, size: int) -> None:
         """Before the header says that the disk has `size` bytes: all consistent bitmaps are loaded and marked, and are
         of this size; `store` follows when the header is durable. Raises: as `get` and `mark`.
