@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from itertools import chain
 
 from nbdimg.errors import ConfigError, CorruptImage, UnsupportedFeature
 from nbdimg.formats.options import Backing, Opened, OpenOptions
@@ -21,7 +22,7 @@ from nbdimg.formats.qcow2.mapping import Mapping, Store
 from nbdimg.formats.qcow2.packed import decode_offsets
 from nbdimg.formats.qcow2.refcount import Refcounts, load_table
 from nbdimg.formats.qcow2.repair import repair
-from nbdimg.formats.qcow2.snapshots import Snapshot, find_snapshot, load_snapshots, stored_table_size
+from nbdimg.formats.qcow2.snapshots import Snapshot, find_snapshot, l1_clusters, load_snapshots, stored_table_size
 from nbdimg.formats.qcow2.structs import COPIED, OFFSET_MASK, Crypt, ExtensionType
 from nbdimg.formats.qcow2.subclusters import SubclusterMapping
 from nbdimg.image.gate import OpenGate, Reference
@@ -117,6 +118,9 @@ async def _prepare(file: BlockFile, header: Header, options: OpenOptions) -> Hea
     if header.crypt_method == Crypt.AES:
         raise UnsupportedFeature(file.path, "images with legacy AES encryption can only be opened read-only", 32)
     if header.is_dirty:
+        # What is refused for its size is refused before a repair walks all of it.
+        snapshots = await load_snapshots(file, header)
+        l1_clusters(file.path, header, snapshots, div_ceil(file.size, header.cluster_size))
         report = await repair(file, header, leaks_only=False)
         if not report.is_clean:
             raise CorruptImage(
@@ -159,7 +163,7 @@ async def _l1_table(
 
 
 async def _refcounts(file: BlockFile, header: Header, l1: L1Table, snapshots: list[Snapshot]) -> Refcounts:
-    """Raises: CorruptImage: tables that would be written lie one in the other."""
+    """Raises: CorruptImage: tables that would be written lie one in the other. UnsupportedFeature: `l1_clusters`."""
     bits, end = header.cluster_bits, div_ceil(file.size, header.cluster_size)
     table = await load_table(file, header)
 
@@ -176,7 +180,8 @@ async def _refcounts(file: BlockFile, header: Header, l1: L1Table, snapshots: li
     ):
         _claim(file.path, metadata, what, owned, bits)
     metadata.update((entry & OFFSET_MASK) >> bits for entry in l1.entries if entry & OFFSET_MASK)
-    regions = [*((snapshot.l1_offset, 8 * snapshot.l1_size) for snapshot in snapshots), *_extension_regions(header)]
+    metadata.update(chain.from_iterable(l1_clusters(file.path, header, snapshots, end)))
+    regions = _extension_regions(header)
     if snapshots:
         regions.append((header.snapshot_table_offset, stored_table_size(snapshots)))
     for offset, length in regions:

@@ -30,6 +30,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from itertools import chain
 from typing import TypeVar
 
 from nbdimg.errors import ConfigError, CorruptImage, ImageError, UnsupportedFeature, escaped
@@ -44,6 +45,7 @@ from nbdimg.formats.qcow2.snapshots import (
     TABLE_BYTES_MAX,
     Snapshot,
     find_snapshot,
+    l1_clusters,
     load_l1,
     load_snapshots,
     serialize,
@@ -215,6 +217,8 @@ def _check_table(driver: Qcow2Driver, snapshots: list[Snapshot]) -> None:
             f"the snapshot table would hold {len(snapshots)} snapshots in {size} bytes, allowed are {s.SNAPSHOTS_MAX} "
             f"in {TABLE_BYTES_MAX}",
         )
+    assert driver.refcounts is not None
+    l1_clusters(driver.file.path, driver.header, snapshots, driver.refcounts.end)
 
 
 def _next_id(snapshots: list[Snapshot]) -> str:
@@ -272,12 +276,12 @@ class _Change:
         header = self._driver.header
         l1 = self._driver.mapping.l1
         clusters = {offset >> self._bits for offset in self._counts.table if offset}
+        clusters.update(chain.from_iterable(l1_clusters(self._file.path, header, self._snapshots, self._counts.end)))
         regions = [
             (0, self._cluster_size),
             (header.refcount_table_offset, header.refcount_table_clusters << self._bits),
             (l1.offset, 8 * len(l1.entries)),
             (header.snapshot_table_offset, stored_table_size(self._snapshots)),
-            *((each.l1_offset, 8 * each.l1_size) for each in self._snapshots),
         ]
         for offset, length in regions:
             clusters.update(self._clusters(offset, length))

@@ -12,18 +12,23 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from nbdimg.errors import ConfigError, CorruptImage, escaped
+from nbdimg.errors import ConfigError, CorruptImage, UnsupportedFeature, escaped
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.packed import decode_offsets
 from nbdimg.storage.file import BlockFile
-from nbdimg.units import MiB, align_up
+from nbdimg.units import MiB, align_up, div_ceil
 
 TABLE_BYTES_MAX = 16 * MiB
 """Of a snapshot table that is read: QEMU allows 64 MiB; ordinary entries take less than 200 bytes."""
 
 NAME_BYTES_MAX = 255
 """Of a name in UTF-8; QEMU keeps no more of it in memory."""
+
+L1_CLUSTERS_MAX = 1 << 19
+"""Of the L1 tables of an image's snapshots, when it is written to: each is remembered, all in 45 MiB. With 4 KiB clusters
+that is enough for 512 snapshots of 1 TiB, with 64 KiB clusters for 65536 of 4 TiB.
+"""
 
 NO_ICOUNT = (1 << 64) - 1
 
@@ -99,6 +104,25 @@ def serialize(snapshots: Iterable[Snapshot], current_size: int) -> bytes:
 def stored_table_size(snapshots: Iterable[Snapshot]) -> int:
     """Bytes of the table that these were read from."""
     return sum(snapshot.stored_size for snapshot in snapshots)
+
+
+def l1_clusters(path: str, header: Header, snapshots: Iterable[Snapshot], end: int) -> list[range]:
+    """Host clusters of the snapshots' L1 tables, those before cluster `end`: a damaged entry may claim any number.
+
+    Raises: UnsupportedFeature: they are more than `L1_CLUSTERS_MAX`.
+    """
+    found = []
+    for snapshot in snapshots:
+        first = snapshot.l1_offset >> header.cluster_bits
+        found.append(range(first, min(first + div_ceil(8 * snapshot.l1_size, header.cluster_size), end)))
+    count = sum(map(len, found))
+    if count > L1_CLUSTERS_MAX:
+        raise UnsupportedFeature(
+            path,
+            f"the L1 tables of its snapshots take {count} clusters, allowed are {L1_CLUSTERS_MAX} in an image that is "
+            "written to",
+        )
+    return found
 
 
 async def load_l1(file: BlockFile, header: Header, snapshot: Snapshot) -> array[int]:

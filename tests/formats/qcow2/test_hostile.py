@@ -458,6 +458,26 @@ def test_opening_many_snapshots_with_huge_l1_tables_takes_little_memory(plain: b
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("is_dirty", [False, True])
+def test_snapshots_whose_l1_tables_lie_one_in_the_other_take_no_time_and_are_not_written_to(
+    plain: bytes, is_dirty: bool
+) -> None:
+    """Each entry claims an L1 table of 1024 clusters inside the file, all of them the same."""
+    count = 1024
+    entries = struct.pack(">QIHHIIQII", 0x10000, 4 << 17, 1, 0, 0, 0, 0, 0, 16) + u64(0) + u64(SIZE) + b"1".ljust(8)
+    content = poked(plain.ljust(8 << 20, b"\0"), (60, u32(count) + u64(0x10000)), (0x10000, entries * count))
+    content = poked(content, (72, u64(is_dirty)))
+
+    async def main() -> None:
+        with pytest.raises(UnsupportedFeature, match="take 1048576 clusters, allowed are 524288"):
+            await opened(content, writable=True)
+        image, _ = await opened(content)
+        assert await bytes_of(image, 0, 4096) == b"\7" * 4096
+        await image.driver.abandon()
+
+    asyncio.run(main())
+
+
 def test_l1_entry_with_a_flag_and_no_offset_is_unallocated(plain: bytes) -> None:
     """Spec: offset 0 means unallocated, whatever COPIED says; a look-up must come to an end."""
 

@@ -13,7 +13,7 @@ import pytest
 
 from nbdimg.errors import ConfigError, CorruptImage, UnsupportedFeature
 from nbdimg.formats import open_image
-from nbdimg.formats.qcow2 import snapshot_changes
+from nbdimg.formats.qcow2 import snapshot_changes, snapshots
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.snapshot_changes import apply_snapshot, create_snapshot, delete_snapshot
 from nbdimg.formats.qcow2.snapshots import Snapshot, labels
@@ -595,6 +595,21 @@ def test_control_model_that_differs_is_seen(tmp_path: Path) -> None:
     disk.snapshots["one"] = b"\1" + disk.snapshots["one"][1:]
     with pytest.raises(AssertionError, match="one"):
         disk.verify()
+
+
+def test_create_beyond_the_l1_tables_that_are_remembered_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk.made(tmp_path / "image", "cluster_size=4k")
+    disk.create("one")
+    monkeypatch.setattr(snapshots, "L1_CLUSTERS_MAX", 1)
+    before = disk.path.read_bytes()
+    with pytest.raises(UnsupportedFeature, match="take 2 clusters, allowed are 1"):
+        disk.create("two")
+    assert disk.path.read_bytes() == before
+    disk.delete("one")
+    disk.create("two")
+    disk.verify()
 
 
 @pytest.mark.parametrize(
