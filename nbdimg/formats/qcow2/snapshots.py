@@ -26,8 +26,8 @@ NAME_BYTES_MAX = 255
 """Of a name in UTF-8; QEMU keeps no more of it in memory."""
 
 L1_CLUSTERS_MAX = 1 << 19
-"""Of the L1 tables of an image's snapshots, when it is written to: each is remembered, all in 45 MiB. With 4 KiB clusters
-that is enough for 512 snapshots of 1 TiB, with 64 KiB clusters for 65536 of 4 TiB.
+"""Of the L1 tables of an image's snapshots, when it is written to: each is remembered, all in 45 MiB. With 4 KiB
+clusters that is enough for 512 snapshots of 1 TiB, with 64 KiB clusters for 65536 of 4 TiB.
 """
 
 NO_ICOUNT = (1 << 64) - 1
