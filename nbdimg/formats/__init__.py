@@ -16,7 +16,7 @@ from nbdimg.formats.qcow2.create import create as qcow2_create
 from nbdimg.formats.qcow2.crypt import read_key_file
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.resize import resize as qcow2_resize
-from nbdimg.formats.qcow2.snapshots import labels, load_snapshots
+from nbdimg.formats.qcow2.snapshots import labels, load_snapshots, mapped_l1_size
 from nbdimg.formats.vhdx import open as vhdx
 from nbdimg.formats.vhdx.create import create as vhdx_create
 from nbdimg.formats.vhdx.resize import resize as vhdx_resize
@@ -182,15 +182,22 @@ async def first_that_opens(references: Sequence[Reference], open: Callable[[Refe
     raise refusals[0]
 
 
-async def snapshot_labels(image: Image) -> dict[str, str]:
-    """The ids of an open image's internal snapshots, for `open_image`, and what to call them; oldest first.
+async def snapshot_labels(image: Image, *, count_max: int, bytes_max: int) -> tuple[dict[str, str], int]:
+    """The ids of an open image's latest internal snapshots, for `open_image`, and what to call them, oldest first; and
+    how many there are in all. At most `count_max`, whose L1 tables take at most `bytes_max` together.
 
     Raises: ImageError: their table is malformed. OSError: it cannot be read.
     """
     driver = image.driver
     if not isinstance(driver, Qcow2Driver):
-        return {}
-    return labels(await load_snapshots(driver.file, driver.header))
+        return {}, 0
+    snapshots = await load_snapshots(driver.file, driver.header)
+    called = labels(snapshots)
+    sizes = {each.id: mapped_l1_size(driver.header, each) for each in reversed(snapshots)}
+    latest = list(called)[-count_max:]
+    while sum(sizes[each] for each in latest) > bytes_max:
+        latest.pop(0)
+    return {each: called[each] for each in latest}, len(called)
 
 
 async def probed_format(file: PosixFile) -> str:

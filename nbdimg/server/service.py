@@ -27,10 +27,14 @@ from nbdimg.server.systemd import Inherited
 from nbdimg.server.terms import as_reached, check_admin, check_identities, check_listener, terms_of
 from nbdimg.server.tls import Tls
 from nbdimg.storage.posix import PosixFile
+from nbdimg.units import MiB
 from nbdimg.uri import NbdUri
 
 SNAPSHOT_EXPORTS_MAX = 64
 """Snapshots of one image that are exported beside it, the latest ones: each costs a descriptor and an L1 table."""
+
+SNAPSHOT_TABLES_MAX = 64 * MiB
+"""Bytes of the L1 tables of those that are exported when an image is opened: 64 of 64 TiB at 64 KiB clusters."""
 
 logger = logging.getLogger("nbdimg")
 
@@ -320,10 +324,10 @@ async def _open_all(
     if config.overlay is not None:
         await lend_overlays(exports[0], config)
         return
-    labels = await snapshot_labels(image)
-    if len(labels) > SNAPSHOT_EXPORTS_MAX:
-        logger.warning("%s: %d of %d snapshots are exported", name, SNAPSHOT_EXPORTS_MAX, len(labels))
-    for snapshot_id, label in list(labels.items())[-SNAPSHOT_EXPORTS_MAX:]:
+    labels, count = await snapshot_labels(image, count_max=SNAPSHOT_EXPORTS_MAX, bytes_max=SNAPSHOT_TABLES_MAX)
+    if len(labels) < count:
+        logger.warning("%s: %d of %d snapshots are exported", name, len(labels), count)
+    for snapshot_id, label in labels.items():
         exports.append(await _open_snapshot(config, snapshot_id, label, limits, key))
 
 

@@ -22,7 +22,14 @@ from nbdimg.formats.qcow2.mapping import Mapping, Store
 from nbdimg.formats.qcow2.packed import decode_offsets
 from nbdimg.formats.qcow2.refcount import Refcounts, load_table
 from nbdimg.formats.qcow2.repair import repair
-from nbdimg.formats.qcow2.snapshots import Snapshot, find_snapshot, l1_clusters, load_snapshots, stored_table_size
+from nbdimg.formats.qcow2.snapshots import (
+    Snapshot,
+    find_snapshot,
+    l1_clusters,
+    load_snapshots,
+    mapped_l1_size,
+    stored_table_size,
+)
 from nbdimg.formats.qcow2.structs import COPIED, OFFSET_MASK, Crypt, ExtensionType
 from nbdimg.formats.qcow2.subclusters import SubclusterMapping
 from nbdimg.image.gate import OpenGate, Reference
@@ -142,12 +149,12 @@ async def _l1_table(
     offset, count, size = header.l1_offset, header.l1_size, header.size
     if wanted is not None:
         snapshot = find_snapshot(file.path, snapshots, wanted)
-        offset, count = snapshot.l1_offset, snapshot.l1_size
+        offset, count = snapshot.l1_offset, mapped_l1_size(header, snapshot) // 8
         size = header.size if snapshot.disk_size is None else snapshot.disk_size
-        if header.l1_entries_needed(size) > count:
+        if count > snapshot.l1_size:
             raise CorruptImage(
                 file.path,
-                f"snapshot {snapshot.id}: l1_size is {count}, expected at least {header.l1_entries_needed(size)}",
+                f"snapshot {snapshot.id}: l1_size is {snapshot.l1_size}, expected at least {count}",
                 header.snapshot_table_offset,
             )
     if offset + 8 * count > align_up(file.size, header.cluster_size):

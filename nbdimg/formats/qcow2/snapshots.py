@@ -106,6 +106,11 @@ def stored_table_size(snapshots: Iterable[Snapshot]) -> int:
     return sum(snapshot.stored_size for snapshot in snapshots)
 
 
+def mapped_l1_size(header: Header, snapshot: Snapshot) -> int:
+    """Bytes of a snapshot's L1 table that map its disk; what is behind them is VM state."""
+    return 8 * header.l1_entries_needed(header.size if snapshot.disk_size is None else snapshot.disk_size)
+
+
 def l1_clusters(path: str, header: Header, snapshots: Iterable[Snapshot], end: int) -> list[range]:
     """Host clusters of the snapshots' L1 tables, those before cluster `end`: a damaged entry may claim any number.
 

@@ -22,6 +22,7 @@ from nbdimg.errors import CorruptImage, ImageError, UnsupportedFeature
 from nbdimg.formats import open_file
 from nbdimg.formats.gate import DenyGate
 from nbdimg.formats.options import OpenOptions
+from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.mapping import Mapping
 from nbdimg.image.image import Image
 from tests.support.qcow2mutants import AnyGate, BoundedFile
@@ -456,6 +457,21 @@ def test_opening_many_snapshots_with_huge_l1_tables_takes_little_memory(plain: b
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_snapshot_is_opened_without_the_tables_of_its_vm_state(plain: bytes) -> None:
+    """They may be claimed to take 32 MiB each, and all snapshots are exported at once."""
+    entry = struct.pack(">QIHHIIQII", 0x3000, 4 << 20, 1, 0, 0, 0, 0, 0, 16) + u64(1 << 40) + u64(SIZE) + b"1"
+    content = poked(plain.ljust(0x11000, b"\0"), (60, u32(1) + u64(0x10000)), (0x10000, entry))
+
+    async def main() -> None:
+        image = await open_file(BoundedFile(content), "qcow2", OpenOptions(AnyGate(b""), snapshot="1"))
+        assert isinstance(image.driver, Qcow2Driver)
+        assert len(image.driver.mapping.l1.entries) == 1
+        assert await bytes_of(image, 0, 4096) == b"\7" * 4096
+        await image.driver.abandon()
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("is_dirty", [False, True])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nbdimg.errors import ConfigError, CorruptImage, UnsupportedFeature
-from nbdimg.formats import open_image
+from nbdimg.formats import open_image, snapshot_labels
 from nbdimg.formats.qcow2 import snapshot_changes, snapshots
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.snapshot_changes import apply_snapshot, create_snapshot, delete_snapshot
@@ -610,6 +610,28 @@ def test_create_beyond_the_l1_tables_that_are_remembered_is_refused(
     disk.delete("one")
     disk.create("two")
     disk.verify()
+
+
+@pytest.mark.parametrize(
+    ("count_max", "bytes_max", "expected"),
+    [(64, 24, {"1": "one", "2": "two", "3": "three"}), (2, 24, {"2": "two", "3": "three"}), (64, 15, {"3": "three"})],
+)
+def test_snapshot_labels_are_of_the_latest_as_many_as_fit(
+    tmp_path: Path, count_max: int, bytes_max: int, expected: dict[str, str]
+) -> None:
+    """Each L1 table has one entry of 8 bytes."""
+    disk = Disk.made(tmp_path / "image", "cluster_size=64k")
+    for name in ("one", "two", "three"):
+        disk.create(name)
+
+    async def main() -> tuple[dict[str, str], int]:
+        image = await open_image(disk.path, writable=False)
+        try:
+            return await snapshot_labels(image, count_max=count_max, bytes_max=bytes_max)
+        finally:
+            await image.close()
+
+    assert asyncio.run(main()) == (expected, 3)
 
 
 @pytest.mark.parametrize(
