@@ -1,10 +1,12 @@
 """What a file's first bytes say that it is.
 
-Only magic numbers count; a file without one is raw. A guest owns the bytes of a raw image, so a raw image that was
+Only magic numbers count, and the first line of a VMDK's text; a file without is raw. A guest owns the bytes of a raw image, so a raw image that was
 *probed* must not be allowed to grow a magic (CVE-2008-2004 and its many sisters): the next open would follow it.
 """
 
 from __future__ import annotations
+
+import re
 
 HEAD_SIZE = 512
 """Bytes from the start that probing looks at, and that a guarded write must leave without a magic."""
@@ -26,13 +28,16 @@ _MAGICS: tuple[tuple[int, bytes, str], ...] = (
 )
 """(offset, magic, format): those that QEMU or nbdimg would recognize."""
 
+_VMDK_DESCRIPTOR = re.compile(rb"(?:#[^\n]*\n|[ \t]*\r?\n)*version=[0-9]")
+"""A text that names the files of a disk. QEMU needs no more than its version, behind comments and blank lines."""
+
 
 def probe(head: bytes) -> str | None:
-    """The format whose magic stands in a file's first HEAD_SIZE bytes; None: no magic, so raw."""
+    """The format whose magic stands in a file's first HEAD_SIZE bytes; None: none has it, so raw."""
     for offset, magic, name in _MAGICS:
         if head.startswith(magic, offset):
             return name
-    return None
+    return "vmdk" if _VMDK_DESCRIPTOR.match(head) else None
 
 
 def planted(head: bytes) -> str | None:

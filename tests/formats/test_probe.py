@@ -60,6 +60,36 @@ def test_probe_of_other_bytes_is_raw(head: bytes) -> None:
     assert planted(head) is None
 
 
+DESCRIPTORS = [
+    b"version=1\nCID=fffffffe\n",
+    b"version=3\r\n",
+    b"# a comment\nversion=1\n",
+    b"# two\r\n#\n  \n \r\nversion=2\n",
+]
+"""What QEMU takes for a VMDK whose disk lies in the files that the lines below name."""
+
+
+@pytest.mark.parametrize("text", DESCRIPTORS)
+def test_probe_vmdk_descriptor_without_its_usual_comment_is_vmdk(tmp_path: Path, text: bytes) -> None:
+    assert probe(text) == probe(text.ljust(HEAD_SIZE, b"\0")) == "vmdk"
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"#" + bytes(HEAD_SIZE - 1))
+
+    async def main() -> None:
+        image = await open_image(path)
+        with pytest.raises(RequestError, match="vmdk") as caught:
+            await image.write(0, text)
+        assert caught.value.errno == errno.EPERM
+        await image.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("text", [b"#" * HEAD_SIZE, b"# x\n" * 128, b"Version=1\n", b"x\nversion=1\n", b"version="])
+def test_probe_text_that_is_no_vmdk_descriptor_is_raw(text: bytes) -> None:
+    assert probe(text) is None
+
+
 @pytest.mark.parametrize("size", [0, HEAD_SIZE, 8192])
 @pytest.mark.parametrize(("offset", "magic", "name"), [magic for magic in MAGICS if magic[2] not in DRIVERS])
 def test_open_by_magic_of_a_format_without_driver_is_refused_in_one_line(
