@@ -1,7 +1,8 @@
 """What a file's first bytes say that it is.
 
-Only magic numbers count, and the first line of a VMDK's text; a file without is raw. A guest owns the bytes of a raw image, so a raw image that was
-*probed* must not be allowed to grow a magic (CVE-2008-2004 and its many sisters): the next open would follow it.
+Only magic numbers count, and the first line of a VMDK's text; a file without is raw. A guest owns the bytes of a raw
+image, so a raw image that was *probed* must not be allowed to grow a magic (CVE-2008-2004 and its many sisters): the
+next open would follow it.
 """
 
 from __future__ import annotations
