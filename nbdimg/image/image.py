@@ -447,11 +447,13 @@ class Image:
             raise RequestError(errno.EPERM, reason, offset)
 
     async def trim(self, offset: int, length: int) -> None:
-        """Give the range's space back where that can be done; else the range stays as it is: trim is advice."""
+        """Give the range's space back where that can be done; else the range stays as it is: trim is advice.
+
+        What a file calls a hole may have space all the same, reserved and never written.
+        """
 
         async def punch(extent: Extent, start: int, count: int) -> None:
-            if extent.kind is ExtentKind.DATA:
-                await extent.file.punch(start, count)
+            await extent.file.punch(start, count)
 
         unit = self.driver.unmap_size
         stop = offset + length
@@ -469,7 +471,7 @@ class Image:
 
         async def zero(extent: Extent, start: int, count: int) -> None:
             file = extent.file
-            if may_unmap and (extent.kind is _ZERO or await file.punch(start, count)):
+            if may_unmap and (await file.punch(start, count) or extent.kind is _ZERO):
                 return
             if await file.zero(start, count):
                 return

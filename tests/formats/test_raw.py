@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdimg.formats import create_image, raw
+from nbdimg.formats import create_image, open_image, raw
 from nbdimg.formats.raw import RawDriver
 from nbdimg.image.driver import Extent, ExtentKind
 from nbdimg.storage.memory import MemoryFile
@@ -222,3 +224,23 @@ def test_create_makes_a_sparse_file_and_never_replaces_one(tmp_path: Path) -> No
     with pytest.raises(FileExistsError):
         create_image(path, 4096)
     assert path.read_bytes() == b"precious"
+
+
+def test_trim_and_zero_that_may_unmap_give_back_space_that_was_reserved_and_never_written(tmp_path: Path) -> None:
+    path = tmp_path / "reserved.img"
+    with path.open("xb") as made:
+        os.posix_fallocate(made.fileno(), 0, 1 << 20)
+    reserved = path.stat().st_blocks
+
+    async def main() -> None:
+        image = await open_image(path)
+        assert isinstance(image.driver, RawDriver)
+        if mapped(image.driver, 1 << 19).kind is not ExtentKind.ZERO:
+            pytest.skip("this file system shows what is reserved as data")
+        await image.trim(0, 1 << 19)
+        assert path.stat().st_blocks <= reserved // 2
+        await image.zero(1 << 19, 1 << 19, may_unmap=True, is_fast_only=False)
+        await image.close()
+        assert path.stat().st_blocks == 0
+
+    asyncio.run(main())
