@@ -125,6 +125,23 @@ def create(
     asked_vhdx = _AskedVhdx(subformat, block_size, log_size, logical_sector_size, physical_sector_size, parent)
     if format != "vhdx" and asked_vhdx != _AskedVhdx():
         raise ConfigError(f"a {format} image has no {asked_vhdx.first_option}; did you mean --format vhdx?")
+    asked_qcow2 = {
+        "--compat": compat,
+        "--cluster-size": cluster_size,
+        "--refcount-bits": refcount_bits,
+        "--extended-l2": extended_l2 or None,
+        "--compression-type": compression_type,
+        "--lazy-refcounts": lazy_refcounts or None,
+        "--backing": backing,
+        "--backing-format": backing_format,
+        "--data-file": data_file,
+        "--data-file-raw": data_file_raw or None,
+        "--preallocation": preallocation,
+        "--encrypt-key-file": encrypt_key_file,
+    }
+    first = next((name for name, value in asked_qcow2.items() if value is not None), None)
+    if format != "qcow2" and first is not None:
+        raise ConfigError(f"a {format} image has no {first}; did you mean --format qcow2?")
     options = CreateOptions(
         version=_version(compat),
         cluster_size=_DEFAULTS.cluster_size if cluster_size is None else parse_size(cluster_size),
@@ -139,16 +156,12 @@ def create(
         preallocation=cast(Preallocation, preallocation or _DEFAULTS.preallocation),
         luks_passphrase=None if encrypt_key_file is None else read_key_file(encrypt_key_file),
     )
-    if format == "raw" and options != _DEFAULTS:
-        raise ConfigError("a raw image has no options but its size; did you mean --format qcow2?")
     if format == "vhdx":
-        if options != _DEFAULTS:
-            raise ConfigError("a vhdx image has none of the options of qcow2; did you mean --format qcow2?")
         _create_vhdx(path, size, asked_vhdx, as_json)
         return
     check(0, options)
     asked = _size(path, size, options)
-    with _sigterm_unwinds():
+    with _signals_unwind():
         if format == "raw":
             create_image(path, asked, format="raw")
             report = {"path": path, "format": "raw", "size": asked}
@@ -205,17 +218,23 @@ async def _image_size(path: str, format: str) -> int:
 
 
 @contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
-    """While an image is made, SIGTERM ends the program as an exception does, so that no half of it stays."""
+def _signals_unwind() -> Iterator[None]:
+    """While an image is made, SIGTERM, and SIGHUP unless it is ignored (nohup), end the program as an exception does,
+    so that no half of it stays.
+    """
 
     def on_signal(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, on_signal)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, on_signal)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _create_qcow2(path: str, size: int, options: CreateOptions) -> Layout:
@@ -255,7 +274,7 @@ def _create_vhdx(path: str, size: str | None, asked: _AskedVhdx, as_json: bool) 
         physical_sector_size=asked.physical_sector_size,
         parent=parent,
     )
-    with _sigterm_unwinds(), progress(quiet_s=0.0 if kind == "fixed" else QUIET_S) as report:
+    with _signals_unwind(), progress(quiet_s=0.0 if kind == "fixed" else QUIET_S) as report:
         made = vhdx.create(path, asked_size, options, progress=report)
     said = {
         "path": path,
@@ -305,9 +324,9 @@ def _say(report: dict[str, Any], asked: int) -> None:
         kind = f"{report['subformat']} {kind}"
     line = f"{shown(report['path'])}: {kind} image of {size} bytes{rounded}"
     if report.get("backing"):
-        line += f", backed by {report['backing']} ({report['backing_format']})"
+        line += f", backed by {shown(report['backing'])} ({report['backing_format']})"
     if report.get("parent"):
         line += f", whose parent is {shown(report['parent'])}"
     if report.get("data_file"):
-        line += f", its data in {report['data_file']}"
+        line += f", its data in {shown(report['data_file'])}"
     print(line)

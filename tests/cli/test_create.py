@@ -236,7 +236,8 @@ def test_create_on_a_terminal_shows_progress_and_then_the_line() -> None:
         (["a.qcow2", "--backing", "nbd://h/x", "--backing-format", "raw"], ".* is not a path, give SIZE"),
         (["a.raw", "8E"], "a.raw: it cannot have 9223372036854775808 bytes: .*"),
         (["a.raw", "7E"], "a.raw: it cannot have 8070450532247928832 bytes: .*"),
-        (["a.raw", "1M", "--compat", "2"], "a raw image has no options but its size; did you mean .*"),
+        (["a.raw", "1M", "--compat", "2"], "a raw image has no --compat; did you mean .*"),
+        (["a.raw", "1M", "--cluster-size", "64K"], "a raw image has no --cluster-size; did you mean .*"),
         (["a.qcow2", "3P"], "size is .*, expected 0 to .*"),
         (["a.qcow2", "1M", "--encrypt-key-file", "/dev/null"], "key file /dev/null is empty, .*"),
         (["a.qcow2", "1M", "--encrypt-key-file", "/dev/zero"], "key file /dev/zero has more than .*"),
@@ -279,7 +280,7 @@ def test_create_beyond_the_file_size_limit_says_so_and_leaves_nothing() -> None:
     assert os.listdir() == []
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_create_that_is_stopped_leaves_nothing(number: signal.Signals, status: int) -> None:
     with process("a.qcow2", f"{16 * GiB}", "--preallocation", "full", "--data-file", "d") as running:
         limit = time.monotonic() + 20
