@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nbdimg.cli.opened import opened
+from nbdimg.cli.opened import opened_qcow2
 from nbdimg.cli.output import print_json, print_table, shown
 from nbdimg.errors import escaped
 from nbdimg.formats.qcow2.bitmap_edit import BitmapEditor, open_editor
@@ -112,7 +112,7 @@ def _change(path: str, as_json: bool, done: str, change: Callable[[BitmapEditor]
 
 
 async def _changed(path: str, change: Callable[[BitmapEditor], Awaitable[None] | None]) -> list[BitmapEntry]:
-    async with opened(path, writable=True) as file:
+    async with opened_qcow2(path, writable=True, parts="dirty bitmaps") as file:
         editor = await open_editor(file)
         waiting = change(editor)
         if waiting is not None:
@@ -122,7 +122,7 @@ async def _changed(path: str, change: Callable[[BitmapEditor], Awaitable[None] |
 
 
 async def _load(path: str) -> list[BitmapEntry]:
-    async with opened(path, writable=False) as file:
+    async with opened_qcow2(path, writable=False, parts="dirty bitmaps") as file:
         return await load_directory(file, await read_header(file))
 
 

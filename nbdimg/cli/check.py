@@ -70,6 +70,8 @@ def check(
             return EXIT_INCOMPLETE
     if result is None:
         complain(f"{shown(image)}: a {found} image has no metadata, so there is nothing to check")
+        if as_json:
+            print_json(path=image, format=found, exit_status=EXIT_UNSUPPORTED)
         return EXIT_UNSUPPORTED
     if as_json:
         print_json(path=image, format=found, exit_status=result.exit_status, **_described(result))

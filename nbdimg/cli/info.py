@@ -64,7 +64,8 @@ async def _collect(
         with opening(path):
             top = PosixFile(path, writable=False)
         files.push_async_callback(top.close)
-        format = format or await probed_format(top)
+        with opening(path):
+            format = format or await probed_format(top)
         if not is_chain:
             return [(await _described(top, format))[0]]
         with ConfinedGate(top, roots=roots, lock=False) as gate:
@@ -101,7 +102,12 @@ async def _chain(
 
 
 async def _described(file: PosixFile, format: str) -> tuple[dict[str, Any], Header | vhdx.Info | None]:
-    """Sizes in bytes."""
+    """Sizes in bytes. Raises: ImageError: it is malformed, or cannot be read."""
+    with opening(file.path):
+        return await _read(file, format)
+
+
+async def _read(file: PosixFile, format: str) -> tuple[dict[str, Any], Header | vhdx.Info | None]:
     common = {
         "path": file.path,
         "format": format,

@@ -12,6 +12,7 @@ from nbdimg.cli.options import AllowReferences, AsJson, Format, Parent
 from nbdimg.cli.output import ProgressReport, print_json, progress, shown, sized
 from nbdimg.errors import ConfigError, ImageFailed, escaped
 from nbdimg.formats import open_image, read_key_file, resize_image
+from nbdimg.formats.newfile import naming
 from nbdimg.formats.vhdx.driver import VhdxDriver
 from nbdimg.server.loop import run_loop
 from nbdimg.units import align_up, parse_size
@@ -76,7 +77,8 @@ async def _resized(
         if image.driver.name != "raw":
             driver = image.driver
             size = align_up(size, driver.sector_size if isinstance(driver, VhdxDriver) else _SECTOR_SIZE)
-        await resize_image(image, size, may_shrink=may_shrink, progress=report)
+        with naming(path):
+            await resize_image(image, size, may_shrink=may_shrink, progress=report)
     except BaseException:
         with suppress(ImageFailed, OSError):
             await image.close()

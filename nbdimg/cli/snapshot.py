@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nbdimg.cli.opened import opened
+from nbdimg.cli.opened import opened_qcow2
 from nbdimg.cli.options import AsJson, KeyFile
 from nbdimg.cli.output import QUIET_S, ProgressReport, dated, print_json, print_table, progress, shown
 from nbdimg.errors import UnsupportedFeature
@@ -82,7 +82,7 @@ def list_(image: Image, as_json: AsJson = False) -> None:
 
 async def _load(path: str) -> tuple[int, list[Snapshot]]:
     """The disk's size, for snapshots that do not tell their own, and all snapshots."""
-    async with opened(path, writable=False) as file:
+    async with opened_qcow2(path, writable=False, parts="snapshots") as file:
         header = await read_header(file)
         return header.size, await load_snapshots(file, header)
 
@@ -104,7 +104,7 @@ async def _changed(
     path: str, key: bytes | None, change: _Change, report: ProgressReport | None
 ) -> tuple[int, Snapshot]:
     """Open the image alone, none of its backing files, and change it."""
-    async with opened(path, writable=True) as file:
+    async with opened_qcow2(path, writable=True, parts="snapshots") as file:
         if (await read_header(file)).has_data_file:
             raise UnsupportedFeature(path, "an image with an external data file cannot have internal snapshots")
         driver = (await open_driver(file, OpenOptions(DenyGate(), writable=True, key=key))).driver

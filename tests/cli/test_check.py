@@ -121,6 +121,9 @@ def test_check_of_raw_says_that_there_is_nothing(capfd: pytest.CaptureFixture[st
         "",
         "nbdimg: a.img: a raw image has no metadata, so there is nothing to check\n",
     )
+    status, out, _ = checked(capfd, "a.img", "--json")
+    assert status == UNSUPPORTED
+    assert json.loads(out) == {"version": 1, "path": "a.img", "format": "raw", "exit_status": UNSUPPORTED}
 
 
 @pytest.mark.parametrize(
