@@ -40,15 +40,17 @@ AUTHORITY, CERTIFICATE, KEY = "ca-cert.pem", "client-cert.pem", "client-key.pem"
 
 
 _TLS_NOTE = ' (with min_version = "1.2" at the server: version 3.24 does not speak TLS 1.3)'
+_LOSS_NOTE = "a restart of the server is an I/O error for it, whatever -persist says; QEMU connects again"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """For one way to connect: the lines, or why there are none."""
+    """For one way to connect: the lines, or why there are none; and what to know of them."""
 
     tool: str
     lines: tuple[str, ...] = ()
     reason: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +95,14 @@ def connect_help(
     _check_tls(target)
     found = entries(target)
     if as_json:
-        listed = [{"tool": each.tool, "lines": each.lines, "reason": each.reason or None} for each in found]
+        listed = [
+            {"tool": each.tool, "lines": each.lines, "reason": each.reason or None, "note": each.note or None}
+            for each in found
+        ]
         print_json(uri=str(target.uri), entries=listed)
         return 0
     for each in found:
-        print(f"# {each.tool}" + (f": {each.reason}" if each.reason else ""))
+        print(": ".join(filter(None, (f"# {each.tool}", each.reason, each.note))))
         for line in each.lines:
             print(line)
         print()
@@ -215,7 +220,7 @@ def _nbd_client(target: Target) -> Entry:
     settings = ["-block-size", str(BLOCK_SIZE), "-connections", str(CONNECTIONS), "-persist"]
     tls = [word for key, value in _nbd_client_tls(target).items() for word in (f"-{key}", value)]
     line = shlex.join(["nbd-client", *place, f"/dev/{DEVICE}", "-name", uri.name, *settings, *tls])
-    return Entry(f"nbd-client{_TLS_NOTE if uri.is_tls else ''}", (line,))
+    return Entry(f"nbd-client{_TLS_NOTE if uri.is_tls else ''}", (line,), note=_LOSS_NOTE)
 
 
 def _nbdtab(target: Target) -> Entry:
@@ -230,7 +235,7 @@ def _nbdtab(target: Target) -> Entry:
         return Entry(tool, reason=f"{found} cannot be written there")
     options = [f"bs={BLOCK_SIZE}", f"conns={CONNECTIONS}", "persist", *(["unix"] if uri.socket is not None else [])]
     options += [f"{key}={value}" for key, value in more.items()]
-    return Entry(tool, (f"{DEVICE} {place} {uri.name} {','.join(options)}",))
+    return Entry(tool, (f"{DEVICE} {place} {uri.name} {','.join(options)}",), note=_LOSS_NOTE)
 
 
 def _nbd_client_tls(target: Target) -> dict[str, str]:

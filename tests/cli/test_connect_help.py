@@ -236,6 +236,9 @@ def test_lines_of_a_plain_export_are_these(capsys: pytest.CaptureFixture[str]) -
         "# qemu\n-blockdev driver=nbd,node-name=nbd0,server.type=inet,server.host=127.0.0.1,server.port=10809,"
         "export=vm1,reconnect-delay=60,open-timeout=30 -device virtio-blk-pci,drive=nbd0"
     )
+    assert all(
+        "a restart of the server is an I/O error" in line for line in text.splitlines() if "# nbd-client" in line
+    )
     for line in (
         "nbd-client 127.0.0.1 10809 /dev/nbd0 -name vm1 -block-size 4096 -connections 4 -persist",
         "nbd0 127.0.0.1 vm1 bs=4096,conns=4,persist",
