@@ -10,6 +10,7 @@ import typer
 
 from nbdimg.cli.healthcheck import DEFAULT_SOCKET, SOCKET_VARIABLE
 from nbdimg.cli.output import dated, print_json, print_table, shown, sized
+from nbdimg.errors import ConfigError
 from nbdimg.formats import DRIVERS
 from nbdimg.units import parse_size
 
@@ -180,8 +181,15 @@ def resize(
     as_json: AsJson = False,
 ) -> None:
     """Give a disk another size, which clients that connect see and those that are connected may use."""
-    body = {"size": parse_size(size), "shrink": shrink}
-    export = server_api(socket, url, token_file).change("POST", f"{_path(name)}/resize", body)
+    api = server_api(socket, url, token_file)
+    wanted = parse_size(size)
+    old = 0 if shrink else api.get(_path(name))["size"]
+    if wanted < old:
+        raise ConfigError(
+            f"{shown(name)}: the size would go from {old} to {wanted} bytes and lose what lies behind, which takes "
+            "--shrink"
+        )
+    export = api.change("POST", f"{_path(name)}/resize", {"size": wanted, "shrink": shrink})
     _report(f"{shown(name)}: {sized(export['size'])}", as_json, export=export)
 
 
@@ -222,6 +230,8 @@ def status(
     print(f"{found['exports']} exports, {found['connections']} connections")
     for name in found["failed_exports"]:
         print(f"failed: {shown(name)}")
+    if not found["uris"] and found["state"] == "serving":
+        print("nothing is exported; nbdimg ctl add IMAGE does")
     for uri in found["uris"]:
         print(shown(uri))
 

@@ -3,7 +3,7 @@
 0   done; for `serve`: drained after SIGTERM or SIGINT
 1   something failed that the user did not cause
 2   the command line is wrong
-3   an image cannot be opened: missing, locked, refused
+3   an image cannot be opened: missing, locked, refused; or its format lacks what is asked for
 4   an address cannot be listened on
 """
 
