@@ -156,6 +156,8 @@ def _announce(service: Service, notifier: Notifier) -> None:
     # What is there stays. With a thousand exports a full collection holds all clients up for 20 ms, again and again.
     gc.freeze()
     sandbox.announce()
+    if not service.config.exports:
+        logging.getLogger("nbdimg").warning("nothing is exported: the configuration has no [[exports]]")
     for uri in service.uris:
         print(uri)
     sys.stdout.flush()

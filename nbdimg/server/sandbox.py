@@ -94,7 +94,8 @@ class Sandbox:
             missing = self.allowed.missing(path, access)
             if missing and os.path.exists(path):
                 what = next((word for kind, word in _WORDS.items() if missing in kind), _WORDS[WRITE])
-                raise ConfigError(_refusal(f"{path} for {what}"))
+                hint = "; image_directories (--image-directory) are for images to come" if missing in WRITE else ""
+                raise ConfigError(_refusal(f"{path} for {what}") + hint)
         if self.version >= landlock.VERSION_OF_TCP:
             for port in sorted(needed.ports - self.allowed.ports):
                 raise ConfigError(_refusal(f"TCP port {port}"))

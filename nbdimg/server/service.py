@@ -217,6 +217,7 @@ async def serving(
     check_config(config)
     for each in inherited:
         check_listener(each.uri, config)
+    _check_directories(config.image_directories)
     taken = {address_of(each.uri) for each in inherited}
     tls = None if config.tls is None else Tls(config.tls)
     config = with_names(config)
@@ -252,6 +253,24 @@ def check_config(config: ServerConfig) -> None:
         check_listener(uri, config)
     check_identities(config)
     check_admin(config)
+    _check_images(config.exports)
+
+
+def _check_directories(directories: Sequence[str]) -> None:
+    """Raises: ConfigError: one is not there; what is made in its place later would be out of the sandbox's reach."""
+    for directory in directories:
+        if not os.path.isdir(directory):
+            raise ConfigError(f"image directory {directory}: there is none, expected one at the start")
+
+
+def _check_images(exports: Sequence[ExportConfig]) -> None:
+    """Raises: ConfigError: an image that is written has a second export."""
+    seen: dict[str, ExportConfig] = {}
+    for export in exports:
+        other = seen.setdefault(image_of(export), export)
+        if other is not export and not (export.only_reads_image and other.only_reads_image):
+            which = export.path if export.path == other.path else f"{export.path}, which is {other.path},"
+            raise ConfigError(f"{which} is exported twice, expected once unless all its exports are read-only")
 
 
 def with_names(config: ServerConfig) -> ServerConfig:

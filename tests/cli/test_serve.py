@@ -215,6 +215,29 @@ def test_serve_image_in_use_exits_3(
         refuse(capfd, ["--listen", socket_uri, *second, str(image)], IMAGE, f"{image}: cannot be locked")
 
 
+@pytest.mark.parametrize("options", [["--read-only"], []])
+def test_serve_an_image_twice_is_refused_unless_all_are_readers(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, image: Path, socket_uri: str, options: list[str]
+) -> None:
+    link = tmp_path / "link.img"
+    link.symlink_to(image)
+    if options:
+        with NbdimgServer(image, f"b={link}", options=options):
+            return
+    refuse(capfd, ["--listen", socket_uri, f"a={image}", f"b={image}"], USAGE, f"{image} is exported twice, expected")
+    refuse(
+        capfd, ["--listen", socket_uri, str(image), str(link)], USAGE, f"{link}, which is {image}, is exported twice"
+    )
+
+
+def test_serve_image_directory_that_is_not_there_is_refused(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, image: Path, socket_uri: str
+) -> None:
+    directory = tmp_path / "absent"
+    options = ["--listen", socket_uri, "--image-directory", str(directory), str(image)]
+    refuse(capfd, options, USAGE, f"image directory {directory}: there is none, expected ")
+
+
 def test_serve_two_readers_share_an_image(image: Path) -> None:
     with NbdimgServer(image, options=["-r"]), NbdimgServer(image, options=["-r"]) as second:
         assert size_of(second.socket_path, "disk") == 65536

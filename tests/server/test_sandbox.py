@@ -388,6 +388,7 @@ def assert_serves(server: ConfiguredServer) -> None:
 
 
 RESTART = "which the configuration at the start did not ask for: restart nbdimg"
+HINT = "; image_directories (--image-directory) are for images to come"
 
 
 @needs_landlock
@@ -402,7 +403,7 @@ def test_reload_of_what_the_sandbox_does_not_cover_is_refused_and_asks_for_a_res
     port = 'listen = ["nbd://127.0.0.1:1"]\n'
     unix = f'listen = ["nbd+unix:///?socket={outside}/s"]\n'
     cases = [
-        (keep + export("a", outside / "a.img"), f"the sandbox does not allow {outside} for writing, {RESTART}"),
+        (keep + export("a", outside / "a.img"), f"the sandbox does not allow {outside} for writing, {RESTART}{HINT}"),
         (keep + export("a", outside / "a.img", "read_only = true"), f"{outside} for reading, {RESTART}"),
         (keep + export("a", "link.img"), f"{outside} for writing, {RESTART}"),
         (keep + f'allow_references = ["{outside}"]\n', f"{outside} for writing, {RESTART}"),
