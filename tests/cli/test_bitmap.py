@@ -172,6 +172,19 @@ def test_list_on_a_terminal_escapes_names(directory: Path) -> None:
     assert "\x1b[31m" not in printed
 
 
+def test_list_on_a_narrow_terminal_cuts_nothing_off(directory: Path) -> None:
+    run(["bitmap", "add", "disk.qcow2", "a-name-of-many-letters"])
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "xterm", "COLUMNS": "24"}
+    command = [sys.executable, "-m", "nbdimg", "bitmap", "list", "disk.qcow2"]
+    subprocess.run(command, stdout=follower, env=environment, timeout=60, check=True)
+    os.close(follower)
+    printed = os.read(leader, 65536).decode()
+    os.close(leader)
+    assert "…" not in printed
+    assert "a-name-of-many-letters" in "".join(line.split()[0] for line in printed.splitlines() if line.strip())
+
+
 # Refusals
 
 

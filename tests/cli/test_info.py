@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,15 @@ def test_info_agrees_with_qemu(told: Any, kind: str) -> None:
     KINDS[kind](path)
     (ours,) = told("a.qcow2")
     assert_agrees(ours, qemu_info("a.qcow2"))
+
+
+def test_info_of_a_name_that_the_locale_cannot_print_escapes_it(directory: Path) -> None:
+    Path("é.img").write_bytes(bytes(512))
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(__file__).parents[2])}
+    argv = [sys.executable, "-m", "nbdimg", "info", "é.img"]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("image:         \\xe9.img\n")
 
 
 def test_info_of_raw_agrees_with_qemu(told: Any) -> None:
