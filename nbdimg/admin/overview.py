@@ -76,7 +76,10 @@ async def reload(request: web.Request) -> web.Response:
     await json_body(request)
     control = request.app[BACKEND].control
     if not await control.reload():
-        raise Refusal(422, f"nothing was reloaded: {control.refusal}")
+        image, refusal = control.refused_image, control.refusal or ""
+        if image is None:
+            raise Refusal(422, f"nothing was reloaded: {refusal}")
+        raise Refusal(422, f"{image}: nothing was reloaded: {refusal.removeprefix(f'{image}: ')}", image=image)
     return web.Response(status=204)
 
 

@@ -27,10 +27,11 @@ logger = logging.getLogger("nbdimg")
 class Refusal(NbdimgError):
     """A request is answered with this status and sentence."""
 
-    def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
+    def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None, **members: str) -> None:
         super().__init__(detail)
         self.status = status
         self.headers = headers
+        self.members = members
 
 
 def problem(
@@ -54,7 +55,7 @@ async def answering_problems(request: web.Request, handler: Handler) -> web.Stre
 
 def _of(error: Exception) -> web.Response:
     if isinstance(error, Refusal):
-        return problem(error.status, str(error), error.headers)
+        return problem(error.status, str(error), error.headers, **error.members)
     if isinstance(error, ConfigFileError):
         return problem(422, error.problems[0], problems=error.problems)
     if isinstance(error, ConfigError):

@@ -286,6 +286,11 @@ class Control:
         """Why the configuration file was refused when it was last read; None: it was not."""
         return None if self._reloader is None else self._reloader.refusal
 
+    @property
+    def refused_image(self) -> str | None:
+        """The path of the image for which it was refused, if it was for one."""
+        return None if self._reloader is None else self._reloader.refused_image
+
     # What operations share
 
     async def _alone(self, work: Coroutine[Any, Any, T]) -> T:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 from nbdimg.config import ExportConfig, ServerConfig
-from nbdimg.errors import ConfigError, ListenError, NbdimgError
+from nbdimg.errors import ConfigError, ImageError, ListenError, NbdimgError
 from nbdimg.export.export import Export
 from nbdimg.limits import Limits
 from nbdimg.server import sandbox
@@ -130,6 +130,8 @@ class Reloader:
         self._path = path
         self.refusal: str | None = None
         """Why the last configuration was refused; None: it was not."""
+        self.refused_image: str | None = None
+        """The path of the image for which it was refused; None: it was for something else."""
         self._is_watching = is_watching
         self._seen = {path: seen, **_stamps(_tls_files(service.config))}
         self._watch_interval_s = watch_interval_s
@@ -190,10 +192,11 @@ class Reloader:
             logger.error("nothing was reloaded: %s", reason)
             self._service.refused_reload_count += 1
             self.refusal = reason
+            self.refused_image = error.path if isinstance(error, ImageError) else None
             self._tell(f"the last reload was refused: {reason}")
             return False
         self._is_watching = is_watching
-        self.refusal = None
+        self.refusal = self.refused_image = None
         logger.info("reloaded: %s", found)
         self._service.reload_count += 1
         self._tell(status(self._service))

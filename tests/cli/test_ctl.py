@@ -151,6 +151,10 @@ def test_reload_and_its_refusal(ctl: Ctl, served: Served) -> None:
     served.write(served.text + "zzz = 1\n")
     try:
         assert "zzz: unknown key" in ctl("reload", status=USAGE)
+        missing = served.images / "missing.img"
+        served.write(f'{served.text}\n[[exports]]\nname = "missing"\npath = "{missing}"\n')
+        said = ctl("reload", status=IMAGE)
+        assert said == f"{missing}: nothing was reloaded: No such file or directory"
     finally:
         served.write(served.text)
     assert ctl.json("reload") == {"version": 1, "reloaded": True}
