@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -95,12 +95,25 @@ def _root(
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status; errors go to standard error as one line."""
     try:
-        status = app(list(arguments), prog_name="nbdimg", standalone_mode=False)
+        status = _command()(list(arguments), prog_name="nbdimg", standalone_mode=False)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         return _report(error)
     return status if isinstance(status, int) else 0
+
+
+def _command() -> Any:
+    """The root command. Its help shows no type for switches, which take no value; typer 0.29 would show <bool>."""
+    root: Any = typer.main.get_command(app)
+    waiting = [root]
+    while waiting:
+        command = waiting.pop()
+        for parameter in command.params:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+        waiting += getattr(command, "commands", {}).values()
+    return root
 
 
 def _report(error: Exception) -> int:

@@ -290,3 +290,8 @@ def test_info_prints_no_control_characters(capfd: pytest.CaptureFixture[str]) ->
     out = capfd.readouterr().out
     assert "\x1b" not in out
     assert r"\x1b[2Jx" in out
+
+
+def test_help_shows_no_type_for_a_switch(command: Command) -> None:
+    (line,) = [each for each in command.said("info", "--help").splitlines() if "--json" in each]
+    assert "bool" not in line.lower()
