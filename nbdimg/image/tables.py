@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
 from nbdimg.storage.file import BlockFile
@@ -55,6 +56,9 @@ class TableCache:
     ) -> None:
         self.slices: dict[int, Slice] = {}
         """By key; for look-ups on the request path, which add to `use_count` themselves."""
+        self._order: OrderedDict[int, None] = OrderedDict()
+        """Keys of `slices` in the order in which eviction comes by; a plain dict finds its first item the slower the
+        more were taken from before it."""
         self._file = file
         self._slices_max = slices_max
         self._fetch = fetch
@@ -98,19 +102,21 @@ class TableCache:
         if len(self.slices) >= self._slices_max:
             self._evict()
         added = self.slices[key] = Slice(key, offset, entries)
+        self._order[key] = None
         return added
 
     def _evict(self) -> None:
         """Drop the first slice that was not used since it was last looked at here."""
         for _ in range(2 * len(self.slices)):
-            key, oldest = next(iter(self.slices.items()))
-            del self.slices[key]
+            key = next(iter(self._order))
+            oldest = self.slices[key]
             is_used = oldest.use_count != oldest.seen_count
             if not (is_used or oldest.is_dirty or oldest.is_writing or oldest.pin_count):
                 self._gone_use_count += oldest.use_count
+                del self.slices[key], self._order[key]
                 return
             oldest.seen_count = oldest.use_count
-            self.slices[key] = oldest
+            self._order.move_to_end(key)
 
     def changed(self, slice_: Slice) -> None:
         if not slice_.is_dirty:
@@ -144,6 +150,7 @@ class TableCache:
     def forget(self) -> None:
         """The file is closed: give the memory back now, not when the garbage collector finds the cycles around it."""
         self.slices.clear()
+        self._order.clear()
         self._dirty.clear()
         self._writing.clear()
 
@@ -151,6 +158,7 @@ class TableCache:
         """Forget a slice whose table is gone, changed or not."""
         dropped = self.slices.pop(key, None)
         if dropped is not None:
+            del self._order[key]
             self._gone_use_count += dropped.use_count
             self._dirty.pop(key, None)
             self._writing = [slice_ for slice_ in self._writing if slice_ is not dropped]
