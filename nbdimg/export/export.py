@@ -264,7 +264,9 @@ class Export:
             alignment = self.info.block_size_min
             extents: list[Extent] | None = None
             answers: Status = []
+            pace = self.image.turns.pace()
             for context_id, context in selected.items():
+                await pace.step()
                 if context.startswith(DIRTY_BITMAP):
                     bitmap = await self.image.bitmap(context.removeprefix(DIRTY_BITMAP))
                     pairs = dirty_pairs(bitmap, offset, offset + length, alignment, extents_max)

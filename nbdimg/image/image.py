@@ -30,6 +30,7 @@ from nbdimg.image.driver import (
 from nbdimg.image.flush import FlushGate
 from nbdimg.image.seen import SeenThrough
 from nbdimg.image.tables import TableCache
+from nbdimg.image.turns import Turns
 from nbdimg.storage import ordering
 from nbdimg.storage.file import BlockFile, Buffer
 from nbdimg.units import KiB, MiB, align_down, align_up
@@ -41,6 +42,12 @@ ZERO_WRITE_SIZE = 1 * MiB
 
 INLINE_FILL_MAX = 128 * KiB
 """Bytes of head and tail that the fast path puts around a write that allocates: it copies them on the loop's thread."""
+
+INLINE_WRITE_MAX = 1 * MiB
+"""Bytes of a write that the fast path takes, in however many pieces."""
+
+SPAN_EXTENTS_MAX = 1024
+"""Extents of a write that are looked at to see whether all are in place; one of more takes whole clusters."""
 
 _ZEROES = memoryview(bytes(ZERO_WRITE_SIZE))
 _ZERO = ExtentKind.ZERO
@@ -99,6 +106,7 @@ class Image:
         self._recording: BitmapStore | None = bitmaps if bitmaps and writable and bitmaps.recording else None
         """What must know of every change; None: nothing does, and then it costs nothing."""
         self._marking = asyncio.Lock()
+        self.turns = Turns()
 
     @property
     def size(self) -> int:
@@ -224,12 +232,14 @@ class Image:
         is not in memory, else the bytes.
         """
         position, end = offset, min(stop, self.size)
-        while position < end:
+        for _ in range(SPAN_EXTENTS_MAX):
             extent = self.driver.place(position, end)
             if isinstance(extent, Miss) or not extent.writable:
-                return self.cluster_span(offset, stop)
+                break
             position = extent.stop
-        return offset, stop
+            if position >= end:
+                return offset, stop
+        return self.cluster_span(offset, stop)
 
     def cluster_span(self, offset: int, stop: int) -> tuple[int, int]:
         """The range rounded out to whole clusters."""
@@ -277,7 +287,7 @@ class Image:
         Raises: ImageFailed: an earlier flush failed. OSError: the write did.
         """
         self.gate.check()
-        if offset < self.guarded_size:
+        if offset < self.guarded_size or len(data) > INLINE_WRITE_MAX:
             return False
         stop = offset + len(data)
         if self._recording is not None and not self._try_record(self._recording, offset, stop):
@@ -358,7 +368,9 @@ class Image:
         segments: list[Segment] = []
         reads: list[tuple[BlockFile, int, memoryview]] = []
         start, stop = offset, offset + len(view)
+        pace = self.turns.pace()
         while offset < stop:
+            await pace.step()
             extent = await self._answer(self.look_up, offset, stop)
             count = min(extent.stop, stop) - offset
             is_hole = extent.kind is _ZERO
@@ -516,7 +528,9 @@ class Image:
         self.gate.check()
         if offset < self.guarded_size and offset < stop:
             await self._check_head(offset, bytes(min(stop, self.guarded_size) - offset))
+        pace = self.turns.pace()
         while offset < stop:
+            await pace.step()
             if self.driver.is_strained:
                 self.gate.changed()
                 await self.gate.flush()
@@ -551,7 +565,9 @@ class Image:
         """The extents of a range in order, clipped to it; fewer than cover it when `extents_max` is reached."""
         extents: list[Extent] = []
         stop = offset + length
+        pace = self.turns.pace()
         while offset < stop and len(extents) < extents_max:
+            await pace.step()
             extent = await self._answer(self.look_up, offset, stop)
             skip = offset - extent.offset
             count = min(extent.stop, stop) - offset

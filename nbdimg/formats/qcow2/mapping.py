@@ -33,6 +33,9 @@ from nbdimg.units import MiB, div_ceil
 L2_BYTES_MAX = 64 * MiB
 """Resident L2 slices of one image: with 64 KiB clusters they map 512 GiB, with 2 MiB clusters 16 TiB."""
 
+L1_WALK_MAX = 4096
+"""Empty L1 entries that one answer looks at: the largest table has four million, and the loop waits meanwhile."""
+
 _DATA = ExtentKind.DATA
 
 
@@ -186,11 +189,20 @@ class Mapping:
         if self._l1_entry(first):
             return Miss(self.cache, key)
         table_bits = self._bits + self._slice_bits + self._table_bits
+        last = self._empty_stop(first, min(stop, self.size))
+        return self._unallocated(first << table_bits, min(last << table_bits, self.size))
+
+    def _empty_stop(self, first: int, stop: int) -> int:
+        """The index behind `first`, an L1 entry that names no table, and those that follow it and are 0, up to the
+        guest byte `stop` and L1_WALK_MAX.
+        """
+        table_bits = self._bits + self._slice_bits + self._table_bits
+        entries = self.l1.entries
         last = first + 1
-        while last << table_bits < min(stop, self.size) and not self.l1.entries[last]:
+        end = min(first + L1_WALK_MAX, div_ceil(stop, 1 << table_bits))
+        while last < end and not entries[last]:
             last += 1
-        start, end = first << table_bits, min(last << table_bits, self.size)
-        return self._unallocated(start, end)
+        return last
 
     def _unallocated(self, start: int, end: int) -> Extent:
         kind = ExtentKind.BACKING if self._store.has_backing else ExtentKind.ZERO
@@ -458,7 +470,7 @@ class Mapping:
         if not self._l1_entry(key >> self._table_bits):
             if not has_backing:
                 table_bits = self._bits + self._slice_bits + self._table_bits
-                return min(stop, ((offset >> table_bits) + 1) << table_bits)
+                return min(stop, self._empty_stop(offset >> table_bits, stop) << table_bits)
             slice_ = None
         else:
             slice_ = self._slices.get(key)

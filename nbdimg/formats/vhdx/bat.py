@@ -37,6 +37,9 @@ from nbdimg.units import MiB
 PAGES_MAX = 64 * MiB // PAGE_SIZE
 """Resident pages of one image; with 32 MiB blocks a page maps 16 GiB, with 1 MiB blocks 512 MiB."""
 
+RUN_BLOCKS_MAX = 1024
+"""Blocks that one answer looks at: what is in memory of a large disk is millions, and the loop waits meanwhile."""
+
 _PAGE_BITS = (PAGE_SIZE // 8).bit_length() - 1
 _PAGE_MASK = (1 << _PAGE_BITS) - 1
 """Of an entry's index: which page, and where in it."""
@@ -183,7 +186,10 @@ class Bat:
         return Extent(kind, start, end - start, self._file, 0, False, 1 if kind is _ZERO and state else 0)
 
     def _run_stop(self, block: int, kind: ExtentKind, host: int, stop: int) -> int:
-        """Where the run ends that goes on from a block of `kind`, at most `stop`. What is malformed ends it."""
+        """Where the run ends that goes on from a block of `kind`, with the block that holds `stop` or is the
+        RUN_BLOCKS_MAX-th at the latest. What is malformed ends it.
+        """
+        stop = min(stop, (block + RUN_BLOCKS_MAX) << self._block_bits)
         end = (block + 1) << self._block_bits
         while end < stop and end < self.size:
             block += 1
@@ -388,7 +394,7 @@ class Bat:
         state, host = self._entry(page, index)
         kind = self._kind(state)
         if kind is _ZERO:
-            return min(stop, end)
+            return min(stop, self._run_stop(block, kind, host, stop))
         is_in_place = self._geometry.is_fixed or to is Unmap.KEEP or offset > start or stop < end
         if is_in_place and kind is _BACKING:
             return offset

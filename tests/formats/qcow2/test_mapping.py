@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 import subprocess
+from array import array
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from nbdimg.formats import open_file
 from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.qcow2.driver import Qcow2Driver
+from nbdimg.formats.qcow2.mapping import L1_WALK_MAX
 from nbdimg.image.driver import Extent, Miss, Unmap
 from nbdimg.image.image import Image
 from tests.support.qcow2mutants import AnyGate, BoundedFile
@@ -121,6 +123,22 @@ def test_map_looks_no_further_than_it_is_asked_to(plain: bytes) -> None:
         return [(await mapped(driver, 5000, stop)).stop for stop in (5001, 8192, 8193, 20000)]
 
     assert asyncio.run(main()) == [8192, 8192, 12288, 20480]
+
+
+@pytest.mark.parametrize("change", ["map", "unmap"])
+def test_answer_looks_at_a_bounded_number_of_empty_l1_entries(plain: bytes, change: str) -> None:
+    async def main() -> int:
+        _, driver, _ = await opened(plain)
+        mapping, table_size = driver.mapping, CLUSTER // 8 * CLUSTER
+        mapping.l1.entries = array("Q", bytes(8 * 3 * L1_WALK_MAX))
+        mapping.size = driver.size = 3 * L1_WALK_MAX * table_size
+        if change == "map":
+            return (await mapped(driver, 0, driver.size)).stop // table_size
+        stop = driver.unmap(0, driver.size, Unmap.TRIM)
+        assert isinstance(stop, int)
+        return stop // table_size
+
+    assert asyncio.run(main()) == L1_WALK_MAX
 
 
 def test_extended_entries_map_subcluster_by_subcluster(subclusters: bytes) -> None:

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from nbdimg.errors import CorruptImage
 from nbdimg.formats import open_file
 from nbdimg.formats.options import OpenOptions
-from nbdimg.formats.vhdx.bat import bit_run, fill_bits
+from nbdimg.formats.vhdx.bat import RUN_BLOCKS_MAX, bit_run, fill_bits
+from nbdimg.formats.vhdx.driver import VhdxDriver
 from nbdimg.formats.vhdx.geometry import Geometry
-from nbdimg.image.driver import ExtentKind
+from nbdimg.image.driver import Extent, ExtentKind, Miss, Unmap
 from nbdimg.image.gate import Reference
 from nbdimg.image.image import Image
 from nbdimg.storage.memory import MemoryFile
@@ -314,6 +315,23 @@ def test_malformed_entry_spoils_no_block_beside_it(malformed: int, before: int) 
             await image.map(0, 8 * M, 2)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("change", ["map", "trim"])
+def test_answer_looks_at_a_bounded_number_of_blocks(change: str) -> None:
+    """However many of the table's pages are in memory."""
+
+    async def main() -> int:
+        image = await opened(Builder(4 * RUN_BLOCKS_MAX * M).content, writable=True)
+        driver = image.driver
+        assert isinstance(driver, VhdxDriver)
+        for key in range(4 * RUN_BLOCKS_MAX // 512 + 1):
+            await driver.bat.pages.load(key)
+        answer = driver.map(0, driver.size) if change == "map" else driver.unmap(0, driver.size, Unmap.TRIM)
+        assert not isinstance(answer, Miss)
+        return (answer.stop if isinstance(answer, Extent) else answer) // M
+
+    assert asyncio.run(main()) == RUN_BLOCKS_MAX
 
 
 def test_partially_present_block_without_a_bitmap_is_refused() -> None:
