@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -37,11 +37,12 @@ class Write:
 @dataclass(frozen=True, slots=True)
 class Stage:
     """`writes` in any order among themselves, then a barrier on each of `files`; without writes it is a barrier alone,
-    which makes the data written before it durable.
+    which makes the data written before it durable. `done` is told when the stage is over, its barriers too.
     """
 
     writes: tuple[Write, ...]
     files: tuple[BlockFile, ...]
+    done: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +94,5 @@ async def run(plan: Plan, times: Histogram | None = None) -> None:
             await file.fdatasync()
             if times is not None:
                 times.add(perf_counter() - started_s)
+        if stage.done is not None:
+            stage.done()

@@ -5,8 +5,12 @@
             the same pages in place                               made durable by the next plan's first barrier
 
 So a flush costs two barriers however many blocks it has made. Each entry's tail is itself: what earlier entries say is
-in place and durable before it is written. A plan with more pages than half the log takes several entries, each put in
-place and made durable before the next.
+in place and durable before it is written, or is in it too. A plan with more pages than half the log takes several
+entries, each put in place and made durable before the next.
+
+A plan that fails is followed by one that holds all its pages. If its entry was durable already, some of them may be in
+place and others not, and until the next entry is durable only this one says what belongs together: the next goes behind
+it, not over it.
 
     (V1) No metadata is written in place before the log entry that describes it is durable.
     (V2) The log's tail moves past an entry only when its in-place writes are durable.
@@ -25,6 +29,7 @@ import errno
 import random
 import uuid
 from dataclasses import dataclass, field
+from functools import partial
 
 from nbdimg.errors import UnsupportedFeature
 from nbdimg.formats.vhdx.header import Headers, next_header, write_header
@@ -62,7 +67,8 @@ class Journal:
         self._position = 0
         self._sequence_number = random.getrandbits(62) + 1
         self._session = _Session()
-        self._planned: tuple[int, int] | None = None
+        self._is_unplaced = False
+        """Whether what the last durable entry says may be in place in part."""
         self._beginning: asyncio.Task[None] | None = None
         self.has_begun = False
 
@@ -110,32 +116,36 @@ class Journal:
         Args: pages: 4 KiB each. flushed_offset: the file's size, durable by then. last_offset: where its last structure
         ends.
 
-        Raises: OSError: the last plan failed and had several entries; where they go, its own may be all that there is.
+        Raises: OSError: the last plan failed with an entry put in place in part, and one entry does not hold all that
+        this one would have to.
         """
-        if self._planned is not None and self._planned[1] - self._sequence_number > 1:
-            raise OSError(errno.EIO, "some of several log entries were not written")
+        pages_max = self.pages_max
+        if self._is_unplaced and len(pages) > pages_max:
+            raise OSError(errno.EIO, "what a log entry says is in place in part, and another cannot hold all of it")
         position, number = self._position, self._sequence_number
         log_guid = self._headers.current.log_guid
         stages: list[Stage] = []
-        pages_max = self.pages_max
         for start in range(0, len(pages), pages_max):
             if stages:
-                stages[-1] = Stage(stages[-1].writes, (self._file,))
+                stages[-1] = Stage(stages[-1].writes, (self._file,), self.written)
             part = pages[start : start + pages_max]
             changes = [Page(write.offset, write.data) for write in part]
             entry = build_entry(number, position, log_guid, changes, flushed_offset, last_offset)
             logged = (Write(self._file, offset, data) for offset, data in self._ring_writes(position, entry))
-            stages.append(Stage(tuple(logged), (self._file,)))
-            stages.append(Stage(merged(part), ()))
             position = (position + len(entry)) % self._length
             number += 1
-        self._planned = position, number
+            stages.append(Stage(tuple(logged), (self._file,), partial(self._logged, position, number)))
+            stages.append(Stage(merged(part), ()))
         return stages
 
+    def _logged(self, position: int, number: int) -> None:
+        """An entry is durable; the next one has this position and number."""
+        self._position, self._sequence_number = position, number
+        self._is_unplaced = True
+
     def written(self) -> None:
-        if self._planned is not None:
-            self._position, self._sequence_number = self._planned
-            self._planned = None
+        """What the last entry says is in place, durable before the next entry."""
+        self._is_unplaced = False
 
     async def end(self) -> None:
         """Everything is in place: declare the log empty. Raises: OSError."""

@@ -22,14 +22,14 @@ from nbdimg.formats import open_file
 from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.vhdx.driver import VhdxDriver
 from nbdimg.image.image import Image
-from nbdimg.storage.file import BlockFile
+from nbdimg.storage.file import BlockFile, Buffer
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.storage.ordering import Plan
 from tests.formats.vhdx.craft import M
 from tests.formats.vhdx.test_bat import OneGate
 from tests.support.faultfile import TornFile, os_error
 from tests.support.reading import bytes_of
-from tests.support.vhdximages import IS_FIXED, Builder
+from tests.support.vhdximages import BAT_OFFSET, IS_FIXED, Builder
 
 SECTOR = 512
 SIZE = 2 * M + 65536
@@ -269,6 +269,46 @@ def test_metadata_that_finds_no_space_fails_that_flush_and_the_next_one_tries_ag
         assert isinstance(file.inner, MemoryFile)
         again = await opened(MemoryFile(file.inner.content, writable=False), writable=False)
         assert await bytes_of(again, 0, 4096) == b"x" * 4096
+
+    asyncio.run(main())
+
+
+class PowerLossError(Exception):
+    pass
+
+
+class FailingFile(MemoryFile):
+    """Writes at `full` find no space; of one in `cut` the first half is written, and then there is no power."""
+
+    full: int | None = None
+    cut = range(0)
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        if offset == self.full:
+            raise os_error(errno.ENOSPC)
+        if offset in self.cut:
+            self.try_pwrite(offset, memoryview(data)[: len(data) // 2])
+            raise PowerLossError
+        await super().pwrite(offset, data)
+
+
+def test_crash_in_the_flush_behind_one_that_found_no_space_in_place_leaves_every_block_readable() -> None:
+    """V6: of that one a block is in place, and the entry of its sector bitmap, in another page, is not."""
+
+    async def main() -> None:
+        file = FailingFile(Builder(SIZE, parent=".\\parent.vhdx").content, "disk.vhdx")
+        image = await opened(file)
+        await image.write(4096, b"a" * 512)
+        file.full = BAT_OFFSET + 8 * 4096
+        with pytest.raises(OSError, match="No space"):
+            await image.flush()
+        file.full = None
+        await image.write(M, b"b" * 512)
+        file.cut = range(M, 2 * M)
+        with pytest.raises(PowerLossError):
+            await image.flush()
+        again = await opened(MemoryFile(file.content, "disk.vhdx"))
+        assert await bytes_of(again, 4096, 512) == b"a" * 512
 
     asyncio.run(main())
 

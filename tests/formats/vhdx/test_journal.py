@@ -16,7 +16,7 @@ from nbdimg.formats.vhdx.journal import Journal
 from nbdimg.formats.vhdx.log import Sequence
 from nbdimg.storage.file import Buffer
 from nbdimg.storage.memory import MemoryFile
-from nbdimg.storage.ordering import Plan, Write, run
+from nbdimg.storage.ordering import Plan, Stage, UnwrittenError, Write, run
 from tests.formats.vhdx import craft
 from tests.formats.vhdx.craft import DATA_WRITE_GUID, FILE_WRITE_GUID, ZERO_GUID, M
 from tests.formats.vhdx.rings import find_active
@@ -193,7 +193,6 @@ def test_entry_of_which_any_prefix_is_written_leaves_the_one_before_active() -> 
                 assert found is not None
                 assert found.head.sequence_number == active.head.sequence_number
                 session.file.content[:] = before
-            session.journal._planned = None
 
     asyncio.run(main())
 
@@ -239,25 +238,73 @@ def test_entry_takes_at_most_half_of_the_log(log_length: int, pages: int) -> Non
     asyncio.run(main())
 
 
-def test_plan_that_failed_is_written_to_the_same_place_again() -> None:
+async def fails(session: Session, count: int, method: str) -> None:
+    """A flush of so many pages whose `method` finds no space: "log" or "place", at the last entry."""
+    file = session.file
+    pages = [Write(file, 3 * M + SECTOR * number, b"y" * SECTOR) for number in range(count)]
+    stages = session.journal.stages(pages, 4 * M, 4 * M)
+    failing = FaultFile(file)
+    failing.fail("pwrite", errno.ENOSPC)
+    at = len(stages) - (2 if method == "log" else 1)
+    stages[at] = Stage(
+        tuple(Write(failing, write.offset, write.data) for write in stages[at].writes),
+        stages[at].files,
+        stages[at].done,
+    )
+    with pytest.raises(UnwrittenError):
+        await run(Plan(tuple(stages)))
+
+
+def test_entry_that_was_not_written_is_written_to_the_same_place_again() -> None:
     async def main() -> None:
         session = await begun()
-        pages = [Write(session.file, 3 * M, b"y" * SECTOR)]
-        first = session.journal.stages(pages, 4 * M, 4 * M)
-        second = session.journal.stages(pages, 4 * M, 4 * M)
-        assert first == second
+        await fails(session, 1, "log")
+        await session.flush(1)
+        assert session.file.log == [(M + SECTOR, 2 * SECTOR), "|", (3 * M, SECTOR)]
 
     asyncio.run(main())
 
 
-def test_plan_of_several_entries_that_failed_is_not_written_again() -> None:
-    """An entry of it may be all that the log has, and which one nobody knows."""
+@pytest.mark.parametrize("times", [1, 3])
+def test_entry_that_was_not_put_in_place_stays_until_another_is_durable(times: int) -> None:
+    """V6: where a part of it is in place, it alone says what belongs together."""
 
     async def main() -> None:
         session = await begun()
+        for _ in range(times):
+            await fails(session, 2, "place")
+        durable = session.active()
+        assert durable is not None
+        stages = session.journal.stages([Write(session.file, 3 * M, b"z" * SECTOR)], 4 * M, 4 * M)
+        (entry,) = stages[0].writes
+        session.file.try_pwrite(entry.offset, entry.data[: len(entry.data) // 2])
+        assert session.active() == durable
+        await session.flush(126)
+        active = session.active()
+        assert active is not None
+        assert active.head.tail == active.head.position == durable.end
+
+    asyncio.run(main())
+
+
+def test_plan_of_several_entries_that_were_not_written_is_tried_again() -> None:
+    async def main() -> None:
+        session = await begun()
+        await fails(session, 127, "log")
+        await session.flush(127)
+        active = session.active()
+        assert active is not None
+        assert active.head.descriptor_count == 1
+
+    asyncio.run(main())
+
+
+def test_entry_that_was_not_put_in_place_is_not_followed_by_one_that_cannot_hold_it_all() -> None:
+    async def main() -> None:
+        session = await begun()
+        await fails(session, 127, "place")
         pages = [Write(session.file, 3 * M + SECTOR * number, b"y" * SECTOR) for number in range(127)]
-        session.journal.stages(pages, 4 * M, 4 * M)
-        with pytest.raises(OSError, match="some of several log entries were not written") as caught:
+        with pytest.raises(OSError, match="in place in part") as caught:
             session.journal.stages(pages, 4 * M, 4 * M)
         assert caught.value.errno == errno.EIO
 
