@@ -219,10 +219,8 @@ async def replace_bitmaps(
 async def _settle(file: BlockFile, counts: Refcounts) -> None:
     """Refcounts, and with them what was written into new clusters, are durable; what was freed is free."""
     while counts.is_dirty:
-        blocks, pointers = counts.capture()
-        stages = [Stage(merged(blocks), (file,))]
-        if pointers:
-            stages.append(Stage(merged(pointers), (file,)))
+        blocks, *pointers = counts.capture()
+        stages = (Stage(merged(writes), (file,)) for writes in (blocks, *filter(None, pointers)))
         await run(Plan(tuple(stages)))
         counts.written()
         await counts.reclaim()

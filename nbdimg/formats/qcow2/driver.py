@@ -1,7 +1,7 @@
 """An open qcow2 image: the driver, and the order in which what it changed reaches the disk.
 
-    stage 1    refcounts raised so far, a moved refcount table     barrier: makes the guest's data durable as well
-    stage 2    refcount table entries, or the header's pointer     barrier
+    stage 1    refcounts raised so far                             barrier: makes the guest's data durable as well
+    stage 2    refcount table entries, or the table in a new place barrier, then the header's pointer to it, barrier
     stage 3    L2 slices                                           barrier
     stage 4    L1 entries, or the table in a new place             barrier
     stage 5    the header's size and L1 table, when they change    barrier
@@ -151,7 +151,7 @@ class Qcow2Driver:
         counts = self.refcounts
         assert counts is not None
         first: list[Write] = []
-        pointers: list[Write] = []
+        pointers: list[list[Write]] = []
         if self.header.has_lazy_refcounts and not self.header.is_dirty and self.mapping.is_dirty:
             self.header.incompatible |= Incompatible.DIRTY
             self._is_marking = True
@@ -161,12 +161,12 @@ class Qcow2Driver:
         if self._lags:
             counts.capture_freed()
         else:
-            blocks, pointers = counts.capture()
+            blocks, *pointers = counts.capture()
             first += blocks
         return Plan(
             (
                 Stage(merged(first), self._files),
-                *self._stages(pointers),
+                *(stage for writes in pointers for stage in self._stages(writes)),
                 *self._stages(self.mapping.cache.capture()),
                 *self._stages(self.mapping.l1.capture()),
                 *self._stages([self._size_write()] if self._has_new_size else []),

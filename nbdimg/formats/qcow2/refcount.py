@@ -418,11 +418,12 @@ class Refcounts:
         """Whether the next plan has something of ours."""
         return self.cache.is_dirty or bool(self._dirty_pieces or self._has_moved or self._freed or self._leaving)
 
-    def capture(self) -> tuple[list[Write], list[Write]]:
-        """What makes the counts durable: writes, and those that must follow behind a barrier; `written` comes next.
+    def capture(self) -> list[list[Write]]:
+        """What makes the counts durable, in groups with a barrier between each two; `written` comes next.
 
-        A table that has moved is written anew, and then the header names it. What has been freed so far leaves with
-        this plan.
+        The table follows the blocks that it names. One that has moved is written anew, and then the header names it; if
+        that plan fails the header may do so already, and the table still follows the blocks. What has been freed so far
+        leaves with this plan.
         """
         self.capture_freed()
         blocks = self.cache.capture()
@@ -433,8 +434,8 @@ class Refcounts:
         if self._is_moving:
             fields = s.REFCOUNT_FIELDS.pack(offset, self._header.refcount_table_clusters)
             whole = Write(self._file, offset, encode_offsets(self.table))
-            return [*blocks, whole], [Write(self._file, s.REFCOUNT_FIELDS_OFFSET, fields)]
-        return blocks, self._piece_writes(offset)
+            return [blocks, [whole], [Write(self._file, s.REFCOUNT_FIELDS_OFFSET, fields)]]
+        return [blocks, self._piece_writes(offset)]
 
     def capture_freed(self) -> None:
         """What has been freed so far leaves with the plan that is being made."""
