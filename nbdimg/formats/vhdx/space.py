@@ -58,8 +58,11 @@ class Space:
                 self.grown = size
 
     def free(self, offset: int, length: int) -> None:
-        """The space will be free once what gave it up is durable."""
-        self._freed.append((offset, offset + length))
+        """The space will be free once what gave it up is durable. What follows the last that came is one with it: each
+        is a call, for which the flush waits.
+        """
+        start = self._freed.pop()[0] if self._freed and self._freed[-1][1] == offset else offset
+        self._freed.append((start, offset + length))
 
     def capture(self) -> None:
         """What has been freed so far leaves with the plan that is being made."""

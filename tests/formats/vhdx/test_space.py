@@ -93,13 +93,26 @@ def test_freed_space_is_taken_again_only_when_its_plan_is_durable() -> None:
 def test_larger_free_space_is_taken_in_parts_and_smaller_is_passed_over() -> None:
     async def main() -> None:
         space = Space(SparseFile(8 * M), START)
-        space.free(4 * M, M)
         space.free(5 * M, 3 * M)
+        space.free(4 * M, M)
         space.capture()
         await space.reclaim()
         assert await take(space, 2 * M) == 5 * M
         assert sorted([await take(space, M), await take(space, M)]) == [4 * M, 7 * M]
         assert await take(space, M) == 8 * M
+
+    asyncio.run(main())
+
+
+def test_space_that_is_freed_in_a_row_is_given_back_in_one_call() -> None:
+    async def main() -> None:
+        file = SparseFile(8 * M)
+        space = Space(file, START)
+        for offset in (4 * M, 5 * M, 7 * M):
+            space.free(offset, M)
+        space.capture()
+        await space.reclaim()
+        assert file.punched == [(7 * M, M), (4 * M, 2 * M)]
 
     asyncio.run(main())
 
