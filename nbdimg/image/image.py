@@ -293,21 +293,23 @@ class Image:
         if self._recording is not None and not self._try_record(self._recording, offset, stop):
             return False
         driver = self.driver
-        while offset < stop:
-            extent = driver.place(offset, stop)
-            if isinstance(extent, Miss):
-                return False
-            if extent.writable:
-                count = min(extent.stop, stop) - offset
-                if not extent.file.try_pwrite(extent.file_offset + offset - extent.offset, data[:count]):
+        try:
+            while offset < stop:
+                extent = driver.place(offset, stop)
+                if isinstance(extent, Miss):
                     return False
-            else:
-                count = self._try_allocate(offset, stop, data)
-                if count == 0:
-                    return False
-            offset += count
-            data = data[count:]
-        self.gate.changed()
+                if extent.writable:
+                    count = min(extent.stop, stop) - offset
+                    if not extent.file.try_pwrite(extent.file_offset + offset - extent.offset, data[:count]):
+                        return False
+                else:
+                    count = self._try_allocate(offset, stop, data)
+                    if count == 0:
+                        return False
+                offset += count
+                data = data[count:]
+        finally:
+            self.gate.changed()
         return True
 
     def _try_allocate(self, offset: int, stop: int, data: memoryview) -> int:

@@ -330,6 +330,24 @@ def test_zero_that_fails_is_raised_and_leaves_the_gate_dirty() -> None:
     run(main())
 
 
+def test_try_write_that_fails_behind_its_first_part_leaves_the_gate_dirty() -> None:
+    """A reader sees that part: a flush behind it covers what was read."""
+
+    async def main() -> None:
+        file = FaultFile(MemoryFile(PATTERN))
+        driver = FakeDriver(file, [0, 1024])
+        driver.resident = {0}
+        image = Image(driver, writable=True)
+        await image.flush()
+        file.fail_at(1, errno.ENOSPC)
+        with pytest.raises(OSError, match="No space"):
+            image.try_write(0, memoryview(b"x" * 1024))
+        assert await read(image, 0, 512) == b"x" * 512
+        assert not image.gate.is_clean
+
+    run(main())
+
+
 def test_write_that_fails_leaves_the_gate_dirty() -> None:
     async def main() -> None:
         image, file = raw_image()
