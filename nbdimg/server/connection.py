@@ -155,6 +155,8 @@ class Connection:
         if not (self._is_reading or self._is_finishing or self.is_closed or self._is_entering):
             self._is_reading = True
             self._shared.loop.add_reader(self.descriptor, self._on_readable)
+            if self._tls is not None and self._tls.has_ended:
+                self._shared.loop.call_soon(self.on_hangup)
 
     def on_hangup(self) -> None:
         """The client is gone, or its socket failed: receive what is left, or send, to meet the end or the error."""
@@ -174,6 +176,8 @@ class Connection:
                 self._advance_tls(self._tls)
             else:
                 self._receive_options()
+            if self._is_reading and self._tls is not None and self._tls.has_ended:
+                self._end_of_input()
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:

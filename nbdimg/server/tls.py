@@ -128,7 +128,6 @@ class TlsSocket:
         "_backlog",
         "_credentials",
         "_incoming",
-        "_is_ended",
         "_is_goodbye_said",
         "_outgoing",
         "_proposed",
@@ -136,6 +135,7 @@ class TlsSocket:
         "_sock",
         "_ssl",
         "_work",
+        "has_ended",
         "sent_bytes",
     )
 
@@ -149,8 +149,9 @@ class TlsSocket:
         self._ssl = credentials.context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._proposed: frozenset[str] = frozenset()
         self._backlog: bytes | memoryview = b""
-        self._is_ended = False
         self._is_goodbye_said = False
+        self.has_ended = False
+        """Whether close_notify has come. It may lie behind data in one receive, and then no descriptor tells of it."""
         self.sent_bytes = 0
         """Ciphertext that has left."""
 
@@ -210,7 +211,7 @@ class TlsSocket:
         Raises: BlockingIOError; OSError; TlsError: what came is no TLS, was tampered with, or is an alert.
         """
         filled = self._decrypt(views, 0)
-        if filled or self._is_ended:
+        if filled or self.has_ended:
             return filled
         # A record of which a part has come lies inside: its plaintext needs room too (E1).
         size = sum(map(len, views)) - RECORD_SIZE
@@ -225,7 +226,7 @@ class TlsSocket:
             filled = self._decrypt(views, filled)
         if self._outgoing.pending:
             self.flush()
-        if count and not filled and not self._is_ended:
+        if count and not filled and not self.has_ended:
             raise BlockingIOError
         return filled
 
@@ -236,11 +237,11 @@ class TlsSocket:
         try:
             for view in views:
                 stop = start + len(view)
-                while filled < stop and not self._is_ended and (incoming.pending or self._ssl.pending()):
+                while filled < stop and not self.has_ended and (incoming.pending or self._ssl.pending()):
                     rest = view[filled - start :]
                     count = read(len(rest), rest)
                     filled += count
-                    self._is_ended = not count
+                    self.has_ended = not count
                 start = stop
         except ssl.SSLWantReadError:
             pass

@@ -139,15 +139,8 @@ def test_request_cut_into_records_of_one_byte_is_understood(site: Site, server: 
 def test_options_and_requests_in_one_piece_with_the_end_of_the_handshake(site: Site, server: LiveServer) -> None:
     """The client's Finished, its options and its first requests arrive in one receive."""
     with asked_for_tls(server.address) as client:
-        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        session = site.context.wrap_bio(incoming, outgoing, server_hostname="localhost")
-        while True:
-            try:
-                session.do_handshake()
-                break
-            except ssl.SSLWantReadError:
-                client.sock.sendall(outgoing.read())
-                incoming.write(client.sock.recv(64 * KIB))
+        end = connected_end(site, client)
+        session, incoming, outgoing = end.session, end.incoming, end.outgoing
         session.write(option_bytes(Option.STRUCTURED_REPLY))
         session.write(option_bytes(Option.GO, info_data("disk", [])))
         session.write(client.new_request(Command.READ, 0, 4096).serialize(False))
@@ -251,6 +244,18 @@ class FarEnd:
         self.session = context.wrap_bio(self.incoming, self.outgoing, server_hostname="localhost")
 
 
+def connected_end(site: Site, client: Client) -> FarEnd:
+    """A client's TLS over its socket; what it says last of the handshake still waits in `outgoing`."""
+    end = FarEnd(site.context)
+    while True:
+        try:
+            end.session.do_handshake()
+            return end
+        except ssl.SSLWantReadError:
+            client.sock.sendall(end.outgoing.read())
+            end.incoming.write(client.sock.recv(64 * KIB))
+
+
 def encrypted(end: FarEnd, data: bytes) -> bytes:
     end.session.write(data)
     return end.outgoing.read()
@@ -273,6 +278,41 @@ def far_end(site: Site, sock: socket.socket, layer: TlsSocket) -> FarEnd:
 
 
 # Endings
+
+
+@pytest.mark.parametrize("count", [1, 300], ids=["one", "more-than-in-flight"])
+def test_close_notify_in_one_piece_with_requests_is_an_end(site: Site, server: LiveServer, count: int) -> None:
+    """No descriptor tells of it: it has left the socket together with the requests."""
+    with asked_for_tls(server.address) as client:
+        client.sock.settimeout(5)
+        end = connected_end(site, client)
+        end.session.write(option_bytes(Option.GO, info_data("disk", [])))
+        client.sock.sendall(end.outgoing.read())
+        answer = b""
+        while len(answer) < 52:
+            end.incoming.write(client.sock.recv(64 * KIB))
+            answer += end.session.read(64 * KIB)
+        requests = [each.serialize(False) for each in client.reads(count, 64 * KIB, stride=512)]
+        end.session.write(b"".join(requests))
+        with contextlib.suppress(ssl.SSLWantReadError):
+            end.session.unwrap()
+        client.sock.sendall(end.outgoing.read())
+        received = 0
+        while piece := client.sock.recv(64 * KIB):
+            received += len(piece)
+        assert received > count * 64 * KIB
+
+
+def test_close_notify_in_one_piece_with_an_option_is_an_end(site: Site, server: LiveServer) -> None:
+    with asked_for_tls(server.address) as client:
+        client.sock.settimeout(5)
+        end = connected_end(site, client)
+        end.session.write(option_bytes(Option.LIST))
+        with contextlib.suppress(ssl.SSLWantReadError):
+            end.session.unwrap()
+        client.sock.sendall(end.outgoing.read())
+        while client.sock.recv(64 * KIB):
+            pass
 
 
 def test_disc_behind_many_reads_is_answered_whole_and_ends_with_close_notify(site: Site, server: LiveServer) -> None:
