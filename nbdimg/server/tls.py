@@ -38,7 +38,13 @@ BATCH = 16
 """Records that leave in one system call."""
 
 BACKLOG_MAX = 1024 * KiB
-"""Ciphertext that may wait for one socket. Data never reaches it (E2), answers to a flood of key updates might."""
+"""Ciphertext that may wait for one socket. Data never reaches it (E2), answers to key updates might in the long run."""
+
+PIECE_RECORDS_MAX = 64
+"""Records given to the SSL object at once."""
+
+CONTROLS_MAX = 16
+"""Records without data in one receive. A key update costs up to 30 µs, and real clients send one in many GiB."""
 
 CIPHERTEXT_SIZE = 256 * KiB
 """Ciphertext taken from a socket at once."""
@@ -63,26 +69,31 @@ class Workspace:
 class Records:
     """Where records end in a stream of them: type u8, version u16, length u16, `length` bytes. Spec: RFC 8446 5.1."""
 
-    __slots__ = ("_header", "_missing")
+    __slots__ = ("_header", "_missing", "whole_count")
 
     def __init__(self) -> None:
+        self.whole_count = 0
+        """Records that have come to their end."""
         self._header = b""
         """What has come of the header of a record under way, until it is whole."""
         self._missing = 0
         """Bytes of a record under way behind its header."""
 
     def cut(self, stream: memoryview, at: int, stop: int) -> int:
-        """Where to cut a stream of which `at` to `stop` has come: behind as many whole records as RECORD_SIZE holds, or
-        behind the one that begins or goes on at `at`; `stop` if that one is not whole. Ask for each piece in turn.
+        """Where to cut a stream of which `at` to `stop` has come: behind as many whole records, PIECE_RECORDS_MAX at
+        most, as RECORD_SIZE holds, or behind the one that begins or goes on at `at`; `stop` if that one is not whole.
+        Ask for each piece in turn.
         """
         if not self._missing and not self._header:
-            end, last = at, min(stop, at + RECORD_SIZE) - HEADER_SIZE
-            while end <= last:
+            end, last, count = at, min(stop, at + RECORD_SIZE) - HEADER_SIZE, 0
+            while end <= last and count < PIECE_RECORDS_MAX:
                 next_end = end + HEADER_SIZE + (stream[end + 3] << 8 | stream[end + 4])
                 if next_end > last + HEADER_SIZE:
                     break
                 end = next_end
+                count += 1
             if end > at:
+                self.whole_count += count
                 return end
         return self._end(stream, at, stop)
 
@@ -100,6 +111,8 @@ class Records:
             self._missing = min(header[3] << 8 | header[4], RECORD_SIZE + RECORD_OVERHEAD_MAX)
         end = min(body + self._missing, stop)
         self._missing -= end - body
+        if not self._missing:
+            self.whole_count += 1
         return end
 
 
@@ -131,6 +144,7 @@ class TlsSocket:
         "_is_goodbye_said",
         "_outgoing",
         "_proposed",
+        "_read_count",
         "_records",
         "_sock",
         "_ssl",
@@ -149,6 +163,8 @@ class TlsSocket:
         self._ssl = credentials.context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._proposed: frozenset[str] = frozenset()
         self._backlog: bytes | memoryview = b""
+        self._read_count = 0
+        """Reads that gave data: of one record each, at most."""
         self._is_goodbye_said = False
         self.has_ended = False
         """Whether close_notify has come. It may lie behind data in one receive, and then no descriptor tells of it."""
@@ -208,7 +224,8 @@ class TlsSocket:
     def _receive(self, views: Sequence[memoryview]) -> int:
         """Bytes put into `views`, which have room for two records at least; 0 at the end of input.
 
-        Raises: BlockingIOError; OSError; TlsError: what came is no TLS, was tampered with, or is an alert.
+        Raises: BlockingIOError; OSError; TlsError: what came is no TLS, was tampered with, is an alert, or holds too
+            many records without data.
         """
         filled = self._decrypt(views, 0)
         if filled or self.has_ended:
@@ -219,11 +236,15 @@ class TlsSocket:
         work = self._work.ciphertext
         count = self._sock.recv_into(work[: min(size, len(work))])
         at = 0
+        records = self._records
+        records.whole_count = self._read_count = 0
         while at < count:
-            end = self._records.cut(work, at, count)
+            end = records.cut(work, at, count)
             self._incoming.write(work[at:end])
             at = end
             filled = self._decrypt(views, filled)
+            if records.whole_count - self._read_count > CONTROLS_MAX:
+                raise TlsError(f"more than {CONTROLS_MAX} records without data at once")
         if self._outgoing.pending:
             self.flush()
         if count and not filled and not self.has_ended:
@@ -241,6 +262,7 @@ class TlsSocket:
                     rest = view[filled - start :]
                     count = read(len(rest), rest)
                     filled += count
+                    self._read_count += 1
                     self.has_ended = not count
                 start = stop
         except ssl.SSLWantReadError:

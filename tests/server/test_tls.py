@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _ssl
 import asyncio
 import contextlib
+import ctypes
 import os
 import random
 import select
@@ -20,7 +22,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 from nbdimg.config import ExportConfig, ServerConfig, TlsConfig
-from nbdimg.errors import ConfigError
+from nbdimg.errors import ConfigError, TlsError
 from nbdimg.export.registry import Registry
 from nbdimg.limits import Limits
 from nbdimg.server.credentials import Credentials
@@ -275,6 +277,50 @@ def far_end(site: Site, sock: socket.socket, layer: TlsSocket) -> FarEnd:
         if select.select([sock], [], [], 0)[0]:
             end.incoming.write(sock.recv(64 * KIB))
     return end
+
+
+def key_updates(end: FarEnd, count: int) -> bytes:
+    """What a client sends that changes its key so often and asks for a new one of the server's each time.
+
+    Python's `ssl` has no call for it; its object is a PyObject's header, a reference, and OpenSSL's pointer.
+    """
+    library = ctypes.CDLL(_ssl.__file__)
+    if not hasattr(library, "SSL_key_update"):
+        pytest.skip("this Python keeps OpenSSL's functions to itself")
+    pointer = ctypes.c_void_p.from_address(id(end.session._sslobj) + 3 * ctypes.sizeof(ctypes.c_void_p))  # type: ignore[attr-defined]
+    for _ in range(count):
+        assert library.SSL_key_update(pointer, 1) == 1
+        assert library.SSL_do_handshake(pointer) == 1
+    return end.outgoing.read()
+
+
+def test_key_updates_now_and_then_change_nothing(site: Site) -> None:
+    near, far = socket.socketpair()
+    with near, far:
+        near.setblocking(False)
+        layer = Tls(site.tls).wrap(near)
+        end = far_end(site, far, layer)
+        for _ in range(100):
+            far.sendall(key_updates(end, 1) + encrypted(end, b"data") + key_updates(end, 1))
+            assert layer.recv(64 * KIB) == b"data"
+            assert layer.send(b"answer") == 6
+            end.incoming.write(far.recv(64 * KIB))
+            assert end.session.read(100) == b"answer"
+
+
+@pytest.mark.parametrize("data", [b"", b"with data"])
+def test_flood_of_key_updates_ends_before_it_costs_a_turn(site: Site, data: bytes) -> None:
+    near, far = socket.socketpair()
+    with near, far:
+        near.setblocking(False)
+        layer = Tls(site.tls).wrap(near)
+        end = far_end(site, far, layer)
+        for _ in range(20):
+            far.sendall(key_updates(end, 100) + (encrypted(end, data * 10) if data else b""))
+        with pytest.raises(TlsError, match="records without data"):
+            layer.recv(256 * KIB)
+        layer.flush()
+        assert len(far.recv(64 * KIB)) < 5 * KIB, "the whole flood was answered"
 
 
 # Endings
