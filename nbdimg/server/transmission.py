@@ -183,8 +183,10 @@ class Transmission:
     def _process(self) -> None:
         """Handle what has arrived, as far as the turn's budget goes, and send."""
         handled = 0
+        was_full = False
         try:
             handled = self._handle_all()
+            was_full = self._is_full()
         finally:
             self._receiver.park()
             self._outbox.send_turn()
@@ -193,7 +195,8 @@ class Transmission:
         self.handled_count += handled
         if self._streams:
             self._schedule_pump()
-        has_more = handled >= self._limits.turn_requests
+        # Under TLS a send may take along what has waited: full in front of it is not full behind it.
+        has_more = handled >= self._limits.turn_requests or (was_full and not self._is_full())
         if has_more or self._receiver.starved or self._is_full():
             self._pause()
         if has_more:

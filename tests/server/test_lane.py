@@ -237,6 +237,31 @@ def test_lane_takes_reads_beside_a_slow_read_and_nothing_beside_a_slow_change(
     asyncio.run(main())
 
 
+def test_request_behind_a_full_socket_that_the_send_of_the_turn_empties_is_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So it may be under TLS, where ciphertext that waits leaves together with the bytes of a turn."""
+    send_turn = Outbox.send_turn
+
+    def emptying(self: Outbox) -> None:
+        send_turn(self)
+        self.pending_bytes = 0
+
+    async def main() -> None:
+        with Conversation("simple", Image(RawDriver(MemoryFile(bytes(SIZE))), writable=True)) as conversation:
+            monkeypatch.setattr(Outbox, "send_turn", emptying)
+            conversation._shell.outbox.pending_bytes = Limits().output_bytes
+            fua = 1
+            replies = conversation.ask(b"".join(request(False, 0, fua, each, 0, 512, b"") for each in range(3)))
+            for _ in range(3):
+                await asyncio.sleep(0)
+                replies += await conversation.rest()
+                replies += drain(conversation._theirs)
+            assert len(replies) == 3 * (16 + 512)
+
+    asyncio.run(main())
+
+
 def test_read_behind_a_write_that_allocates_sees_it(tmp_path: Path) -> None:
     """All three are handled in one run: what the first READ has looked up is true no more."""
     (golden,) = files(tmp_path, ["golden"])
