@@ -109,6 +109,7 @@ class Connection:
         """The last export that the client asked for and may not open: clients ask for one in several ways."""
         self.is_closed = False
         self._is_reading = False
+        self._is_look_scheduled = False
         self._is_finishing = False
         self._is_draining = False
         self._is_left = False
@@ -155,8 +156,20 @@ class Connection:
         if not (self._is_reading or self._is_finishing or self.is_closed or self._is_entering):
             self._is_reading = True
             self._shared.loop.add_reader(self.descriptor, self._on_readable)
-            if self._tls is not None and self._tls.has_ended:
-                self._shared.loop.call_soon(self.on_hangup)
+            self._look_inside_soon()
+
+    def _look_inside_soon(self) -> None:
+        """Receive again, in a turn of its own, what TLS holds and the descriptor does not tell of."""
+        if self._tls is None or not self._tls.has_more or self._left_s is not None:
+            return
+        if self._is_reading and not self._is_look_scheduled:
+            self._is_look_scheduled = True
+            self._shared.loop.call_soon(self._look_inside)
+
+    def _look_inside(self) -> None:
+        self._is_look_scheduled = False
+        if self._is_reading:
+            self._on_readable()
 
     def on_hangup(self) -> None:
         """The client is gone, or its socket failed: receive what is left, or send, to meet the end or the error."""
@@ -166,6 +179,8 @@ class Connection:
             self.outbox.send_pending()
 
     def _on_readable(self) -> None:
+        if self._is_look_scheduled:
+            return
         self._shared.spinner.touch()
         try:
             if self._left_s is not None:
@@ -176,8 +191,6 @@ class Connection:
                 self._advance_tls(self._tls)
             else:
                 self._receive_options()
-            if self._is_reading and self._tls is not None and self._tls.has_ended:
-                self._end_of_input()
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:
@@ -188,6 +201,7 @@ class Connection:
             self._say(logging.ERROR, f"closed after an internal error: {type(error).__name__}: {error}")
             logger.debug("the failure's traceback", exc_info=error)
             self.close()
+        self._look_inside_soon()
 
     def _receive_requests(self, transmission: Transmission) -> None:
         buffers = transmission.buffers()

@@ -8,7 +8,8 @@ plain path has no trace of it. Ciphertext goes through the BIOs a record at a ti
 longer than one, because a BIO keeps the memory that it once grew to; and whole, because the SSL object raises an
 exception over each record that is not.
 
-    (E1) After a receive no complete record is left inside: a quiet descriptor means that there is nothing to read.
+    (E1) After a receive no complete record is left inside, unless `has_more`: else a quiet descriptor means that there
+         is nothing to read.
     (E2) Ciphertext that waits for the socket is at most BATCH records and a few control messages: nothing is encrypted
          before it has left.
 
@@ -43,6 +44,10 @@ BACKLOG_MAX = 1024 * KiB
 PIECE_RECORDS_MAX = 64
 """Records given to the SSL object at once."""
 
+RECORDS_MAX = 512
+"""Records of one receive, about half a millisecond. What has come behind them is kept for the next: the records of
+256 KiB, with a byte in each, take 14 ms."""
+
 CONTROLS_MAX = 16
 """Records without data in one receive. A key update costs up to 30 µs, and real clients send one in many GiB."""
 
@@ -53,6 +58,8 @@ CIPHERTEXT_SIZE = 256 * KiB
 HEADER_SIZE = 5
 RECORD_OVERHEAD_MAX = 2048
 """What a record may have beside its plaintext. Spec: RFC 5246 6.2.3; in TLS 1.3 it is 256."""
+
+_NOTHING = memoryview(b"")
 
 _ReadInto = Callable[[int, memoryview], int]
 """`SSLObject.read` with a buffer; typeshed knows bytearray alone."""
@@ -140,8 +147,10 @@ class TlsSocket:
     __slots__ = (
         "_backlog",
         "_credentials",
+        "_has_ended",
         "_incoming",
         "_is_goodbye_said",
+        "_kept",
         "_outgoing",
         "_proposed",
         "_read_count",
@@ -149,7 +158,6 @@ class TlsSocket:
         "_sock",
         "_ssl",
         "_work",
-        "has_ended",
         "sent_bytes",
     )
 
@@ -165,9 +173,11 @@ class TlsSocket:
         self._backlog: bytes | memoryview = b""
         self._read_count = 0
         """Reads that gave data: of one record each, at most."""
+        self._kept = _NOTHING
+        """Ciphertext that has come behind RECORDS_MAX records."""
+        self._has_ended = False
+        """close_notify has come."""
         self._is_goodbye_said = False
-        self.has_ended = False
-        """Whether close_notify has come. It may lie behind data in one receive, and then no descriptor tells of it."""
         self.sent_bytes = 0
         """Ciphertext that has left."""
 
@@ -210,6 +220,11 @@ class TlsSocket:
 
     # In
 
+    @property
+    def has_more(self) -> bool:
+        """Whether the next receive may give bytes, or the end of input, of which the descriptor does not tell."""
+        return self._has_ended or bool(self._kept)
+
     def recv(self, size: int) -> bytes:
         """At most `size` bytes; b"" at the end of input."""
         view = memoryview(bytearray(size))
@@ -228,26 +243,34 @@ class TlsSocket:
             many records without data.
         """
         filled = self._decrypt(views, 0)
-        if filled or self.has_ended:
+        if filled or self._has_ended:
             return filled
         # A record of which a part has come lies inside: its plaintext needs room too (E1).
         size = sum(map(len, views)) - RECORD_SIZE
         assert size > 0, "E1: room for two records"
-        work = self._work.ciphertext
-        count = self._sock.recv_into(work[: min(size, len(work))])
+        if self._kept:
+            work = self._kept
+            count = min(size, len(work))
+        else:
+            work = self._work.ciphertext
+            count = self._sock.recv_into(work[: min(size, len(work))])
         at = 0
         records = self._records
         records.whole_count = self._read_count = 0
-        while at < count:
+        while at < count and records.whole_count < RECORDS_MAX:
             end = records.cut(work, at, count)
             self._incoming.write(work[at:end])
             at = end
             filled = self._decrypt(views, filled)
             if records.whole_count - self._read_count > CONTROLS_MAX:
                 raise TlsError(f"more than {CONTROLS_MAX} records without data at once")
+        if self._kept:
+            self._kept = work[at:] if at < len(work) else _NOTHING
+        elif at < count:
+            self._kept = memoryview(bytes(work[at:count]))
         if self._outgoing.pending:
             self.flush()
-        if count and not filled and not self.has_ended:
+        if count and not filled and not self._has_ended:
             raise BlockingIOError
         return filled
 
@@ -258,12 +281,12 @@ class TlsSocket:
         try:
             for view in views:
                 stop = start + len(view)
-                while filled < stop and not self.has_ended and (incoming.pending or self._ssl.pending()):
+                while filled < stop and not self._has_ended and (incoming.pending or self._ssl.pending()):
                     rest = view[filled - start :]
                     count = read(len(rest), rest)
                     filled += count
                     self._read_count += 1
-                    self.has_ended = not count
+                    self._has_ended = not count
                 start = stop
         except ssl.SSLWantReadError:
             pass

@@ -192,7 +192,7 @@ def test_quiet_socket_means_that_nothing_is_left_inside(site: Site) -> None:
             sent = source.randbytes(source.randrange(1, 150_000))
             outgoing = b"".join(encrypted(session, sent[at : at + 16 * KIB]) for at in range(0, len(sent), 16 * KIB))
             received = b""
-            while outgoing or select.select([near], [], [], 0)[0]:
+            while outgoing or layer.has_more or select.select([near], [], [], 0)[0]:
                 count = source.randrange(1, 40_000)
                 far.sendall(outgoing[:count])
                 outgoing = outgoing[count:]
@@ -201,6 +201,45 @@ def test_quiet_socket_means_that_nothing_is_left_inside(site: Site) -> None:
                     taken = layer.recvmsg_into([memoryview(room)[:100], memoryview(room)[100:]])[0]
                     received += room[:taken]
             assert received == sent, f"seed {SEED}"
+
+
+def test_receive_takes_as_many_tiny_records_as_are_a_turn_and_keeps_the_rest(site: Site) -> None:
+    near, far = socket.socketpair()
+    with near, far:
+        near.setblocking(False)
+        layer = Tls(site.tls).wrap(near)
+        end = far_end(site, far, layer)
+        data = random.Random(SEED).randbytes(3000)
+        far.sendall(b"".join(encrypted(end, bytes([each])) for each in data))
+        received = b""
+        while layer.has_more or select.select([near], [], [], 0)[0]:
+            with contextlib.suppress(BlockingIOError):
+                piece = layer.recv(64 * KIB)
+                assert len(piece) < 600
+                received += piece
+        assert received == data
+
+
+def test_requests_in_tiny_records_are_all_answered_without_another_word(site: Site, server: LiveServer) -> None:
+    with asked_for_tls(server.address) as client:
+        client.sock.settimeout(5)
+        end = connected_end(site, client)
+        client.sock.sendall(encrypted(end, option_bytes(Option.GO, info_data("disk", []))))
+        answer = b""
+        while len(answer) < 52:
+            end.incoming.write(client.sock.recv(64 * KIB))
+            answer += end.session.read(64 * KIB)
+        requests = b"".join(each.serialize(False) for each in client.reads(200, 4096, stride=4096))
+        client.sock.sendall(b"".join(encrypted(end, bytes([each])) for each in requests))
+        received = b""
+        while len(received) < 200 * (16 + 4096):
+            end.incoming.write(client.sock.recv(64 * KIB))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                while True:
+                    received += end.session.read(64 * KIB)
+        for number in range(200):
+            at = number * (16 + 4096) + 16
+            assert received[at : at + 4096] == site.content[number * 4096 : (number + 1) * 4096]
 
 
 def test_ciphertext_that_waits_counts_as_pending_and_leaves(site: Site) -> None:
