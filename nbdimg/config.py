@@ -55,14 +55,26 @@ class AccessRule:
         for identity in self.identities:
             _check_identity(identity)
         for network in self.networks:
-            try:
-                ipaddress.ip_network(network)
-            except ValueError as error:
-                raise ConfigError(f"network {escaped(network)}: {error}; expected ADDRESS or ADDRESS/BITS") from None
+            _check_network(network)
         for name, values in (("uid", self.uids), ("gid", self.gids)):
             for value in values:
                 if not 0 <= value <= UNIX_ID_MAX:
                     raise ConfigError(f"{name} is {value}, expected 0 to {UNIX_ID_MAX}")
+
+
+_MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
+"""Where IPv6 holds the addresses of IPv4; clients from there are compared as what they are."""
+
+
+def _check_network(text: str) -> None:
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError as error:
+        raise ConfigError(f"network {escaped(text)}: {error}; expected ADDRESS or ADDRESS/BITS") from None
+    if "%" in text:
+        raise ConfigError(f"network {escaped(text)}: interfaces are not compared, expected it without %")
+    if isinstance(network, ipaddress.IPv6Network) and network.subnet_of(_MAPPED):
+        raise ConfigError(f"network {escaped(text)}: this is IPv4, expected as in 10.1.0.0/16")
 
 
 def _check_identity(identity: str) -> None:
