@@ -27,6 +27,7 @@ from nbdimg.server.systemd import Inherited
 from nbdimg.server.terms import as_reached, check_admin, check_identities, check_listener, terms_of
 from nbdimg.server.tls import Tls
 from nbdimg.storage.posix import PosixFile
+from nbdimg.storage.workers import workers
 from nbdimg.units import MiB
 from nbdimg.uri import NbdUri
 
@@ -303,7 +304,7 @@ async def open_exports(config: ExportConfig, limits: Limits, *, is_trial: bool =
     Raises: ConfigError, ImageError.
     """
     exports: list[Export] = []
-    key = read_key_file(config.key_path) if config.key_path is not None else None
+    key = await _key(config)
     try:
         await _open_all(exports, config, limits, key, is_trial=is_trial)
     except BaseException as error:
@@ -312,6 +313,10 @@ async def open_exports(config: ExportConfig, limits: Limits, *, is_trial: bool =
             raise _unopened(config, error) from None
         raise
     return exports
+
+
+async def _key(config: ExportConfig) -> bytes | None:
+    return None if config.key_path is None else await workers().run(read_key_file, config.key_path)
 
 
 def _unopened(config: ExportConfig, error: OSError) -> ImageError:
@@ -352,7 +357,7 @@ async def _open_all(
 
 async def open_snapshot(config: ExportConfig, snapshot_id: str, label: str, limits: Limits) -> Export:
     """An internal snapshot as NAME@LABEL, of an image that is open already. Raises: as `open_exports`."""
-    key = read_key_file(config.key_path) if config.key_path is not None else None
+    key = await _key(config)
     try:
         return await _open_snapshot(config, snapshot_id, label, limits, key)
     except OSError as error:

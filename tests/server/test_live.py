@@ -16,6 +16,7 @@ import pytest
 from nbdimg.config import AccessRule, ExportConfig, TlsConfig
 from nbdimg.errors import ConfigError, ImageError, ImageFailed, ImageLocked, NotThere, UnsupportedFeature
 from nbdimg.formats import create_image
+from nbdimg.formats.qcow2 import crypt
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.limits import Limits
 from nbdimg.server import live
@@ -154,6 +155,20 @@ def test_added_export_that_cannot_be_changes_nothing(served: ControlledServer, m
         with pytest.raises(ConfigError, match="needs TLS"):
             served.ask(add(replace(make("fourth"), access=(AccessRule(identities=("cn:x",)),))))
         assert list(served.look()) == ["keep"]
+
+
+def test_key_file_that_nobody_writes_holds_up_no_client_and_the_operation_not_for_ever(
+    served: ControlledServer, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crypt, "KEY_FILE_PATIENCE_S", 1.0)
+    key = tmp_path / "key"
+    os.mkfifo(key)
+    added = served.start(served.control.add(replace(make("keyed"), key_path=str(key))))
+    with served.connect("keep") as client:
+        assert client.read(0, 512).error == 0
+        assert not added.done()
+    with pytest.raises(ConfigError, match="it is a FIFO"):
+        added.result(WAIT_S)
 
 
 def test_hidden_export_serves_its_clients_until_they_leave(served: ControlledServer, make: Make) -> None:

@@ -16,11 +16,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 from nbdimg.errors import ConfigError, CorruptImage, UnsupportedFeature, escaped
 from nbdimg.storage.file import BlockFile, Buffer
+from nbdimg.storage.short import read_short
 from nbdimg.storage.workers import computers
 from nbdimg.units import KiB, align_down, align_up
 
@@ -35,6 +35,9 @@ LEGACY_KEY_SIZE = 16
 
 KEY_FILE_SIZE_MAX = 64 * KiB
 """No passphrase is longer; it keeps a device or an image named by mistake out of memory."""
+
+KEY_FILE_PATIENCE_S = 10.0
+"""For what a shell's `<(program)` writes."""
 
 IvGenerator = Callable[[int, int], list[bytes]]
 """(first sector, count) to the IVs of these sectors, 16 bytes each."""
@@ -282,11 +285,11 @@ def read_key_file(path: str | os.PathLike[str]) -> bytes:
     a group. (QEMU takes a secret's file as it is, newline included.)
 
     Raises:
-        ConfigError: the file cannot be read, is empty, or larger than KEY_FILE_SIZE_MAX.
+        ConfigError: the file cannot be read, is empty, or larger than KEY_FILE_SIZE_MAX; it is a FIFO that nobody
+            has written to within KEY_FILE_PATIENCE_S.
     """
     try:
-        with Path(path).open("rb") as file:
-            content = file.read(KEY_FILE_SIZE_MAX + 1)
+        content = read_short(path, KEY_FILE_SIZE_MAX, KEY_FILE_PATIENCE_S)
     except OSError as error:
         raise ConfigError(f"key file {os.fspath(path)}: {error.strerror}") from None
     if len(content) > KEY_FILE_SIZE_MAX:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import sys
 import threading
@@ -275,6 +276,30 @@ def test_key_file_without_a_passphrase_is_refused(tmp_path: Path, content: bytes
     (tmp_path / "key").write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         read_key_file(tmp_path / "key")
+
+
+def test_key_file_that_is_a_fifo_is_read_to_its_end_and_not_waited_for_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "key"
+    os.mkfifo(path)
+
+    def write() -> None:
+        with path.open("wb", buffering=0) as file:
+            for piece in (b"se", b"cret\n"):
+                file.write(piece)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert read_key_file(path) == b"secret"
+    writer.join()
+    monkeypatch.setattr(crypt, "KEY_FILE_PATIENCE_S", 0.05)
+    with pytest.raises(ConfigError, match="it is a FIFO, and its writer does not come to an end"):
+        read_key_file(path)
+    with path.open("r+b", buffering=0) as held:
+        held.write(b"secret")
+        with pytest.raises(ConfigError, match="it is a FIFO"):
+            read_key_file(path)
 
 
 # EncryptedFile
