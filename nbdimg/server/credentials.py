@@ -116,9 +116,13 @@ def _load_authority(context: ssl.SSLContext, path: str, what: str, kind: str) ->
 
 
 def _check_file(path: str, what: str) -> os.stat_result:
+    """It is read again by name, perhaps by OpenSSL, and while clients are served: a FIFO would be waited for."""
     try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError(f"{what} {path}: expected a regular file")
         with open(path, "rb"):
-            return os.stat(path)
+            return found
     except OSError as error:
         raise ConfigError(f"{what} {path}: {error.strerror}") from None
 

@@ -559,7 +559,13 @@ def test_files_that_do_not_go_together_are_refused(site: Site, tmp_path: Path) -
             serialization.BestAvailableEncryption(b"secret"),
         )
     )
+    fifo = tmp_path / "fifo.pem"
+    os.mkfifo(fifo, 0o600)
     for changes, message in (
+        *(
+            ({name: str(fifo)}, "expected a regular file")
+            for name in ("certificate_path", "key_path", "client_ca_path")
+        ),
         ({"certificate_path": "/nowhere"}, "TLS certificate file /nowhere: No such file"),
         ({"key_path": "/nowhere"}, "TLS key file /nowhere: No such file"),
         ({"key_path": other.key_path}, "key values mismatch; expected PEM files that belong together"),
