@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
+import gc
 import os
 import random
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -40,6 +42,7 @@ from tests.support.crash import (
     run_now,
     written,
 )
+from tests.support.crash.explore import Observation
 from tests.support.crash.toys import (
     DISK_SIZE,
     TABLE_SIZE,
@@ -116,6 +119,24 @@ def test_recovery_that_is_lost_when_it_crashes_is_found_by_the_nested_states_alo
     scenario = journal(Fault.EAGER_CLEAR)
     assert run_now(scenario, seed=SEED, states=400).violations[LOST] > 10
     assert not run_now(scenario, seed=SEED, states=400, nested_cap=0).violation_count
+
+
+def test_explorer_lets_the_files_of_a_recovery_go() -> None:
+    scenario = journal(Fault.NONE)
+    verify = Verifier(scenario, SEED, going_on_every=0)
+    files: list[weakref.ref[RecordingFile]] = []
+
+    async def watched(state: CrashState) -> Observation:
+        seen = await verify(state)
+        assert seen.recovery is not None
+        files.extend(weakref.ref(file) for file in seen.recovery.files)
+        return seen
+
+    explorer = Explorer(watched, Report(scenario.name), nested_cap=0, states_max=50)
+    asyncio.run(explorer.explore(asyncio.run(record(scenario, SEED)), SEED))
+    gc.collect()
+    assert len(files) > 20
+    assert not any(file() for file in files)
 
 
 async def complain(state: CrashState) -> list[str]:

@@ -6,7 +6,7 @@ import time
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tests.support.crash.expectations import Expectations
 from tests.support.crash.states import CrashState, Key, crash_states
@@ -25,7 +25,7 @@ EXAMPLES_MAX = 8
 """Violations of a kind that a report describes."""
 
 REMEMBERED_MAX = 2048
-"""Observations kept for states that come again after a flush; 8 bytes a sector each."""
+"""Observations kept for states that come again after a flush; 8 bytes a sector each, without their recoveries."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Explorer:
         seen = self._known.get(identity)
         if seen is None:
             seen = await self._verify(state)
-            self._known[identity] = seen
+            self._known[identity] = replace(seen, recovery=None)
             if len(self._known) > REMEMBERED_MAX:
                 self._known.popitem(last=False)
             self._count(seen, lambda: f"{state}")
