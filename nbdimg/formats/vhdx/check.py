@@ -1,8 +1,9 @@
 """Check of an image: headers, log, region tables, metadata, and every entry of the BAT against all that has a place.
 
 Corruptions are what a reader would stumble over or what breaks the format. A leak is space that nothing refers to,
-counted in MiB; some MiB between the regions and the first block are how writers lay out a file, and no leak. A log that
-is to be replayed is neither: everything is looked at as it will be then.
+counted in MiB; some MiB between the regions and the first block are how writers lay out a file, and no leak. Nor is a
+hole in the file, which takes no room, unless it is at the end. A log that is to be replayed is neither: everything is
+looked at as it will be then.
 
     QEMU   looks for FULLY_PRESENT entries behind the file's end and for regions that overlap, nothing else
 
@@ -81,8 +82,8 @@ class Survey:
         self.used = bytearray()
         self.has_sound_bat = True
         """Whether no entry of the BAT is a corruption."""
-        self.trailing_leak: tuple[int, int] | None = None
-        """(start, stop) in MiB of unused space at the file's end."""
+        self.leaks: list[tuple[int, int]] = []
+        """(start, stop) in MiB of unused space that takes room or is at the file's end, in order."""
         self._awaited: tuple[int, int] | None = None
         """The entry of a bitmap that must be present, and the block for which."""
         self._follows = 0
@@ -282,10 +283,15 @@ class Survey:
             length = (stop - start) * MiB
             if start in slack and length < LAYOUT_SLACK:
                 continue
-            if stop == len(self.used):
-                self.trailing_leak = start, stop
+            if stop < len(self.used) and self._is_hole(start * MiB, stop * MiB):
+                continue
+            self.leaks.append((start, stop))
             message = f"{length} bytes belong to nothing, expected a block, a sector bitmap or the file's end"
             self.report.add("leak", "unused space", start * MiB, message, stop - start)
+
+    def _is_hole(self, start: int, stop: int) -> bool:
+        is_data, end = self._file.data_extent(start)
+        return not is_data and end >= stop
 
 
 def unused(used: bytearray) -> list[tuple[int, int]]:

@@ -1,12 +1,13 @@
 """Compaction of an image that nobody uses: less space, the same disk.
 
     1  drop    blocks that hold nothing but zeroes become ZERO, in 1 and 3 what is left of old blocks is let go
-    2  move    from the file's end downwards, each block and sector bitmap into the lowest hole that holds it
+    2  move    from the file's end downwards, each block, sector bitmap and the BAT into the lowest hole that holds it
     3  cut     the log is declared empty, the end cut off, remaining holes are punched
 
-A move is: copy, barrier, log entry with the new BAT entry, barrier, in place, barrier. What is copied to belongs to
-nothing by what is durable, and space that was left is behind everything that is still moved: it is never copied to, and
-is given up in 3. So a crash at any moment leaves every block whole in one of the two places, and the BAT says in which.
+A move is: copy, barrier, log entry with the new BAT entry, or region tables, barrier, in place, barrier. What is copied
+to belongs to nothing by what is durable, and space that was left is behind everything that is still moved: it is never
+copied to, and is given up in 3. So a crash at any moment leaves what is moved whole in one of the two places, and the
+BAT, or the region tables, say in which.
 
 DataWriteGuid stays: a guest sees the same, and children of this image still fit. A block that was only partly written
 in a file with a parent is moved as it is.
@@ -16,14 +17,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nbdimg.errors import CorruptImage, UnsupportedFeature
 from nbdimg.formats.vhdx import structs as s
 from nbdimg.formats.vhdx.check import Survey, unused
 from nbdimg.formats.vhdx.geometry import BITMAP_SIZE, State
 from nbdimg.formats.vhdx.header import load_headers, read
-from nbdimg.formats.vhdx.offline import Session, bat_pieces, touch
+from nbdimg.formats.vhdx.offline import Session, bat_pieces, region_pages, touch
 from nbdimg.formats.vhdx.parts import Parts
 from nbdimg.formats.vhdx.replay import replay_to_file
 from nbdimg.storage.file import BlockFile
@@ -31,6 +32,9 @@ from nbdimg.units import MiB
 
 Progress = Callable[[int, int], None]
 """(bytes done, bytes in all)."""
+
+_BAT = 0xFFFF_FFFF
+"""Stands for the BAT among owners: above the index of any entry."""
 
 BATCH_SIZE = 64 * MiB
 """Bytes that are moved for one log entry: three barriers are little beside it."""
@@ -78,7 +82,8 @@ class _Compaction:
         self._used = used
         """A byte for each MiB of the file."""
         self._owners = array("I", bytes(4 * len(used)))
-        """By the MiB at which a block or a bitmap begins: its BAT entry's index + 1."""
+        """By the MiB at which a block, a bitmap or the BAT begins: its BAT entry's index + 1, or _BAT."""
+        self._owners[parts.regions.bat_offset // MiB] = _BAT
         self._progress = progress
         self._session: Session | None = None
         self._total = 2 * file.size
@@ -105,14 +110,16 @@ class _Compaction:
 
     async def _put(self, words: dict[int, int]) -> None:
         """BAT entries by file offset; the session begins with the first. `words` is empty then."""
-        if not words:
-            return
+        if words:
+            await (await self._begun()).put(words)
+            words.clear()
+
+    async def _begun(self) -> Session:
         if self._session is None:
             session = Session(self._file, self._parts.headers, changes_data=False)
             await session.begin()
             self._session = session
-        await self._session.put(words)
-        words.clear()
+        return self._session
 
     # Drop
 
@@ -189,14 +196,23 @@ class _Compaction:
             if not owner:
                 continue
             index = owner - 1
-            is_bitmap = index % stride == stride - 1
-            size = BITMAP_SIZE if is_bitmap else self._parts.geometry.block_size
+            if owner == _BAT:
+                size = self._parts.regions.bat_length
+            elif index % stride == stride - 1:
+                size = BITMAP_SIZE
+            else:
+                size = self._parts.geometry.block_size
             hole = self._hole(size // MiB, unit, lowest)
             if hole is None:
                 continue
+            if owner == _BAT:
+                await self._put(words)
             await self._copy(unit * MiB, hole * MiB, size)
             self._free(unit * MiB, size)
             self._used[hole : hole + size // MiB] = b"\1" * (size // MiB)
+            if owner == _BAT:
+                await self._move_bat(hole * MiB)
+                continue
             words[self._at(index)] = hole * MiB | await self._state(index)
             self._result.moved_count += 1
             moved += size
@@ -205,6 +221,14 @@ class _Compaction:
                 moved = 0
                 self._report(self._total // 2 + (len(self._owners) - unit) * MiB)
         await self._put(words)
+
+    async def _move_bat(self, offset: int) -> None:
+        """The copy at `offset` is the BAT from now on."""
+        session = await self._begun()
+        regions = self._parts.regions
+        regions = regions.with_bat(replace(regions.bat, offset=offset))
+        await session.change(await region_pages(self._file, regions.entries))
+        self._parts = replace(self._parts, regions=regions)
 
     def _hole(self, size: int, below: int, lowest: dict[int, int | None]) -> int | None:
         """The lowest hole of `size` MiB, if it ends at or before `below`. Holes only get fewer down there."""

@@ -7,12 +7,13 @@ compacted still fit.
 from __future__ import annotations
 
 from array import array
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from uuid import uuid4
 
 from nbdimg.formats.vhdx import structs as s
 from nbdimg.formats.vhdx.header import Headers, load_headers, next_header, read, write_header
 from nbdimg.formats.vhdx.journal import Journal
+from nbdimg.formats.vhdx.region import RegionEntry, build_region_table
 from nbdimg.storage.file import BlockFile
 from nbdimg.storage.ordering import Plan, Stage, Write, run
 from nbdimg.units import MiB, align_down, align_up
@@ -38,6 +39,18 @@ async def bat_pieces(file: BlockFile, offset: int, first: int, stop: int) -> Asy
         if content.count(0) != length:
             yield (position - offset) // 8, array("Q", content)
         position += length
+
+
+async def region_pages(file: BlockFile, entries: Sequence[RegionEntry]) -> dict[int, bytes]:
+    """What must change, by file offset, for both region tables to have these entries. Raises: OSError."""
+    table = build_region_table(entries)
+    pages: dict[int, bytes] = {}
+    for start in s.REGION_TABLE_OFFSETS:
+        for offset in range(0, len(table), s.PAGE_SIZE):
+            page = table[offset : offset + s.PAGE_SIZE]
+            if await read(file, start + offset, s.PAGE_SIZE) != page:
+                pages[start + offset] = page
+    return pages
 
 
 class Session:

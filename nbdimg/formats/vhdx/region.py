@@ -7,7 +7,7 @@ damaged one through the log. Files without the required flag on the two known re
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from uuid import UUID
 
@@ -53,6 +53,11 @@ class Regions:
     @property
     def bat_length(self) -> int:
         return self.bat.length
+
+    def with_bat(self, bat: RegionEntry) -> Regions:
+        """These, with the BAT at another place; `content` and `damaged_slots` are still those of the file."""
+        entries = tuple(bat if each is self.bat else each for each in self.entries)
+        return replace(self, entries=entries, bat=bat)
 
     @property
     def metadata_offset(self) -> int:

@@ -4,10 +4,11 @@
                         accepted that what it held is lost
     a lost header       is written again from the other one
     a lost region table is written again from the other one, through the log
-    trailing space      is cut off, unless an entry of the BAT is wrong: then nobody knows whose it is
+    unused space        is punched, and cut off at the end, unless an entry of the BAT is wrong: then nobody knows whose
+                        it is
 
 A crash at any moment leaves an image that is as it was, or better. DataWriteGuid stays: a guest sees the same. What is
-wrong in the BAT is told and left alone, and so is unused space between blocks, which `compact` gives back.
+wrong in the BAT is told and left alone.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ async def repair(
     mended = 0
     if not leaks_only and before.report.log == "clean":
         mended = await _mend(file, before.parts)
-    leaks_fixed = await _cut(file, before) if before.has_sound_bat and before.report.log == "clean" else 0
+    leaks_fixed = await _give_back(file, before) if before.has_sound_bat and before.report.log == "clean" else 0
     after = before
     if mended or leaks_fixed:
         after = await _surveyed(file, progress)
@@ -92,12 +93,17 @@ async def _mend(file: BlockFile, parts: Parts) -> int:
     return count
 
 
-async def _cut(file: BlockFile, survey: Survey) -> int:
-    """Trailing space that is a leak; returns MiB. The log is empty, so none speaks of a larger file."""
-    if survey.trailing_leak is None:
+async def _give_back(file: BlockFile, survey: Survey) -> int:
+    """Space that is a leak; returns MiB. The log is empty, so none speaks of a larger file, or puts back who had it."""
+    if not survey.leaks:
         return 0
-    start, stop = survey.trailing_leak
     await touch(file)
-    await file.truncate(start * MiB)
+    count = 0
+    for start, stop in survey.leaks:
+        if stop == len(survey.used):
+            await file.truncate(start * MiB)
+        elif not await file.punch(start * MiB, (stop - start) * MiB):
+            continue
+        count += stop - start
     await file.fdatasync()
-    return stop - start
+    return count

@@ -15,7 +15,7 @@ Size and children: DataWriteGuid changes, so children of this image no longer fi
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 from nbdimg.errors import ConfigError, CorruptImage, UnsupportedFeature
@@ -26,10 +26,10 @@ from nbdimg.formats.vhdx.create import RESERVE_SIZE
 from nbdimg.formats.vhdx.driver import VhdxDriver
 from nbdimg.formats.vhdx.geometry import Geometry, State
 from nbdimg.formats.vhdx.header import load_headers, read
-from nbdimg.formats.vhdx.offline import PIECE_SIZE, Session, bat_pieces
+from nbdimg.formats.vhdx.offline import PIECE_SIZE, Session, bat_pieces, region_pages
 from nbdimg.formats.vhdx.open import load_driver
 from nbdimg.formats.vhdx.parts import Parts, load_parts
-from nbdimg.formats.vhdx.region import RegionEntry, build_region_table
+from nbdimg.formats.vhdx.region import RegionEntry
 from nbdimg.image.image import Image
 from nbdimg.storage.file import BlockFile
 from nbdimg.units import MiB, align_down, align_up, div_ceil
@@ -195,16 +195,12 @@ class _Resize:
     async def _pages(self, bat: RegionEntry) -> dict[int, bytes]:
         """The pages that make the new size and the BAT's new place true."""
         pages: dict[int, bytearray] = {}
+        tables: dict[int, bytes] = {}
         size_offset = self._parts.metadata.offset_of(s.VIRTUAL_DISK_SIZE)
         await self._patch(pages, size_offset, self._new.size.to_bytes(8, "little"))
         if bat is not self._bat:
-            entries = [bat if each is self._bat else each for each in self._parts.regions.entries]
-            table = build_region_table(entries)
-            for start in s.REGION_TABLE_OFFSETS:
-                for offset, page in _pages_of(table):
-                    if await read(self._file, start + offset, s.PAGE_SIZE) != page:
-                        pages[start + offset] = bytearray(page)
-        return {offset: bytes(page) for offset, page in pages.items()}
+            tables = await region_pages(self._file, self._parts.regions.with_bat(bat).entries)
+        return {offset: bytes(page) for offset, page in pages.items()} | tables
 
     async def _patch(self, pages: dict[int, bytearray], offset: int, data: bytes) -> None:
         """Bytes that may lie across the end of a page."""
@@ -225,8 +221,3 @@ class _Resize:
                 await self._session.put(words)
             if self._progress is not None:
                 self._progress(8 * (start + len(entries) - first), 8 * (stop - first))
-
-
-def _pages_of(table: bytes) -> Iterator[tuple[int, bytes]]:
-    for offset in range(0, len(table), s.PAGE_SIZE):
-        yield offset, table[offset : offset + s.PAGE_SIZE]

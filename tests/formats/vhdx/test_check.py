@@ -266,6 +266,23 @@ def test_repair_of_leaks_cuts_trailing_space_and_leaves_the_rest() -> None:
     assert mended[192 * KiB : 256 * KiB] == content[192 * KiB : 256 * KiB]
 
 
+def test_check_of_unused_space_finds_no_leak_in_a_hole_that_a_repair_has_punched(tmp_path: Path) -> None:
+    content = plain().content
+    entry(2, ZERO)(content)
+    content += b"\4" * MiB
+    path = tmp_path / "a.vhdx"
+    path.write_bytes(content)
+
+    async def checked_and_repaired() -> list[tuple[int, int]]:
+        file = PosixFile(path, writable=True)
+        before, after = await check(file), await repair(file, leaks_only=True)
+        await file.close()
+        return [(report.leaks, report.leaks_fixed) for report in (before, after)]
+
+    assert asyncio.run(checked_and_repaired()) == [(2, 0), (0, 2)]
+    assert path.read_bytes()[4 * MiB :] == content[4 * MiB : 5 * MiB] + bytes(MiB) + content[6 * MiB : 7 * MiB]
+
+
 def test_repair_with_a_wrong_entry_cuts_nothing() -> None:
     content = plain().content
     grown(13 * MiB)(content)

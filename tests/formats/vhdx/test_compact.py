@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nbdimg.errors import CorruptImage, UnsupportedFeature
-from nbdimg.formats import open_file
+from nbdimg.formats import open_file, resize_image
 from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.vhdx import compact as module
 from nbdimg.formats.vhdx.check import check
@@ -133,6 +133,58 @@ def test_compact_of_a_child_keeps_zeroes_over_the_parent_and_moves_bitmaps() -> 
     (bitmap,) = struct.unpack_from("<Q", content, BAT_OFFSET + 8 * 4096)
     assert bitmap & 7 == FULL
     assert content[(bitmap & ~7) + 3 * 256 :][:4] == b"\0\xff\0\0"
+
+
+def with_a_moved_bat() -> bytearray:
+    """Grown, so that the BAT has 2 MiB at the end; what was before it has gone."""
+
+    async def grow() -> bytearray:
+        file = MemoryFile(dynamic(b"\1" * MiB + b"\2" * MiB + b"\3" * MiB), "x.vhdx")
+        image = await open_file(file, "vhdx", OpenOptions(Gate(), writable=True))
+        await resize_image(image, 131057 * MiB)
+        await image.zero(0, 2 * MiB, may_unmap=True, is_fast_only=False)
+        await image.close()
+        return file.content
+
+    return asyncio.run(grow())
+
+
+def test_compact_brings_the_bat_back_that_a_growth_has_moved() -> None:
+    content = with_a_moved_bat()
+    assert len(content) == 9 * MiB
+    file = MemoryFile(content, "x.vhdx")
+    done = asyncio.run(compact(file))
+    table = craft.region_table(craft.region(craft.BAT, 3 * MiB, 2 * MiB), craft.region(craft.METADATA, 2 * MiB))
+    assert file.content[192 * KiB : 256 * KiB] == file.content[256 * KiB : 320 * KiB] == table
+    assert (entries(file.content, 4), done.size) == ((ZERO, ZERO, 5 * MiB | FULL, 0), 6 * MiB)
+    report = asyncio.run(check(file))
+    assert (report.findings, report.log) == ([], "clean")
+
+
+def test_compact_that_moves_the_bat_and_is_interrupted_leaves_the_disk_as_it_was() -> None:
+    content = with_a_moved_bat()
+    struct.pack_into("<Q", content, 2 * MiB + 64 * KiB + 8, 3 * MiB)
+    assert list(crashes(content)) == []
+    assert next(crashes(content, without_barriers=True), None) is not None
+
+
+def test_compact_leaves_no_leak_where_a_gap_is_too_small_for_a_block(tmp_path: Path) -> None:
+    builder = Builder(4 * MiB, block_size=2 * MiB)
+    builder.add_full(0, b"\1" * 2 * MiB)
+    builder.append(b"\4" * MiB, MiB)
+    builder.add_full(1, b"\2" * 2 * MiB)
+    path = tmp_path / "a.vhdx"
+    path.write_bytes(builder.content)
+
+    async def leaks() -> tuple[int, int]:
+        file = PosixFile(path, writable=True)
+        before = await check(file)
+        await compact(file)
+        after = await check(file)
+        await file.close()
+        return before.leaks, after.leaks
+
+    assert asyncio.run(leaks()) == (1, 0)
 
 
 def test_compact_does_not_take_a_bitmaps_hole_for_a_block() -> None:
