@@ -313,7 +313,10 @@ def differences(left: array[int], right: array[int], stop: int) -> list[int]:
 
 def last_used(left: array[int], right: array[int], stop: int) -> int:
     """The last index below `stop` at which either is not 0; 0 if there is none."""
-    for index in range(stop - 1, -1, -1):
-        if left[index] or right[index]:
-            return index
+    while stop > 0:
+        start = max(0, stop - _CHUNK)
+        parts = left[start:stop], right[start:stop]
+        if any(part != array(part.typecode, bytes(len(part) * part.itemsize)) for part in parts):
+            return next(index for index in range(stop - 1, start - 1, -1) if left[index] or right[index])
+        stop = start
     return 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import shutil
 import struct
+import time
+from array import array
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 from nbdimg.errors import ImageError
 from nbdimg.formats import findings
 from nbdimg.formats.qcow2 import references
-from nbdimg.formats.qcow2.check import CheckReport, Survey, check
+from nbdimg.formats.qcow2.check import CheckReport, Survey, check, last_used
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.storage.file import BlockFile
 from nbdimg.storage.memory import MemoryFile
@@ -216,3 +218,11 @@ def test_check_progress_goes_from_the_first_table_to_the_last(sound: Path) -> No
     header = asyncio.run(header_of(file))
     asyncio.run(check(file, header, progress=lambda done, total: calls.append((done, total))))
     assert calls == [(1, 2), (2, 2)]
+
+
+def test_last_used_cluster_of_a_long_and_empty_file_is_found_fast() -> None:
+    counts, stored = (array("H", bytes(2 << 24)) for _ in range(2))
+    stored[1] = counts[0] = 1
+    started = time.process_time()
+    assert [last_used(counts, stored, stop) for stop in (len(counts), 2, 1, 0)] == [1, 1, 0, 0]
+    assert time.process_time() - started < 0.5
