@@ -40,7 +40,9 @@ AUTHORITY, CERTIFICATE, KEY = "ca-cert.pem", "client-cert.pem", "client-key.pem"
 
 
 _TLS_NOTE = ' (with min_version = "1.2" at the server: version 3.24 does not speak TLS 1.3)'
-_LOSS_NOTE = "a restart of the server is an I/O error for it, whatever -persist says; QEMU connects again"
+_LOSS_NOTE = (
+    "a restart of the server is an I/O error for it, whatever -persist says, unless systemd keeps the connection"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,9 @@
 `asyncio`'s executor wakes the loop once per call; under a queue of cold reads that is the larger part of the cost.
 Calls that compute have threads of their own, one for each processor: more would only take it from each other, and a
 read of the disk need not wait behind them.
+
+Storage that hangs, a network file system without its server, keeps every thread that calls it. Those do not count while
+others wait: there are as many threads more, so that images elsewhere are still read, written and flushed.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
+from time import monotonic
 from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -20,17 +24,30 @@ T = TypeVar("T")
 THREADS_MAX = 16
 """Calls in the kernel at once: what a disk queue and the small hand-over cost make worthwhile on few cores."""
 
+STUCK_S = 0.5
+"""A call that takes so long does not count among them while others wait."""
+
+STUCK_MAX = 256
+"""Threads that may be replaced; requests of one connection are in flight in no larger number."""
+
 _Outcome = tuple["asyncio.Future[Any]", Any, BaseException | None]
 _Job = tuple["asyncio.Future[Any]", Callable[..., Any], tuple[Any, ...]]
 
 
 class Workers:
-    """Threads of one event loop; started as they are needed, they end with the process or at `close`."""
+    """Threads of one event loop; started as they are needed, they end with the process or at `close`.
 
-    def __init__(self, threads_max: int = THREADS_MAX) -> None:
+    Args: threads_max: that work at once. stuck_max: of threads that are stuck, how many are replaced.
+    """
+
+    def __init__(self, threads_max: int = THREADS_MAX, stuck_max: int = STUCK_MAX) -> None:
         self._loop = asyncio.get_running_loop()
         self._threads_max = threads_max
+        self._stuck_max = stuck_max
         self._threads: list[threading.Thread] = []
+        self._begun_s: list[float | None] = []
+        """When each thread began with what it does; None: it waits."""
+        self._relief: asyncio.TimerHandle | None = None
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._active_count = 0
         self._finished: deque[_Outcome] = deque()
@@ -40,12 +57,33 @@ class Workers:
         """Call `function(*args)` on a worker; its result or exception arrives in the future."""
         future: asyncio.Future[T] = self._loop.create_future()
         self._active_count += 1
-        if self._active_count > len(self._threads) and len(self._threads) < self._threads_max:
-            thread = threading.Thread(target=self._work, name=f"nbdimg-io-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        if self._active_count > len(self._threads):
+            if len(self._threads) < self._threads_max:
+                self._start_thread()
+            elif self._relief is None:
+                self._relief = self._loop.call_later(STUCK_S, self._relieve)
         self._jobs.put((future, function, args))
         return future
+
+    def _start_thread(self) -> None:
+        number = len(self._threads)
+        thread = threading.Thread(target=self._work, args=(number,), name=f"nbdimg-io-{number}", daemon=True)
+        self._threads.append(thread)
+        self._begun_s.append(None)
+        thread.start()
+
+    def _relieve(self) -> None:
+        """Replace threads that are stuck, as far as jobs wait for one."""
+        self._relief = None
+        waiting_count = self._active_count - len(self._threads)
+        if waiting_count <= 0:
+            return
+        begun_before_s = monotonic() - STUCK_S
+        stuck_count = sum(begun_s is not None and begun_s <= begun_before_s for begun_s in self._begun_s)
+        missing_count = self._threads_max + min(stuck_count, self._stuck_max) - len(self._threads)
+        for _ in range(min(missing_count, waiting_count)):
+            self._start_thread()
+        self._relief = self._loop.call_later(STUCK_S, self._relieve)
 
     def close(self) -> None:
         """End the threads once the jobs that were given are done."""
@@ -54,10 +92,16 @@ class Workers:
         for thread in self._threads:
             thread.join()
         self._threads.clear()
+        self._begun_s.clear()
+        if self._relief is not None:
+            self._relief.cancel()
 
-    def _work(self) -> None:
+    def _work(self, number: int) -> None:
+        begun_s = self._begun_s
         while (job := self._jobs.get()) is not None:
+            begun_s[number] = monotonic()
             self._finished.append(_outcome(*job))
+            begun_s[number] = None
             del job
             if not self._is_notified:
                 self._is_notified = True
@@ -110,5 +154,5 @@ def _running_pools() -> _Pools:
         for old in [old for old in _pools if old.is_closed()]:
             for pool in _pools.pop(old):
                 pool.close()
-        found = _pools[loop] = _Pools(Workers(), Workers(len(os.sched_getaffinity(0))))
+        found = _pools[loop] = _Pools(Workers(), Workers(len(os.sched_getaffinity(0)), stuck_max=0))
     return found

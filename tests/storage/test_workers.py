@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nbdimg.storage.workers import THREADS_MAX, Workers, computers, workers
+from nbdimg.storage.workers import STUCK_S, THREADS_MAX, Workers, computers, workers
 
 
 def test_run_delivers_results_and_arguments() -> None:
@@ -62,6 +62,25 @@ def test_run_uses_at_most_so_many_threads_and_others_wait() -> None:
         assert peak == 3
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("stuck_max", "done_count"), [(0, 0), (1, 0), (8, 20)])
+def test_jobs_pass_those_that_are_stuck(stuck_max: int, done_count: int) -> None:
+    """Of two threads both are stuck, and another three jobs too; the rest is done by threads that replace them."""
+
+    async def main() -> int:
+        pool = Workers(threads_max=2, stuck_max=stuck_max)
+        release = threading.Event()
+        stuck = [pool.run(release.wait, 20) for _ in range(5)]
+        rest = [pool.run(pow, n, 2) for n in range(20)]
+        await asyncio.wait(rest, timeout=6 * STUCK_S)
+        count = sum(each.done() for each in rest)
+        release.set()
+        await asyncio.gather(*stuck, *rest)
+        pool.close()
+        return count
+
+    assert asyncio.run(main()) == done_count
 
 
 def test_run_on_an_idle_pool_starts_one_thread_only() -> None:
