@@ -154,7 +154,7 @@ def _add_exports(page: _Page, exports: _Exports) -> Iterator[None]:
         yield
     page.family("nbdimg_export_failed", "gauge", "1 when writes and flushes fail until the image is opened anew.")
     for export, label in exports:
-        page.add(int(export.image.failure is not None), label)
+        page.add(int(any(each.image.failure is not None for each in export.with_overlays)), label)
         yield
     page.family("nbdimg_export_connections", "gauge", "Clients attached.")
     for export, label in exports:
@@ -166,7 +166,7 @@ def _add_exports(page: _Page, exports: _Exports) -> Iterator[None]:
         yield
     page.family("nbdimg_export_requests_in_flight", "gauge", "Requests that wait for storage or for others.")
     for export, label in exports:
-        page.add(export.inflight.count, label)
+        page.add(sum(each.inflight.count for each in export.with_overlays), label)
         yield
 
 

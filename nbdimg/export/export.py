@@ -11,7 +11,7 @@ that overlaps an unfinished change waits for it, and what completes inside `subm
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Container, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Container, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from time import perf_counter
@@ -72,6 +72,11 @@ class Overlays(Protocol):
     """Whether each has a name, by which it is found again and shared; else each is for one connection alone."""
     size: int
     """Bytes of a new one."""
+
+    @property
+    def lent(self) -> Collection[Export]:
+        """Those that are open."""
+        ...
 
     async def attach(self, name: str | None, limits: Limits, *, may_make: bool) -> Export:
         """The overlay `name` (None: a new one without), until `detach`. Without `may_make` it must be there.
@@ -150,6 +155,11 @@ class Export:
             contexts=(BASE_ALLOCATION, ALLOCATION_DEPTH),
             is_made_on_entry=True,
         )
+
+    @property
+    def with_overlays(self) -> list[Export]:
+        """This one and its overlays that are open."""
+        return [self] if self.overlays is None else [self, *self.overlays.lent]
 
     @property
     def keeps_overlays(self) -> bool:

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from nbdimg.config import ExportConfig
 from nbdimg.errors import ImageError, NbdimgError
@@ -71,6 +73,7 @@ class GoldenOverlays:
     def __init__(self, base: Export, golden: Golden, *, is_kept: bool) -> None:
         self.is_kept = is_kept
         self.size = golden.size
+        self.lent: set[Export] = set()
         self._base = base
         self._golden = golden
         self._kept: dict[str, _Kept] = {}
@@ -93,7 +96,7 @@ class GoldenOverlays:
             if self.is_kept:
                 await self._leave(export)
             else:
-                async with export.standstill():
+                async with self._closing(export):
                     await export.image.discard()
         except (NbdimgError, OSError) as error:
             logger.error("%s", error)
@@ -117,7 +120,18 @@ class GoldenOverlays:
         base = self._base.info
         export = Export(name, image, block_size_min=base.block_size_min, payload_max=limits.payload_size)
         export.meter = self._base.meter
+        image.count_with(self._base.image)
+        self.lent.add(export)
         return export
+
+    @asynccontextmanager
+    async def _closing(self, export: Export) -> AsyncIterator[None]:
+        """Once nothing of a client that is gone runs on it any more (O2)."""
+        try:
+            async with export.standstill():
+                yield
+        finally:
+            self.lent.discard(export)
 
     # Per client
 
@@ -149,7 +163,7 @@ class GoldenOverlays:
             try:
                 if kept.client_count == 1:
                     kept.export = None
-                    async with export.standstill():
+                    async with self._closing(export):
                         await export.close()
             finally:
                 self._left(name, kept)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -101,6 +103,26 @@ def test_metrics_say_what_a_client_has_done(tmp_path: Path) -> None:
         assert value(found, "export_connections", **disk) == 0
         assert value(found, "export_attaches_total", **disk) == 1
         assert value(found, "accepted_connections_total") == 1
+
+
+@pytest.mark.parametrize("kind", ["per-client", "kept"])
+def test_metrics_of_overlays_are_those_of_the_export_that_they_lie_over(
+    tmp_path: Path, kind: Literal["per-client", "kept"]
+) -> None:
+    golden = replace(raw(tmp_path, "golden"), overlay=kind, overlay_directory=str(tmp_path))
+    with served(tmp_path, golden) as server:
+        with attached(server, "golden@vm1" if kind == "kept" else "golden") as client:
+            assert client.write(0, b"w" * 4096).error == 0
+            assert client.request(Command.FLUSH).error == 0
+            found = samples(server)
+            assert value(found, "export_flush_duration_seconds_count", export="golden") == 1
+            assert value(found, "export_fsync_duration_seconds_count", export="golden") or kind == "per-client"
+            assert value(found, "export_failed", export="golden") == 0
+            (export,) = server.service.registry
+            (overlay,) = export.overlays.lent if export.overlays else ()
+            overlay.image.gate.failure = "a flush failed"
+            assert value(samples(server), "export_failed", export="golden") == 1
+        assert wait_until(lambda: value(samples(server), "export_failed", export="golden") == 0, GONE_LIMIT_S)
 
 
 def test_histogram_grows_towards_its_last_bucket_and_ends_with_the_count(tmp_path: Path) -> None:

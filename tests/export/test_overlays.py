@@ -75,6 +75,7 @@ class Lender:
     """Overlays that nobody enters."""
 
     size = 1024
+    lent = frozenset[Export]()
 
     def __init__(self, *, is_kept: bool) -> None:
         self.is_kept = is_kept
