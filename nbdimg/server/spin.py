@@ -1,19 +1,24 @@
 """Fewer wake-ups at low queue depth.
 
-A client with one request in flight answers within tens of microseconds; putting the loop to sleep and waking it costs
-more than the request. So for a short window after a request the loop polls instead of sleeping: a callback that
+A client with one request in flight answers within tens of microseconds; putting the loop to sleep and waking it may
+cost more than the request. So for a short window after a request the loop polls instead of sleeping: a callback that
 schedules itself makes every poll return at once, and all connections stay served. Between two polls the processor is
 offered to others: the kernel may have woken the client on this very one, where it would wait for the next clock tick.
 
 The window adapts, as the kernel's halt polling does: requests that come within it keep it open, silence that outlasts
 it halves it down to none, a short sleep opens it again. With one processor it would take the time from the client: off.
+
+Whether polling is the faster way at all depends on the machine: where a wake-up is cheap it is not, and where others
+compute, or a quota is used up, a loop that polled waits for them, and one that slept is woken ahead of them. So now and
+then the other way is tried for some requests, and the way in which they follow each other sooner is taken.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
+from collections.abc import Callable
 from time import perf_counter
+from typing import Protocol
 
 WINDOW_MAX_S = 200e-6
 """The longest poll behind a request; a wake-up costs 20 to 100 µs."""
@@ -21,28 +26,78 @@ WINDOW_MAX_S = 200e-6
 WINDOW_MIN_S = 12e-6
 """Below this a window catches nothing."""
 
+ROUND_COUNT = 64
+"""Requests, or batches of them, over which one way is judged."""
+
+GAP_MAX_S = 0.05
+"""A client that lets so long pass has paused by itself."""
+
+TRIAL_INTERVAL_MIN_S, TRIAL_INTERVAL_MAX_S = 0.1, 3.2
+"""How often the other way is tried; less and less often while it is not the better one."""
+
+BETTER = 0.95
+"""The share of the usual way's time in which the other one must do as much."""
+
+
+class Loop(Protocol):
+    """What a spinner needs of asyncio's."""
+
+    def call_soon(self, callback: Callable[[], object], /) -> object: ...
+
 
 class Spinner:
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._is_enabled = len(os.sched_getaffinity(0)) > 1
         self._window_s = WINDOW_MAX_S
         self.touched_s = 0.0
         """When requests last came."""
         self._is_spinning = False
+        self._polls = self._is_enabled
+        self._is_trial = False
+        """Whether the way that was not the better one so far has its turn."""
+        self._usual_s = 0.0
+        """How long the last round of the usual way took."""
+        self._next_trial_s = 0.0
+        self._interval_s = TRIAL_INTERVAL_MIN_S
+        self._round_s = 0.0
+        self._count = 0
 
     def touch(self) -> None:
         """Requests have just arrived."""
         now = perf_counter()
-        if self._window_s < WINDOW_MAX_S and now - self.touched_s < WINDOW_MAX_S:
-            self._window_s = WINDOW_MAX_S
+        gap_s = now - self.touched_s
         self.touched_s = now
-        if self._is_enabled and not self._is_spinning and self._window_s >= WINDOW_MIN_S:
+        if gap_s < WINDOW_MAX_S:
+            self._window_s = WINDOW_MAX_S
+        if self._is_enabled and gap_s < GAP_MAX_S:
+            self._count += 1
+            self._round_s += gap_s
+            if self._count == ROUND_COUNT or (self._is_trial and self._round_s > self._usual_s):
+                self._judge(now)
+        if self._polls and not self._is_spinning and self._window_s >= WINDOW_MIN_S:
             self._is_spinning = True
             self._loop.call_soon(self._spin)
 
+    def _judge(self, now: float) -> None:
+        round_s, self._round_s = self._round_s, 0.0
+        count, self._count = self._count, 0
+        if not self._is_trial:
+            self._usual_s = round_s
+            if now >= self._next_trial_s:
+                self._is_trial = True
+                self._polls = not self._polls
+            return
+        self._is_trial = False
+        if count == ROUND_COUNT and round_s < BETTER * self._usual_s:
+            self._interval_s = TRIAL_INTERVAL_MIN_S
+        else:
+            self._polls = not self._polls
+            self._interval_s = min(2 * self._interval_s, TRIAL_INTERVAL_MAX_S)
+        self._next_trial_s = now + self._interval_s
+
     def _spin(self) -> None:
-        if perf_counter() - self.touched_s < self._window_s:
+        if self._polls and perf_counter() - self.touched_s < self._window_s:
             os.sched_yield()
             self._loop.call_soon(self._spin)
             return
