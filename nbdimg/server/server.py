@@ -266,7 +266,7 @@ class Server:
         wanted = set(exports)
         if tasks := [task for task, export in self._shared.tasks.items() if export in wanted]:
             await asyncio.wait(tasks)
-        return await _close_all(exports)
+        return await self._close_all(exports)
 
     async def outlast(self, exports: Collection[Export]) -> Sequence[NbdimgError]:
         """As `retire`, when the last client has left, however long it stays."""
@@ -321,19 +321,21 @@ class Server:
         self._sweeper.cancel()
         while self._shared.tasks:
             await asyncio.wait(self._shared.tasks)
-        return await _close_all(list(self._registry))
+        return await self._close_all(list(self._registry))
+
+    async def _close_all(self, exports: Collection[Export]) -> Sequence[NbdimgError]:
+        has_failed = any(export.image.failure is not None for export in exports)
+        failures: list[NbdimgError] = []
+        for export in exports:
+            try:
+                await export.close()
+            except NbdimgError as error:
+                failures.append(error)
+        if failures or has_failed:
+            self.estate.renounce()
+        return failures
 
 
 def _sweep_interval(limits: Limits) -> float:
     shortest_s = min(limits.handshake_timeout_s, limits.request_timeout_s, limits.stall_timeout_s)
     return min(shortest_s / SWEEPS_PER_TIMEOUT, SWEEP_INTERVAL_MAX_S)
-
-
-async def _close_all(exports: Collection[Export]) -> Sequence[NbdimgError]:
-    failures: list[NbdimgError] = []
-    for export in exports:
-        try:
-            await export.close()
-        except NbdimgError as error:
-            failures.append(error)
-    return failures

@@ -195,8 +195,11 @@ class Service:
 
     async def _outlast(self, exports: Collection[Export]) -> Sequence[NbdimgError]:
         failures = await self.server.outlast(exports)
-        for failure in failures if not self.registry.is_shutting_down else ():
-            logger.error("%s", failure)
+        if self.registry.is_shutting_down:
+            self.failures.extend(failures)
+        else:
+            for failure in failures:
+                logger.error("%s", failure)
         return failures
 
 
@@ -240,12 +243,9 @@ async def serving(
     finally:
         registry.is_shutting_down = True
         async with service.lock:
-            has_failed = any(export.image.failure is not None for export in registry)
             service.failures.extend(await server.close())
         for leaving in list(service.leaving):
-            service.failures.extend(await leaving.closing)
-        if service.failures or has_failed:
-            server.estate.renounce()
+            await leaving.closing
 
 
 def check_config(config: ServerConfig) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from nbdimg.config import ExportConfig, ServerConfig
 from nbdimg.server.handover import CLIENT_NAME, STATE_NAME, claim
-from nbdimg.server.service import serving
+from nbdimg.server.service import Service, serving
 from nbdimg.server.systemd import Inheritance, Notifier
 from nbdimg.uri import NbdUri
 from tests.server.live import pattern, unsent_bytes
@@ -308,6 +308,36 @@ def test_clients_of_an_image_whose_flush_failed_are_not_left(address: str, image
         return len(service.server.estate)
 
     assert asyncio.run(scenario()) == (0 if has_failed else 1)
+
+
+def test_clients_of_a_hidden_image_that_is_closed_during_the_drain_are_not_left_if_its_flush_failed(
+    address: str, image: Path, tmp_path: Path
+) -> None:
+    async def scenario() -> Service:
+        other = tmp_path / "other.img"
+        other.write_bytes(bytes(MIB))
+        exports = (ExportConfig(str(image), "disk", format="raw"), ExportConfig(str(other), "other", format="raw"))
+        config = ServerConfig(exports, (NbdUri.parse(f"nbd+unix:///?socket={address}"),))
+        async with serving(config) as service:
+            client = await asyncio.to_thread(connect_negotiated, address, "disk")
+            busy = await asyncio.to_thread(connect_negotiated, address, "other")
+            with client, busy:
+                write = busy.announce(busy.new_request(Command.WRITE, 0, MIB, 0, bytes(MIB)))
+                await asyncio.to_thread(busy.send, write[: MIB // 2])
+                await asyncio.to_thread(wait_until, lambda: unsent_bytes(busy) == 0, 5)
+                (disk,) = service.exports["disk"]
+                leaving = service.hide("disk")
+                disk.image.gate.failure = "a flush failed"
+                service.server.estate.is_open = True
+                draining = asyncio.create_task(service.drain())
+                await leaving.closing
+                await asyncio.to_thread(busy.send, write[MIB // 2 :])
+                await draining
+        return service
+
+    service = asyncio.run(scenario())
+    assert len(service.server.estate) == 0
+    assert [str(failure) for failure in service.failures] == [f"{image}: a flush failed"]
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"version": 2, "clients": []}', b'{"version": 1, "clients": [{}]}'])
