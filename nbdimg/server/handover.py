@@ -20,6 +20,7 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
@@ -91,17 +92,22 @@ def claim(inheritance: Inheritance, notifier: Notifier) -> list[LeftClient]:
     kept = inheritance.kept
     sockets = [socket.socket(fileno=each) for each in kept.get(CLIENT_NAME, ())]
     states = [_content(each) for each in kept.get(STATE_NAME, ())]
-    for name in kept:
-        notifier.forget(name)
     clients: list[LeftClient] = []
     try:
+        for name in kept:
+            notifier.forget(name)
         for state in states:
             clients.extend(_unpacked(state, sockets))
+    except OSError as error:
+        logger.error("clients cannot be taken back from the service manager: %s", error.strerror or error)
     except (ValueError, LookupError, TypeError) as error:
         logger.error("what is told of the clients of the server before this one cannot be read: %r", error)
     taken = {each.sock for each in clients}
     for sock in sockets:
         if sock not in taken:
+            # The service manager may have it still.
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
             sock.close()
     return clients
 

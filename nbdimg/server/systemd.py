@@ -160,15 +160,19 @@ class Notifier:
         self._wait_processed()
 
     def forget(self, name: str) -> None:
-        """What was kept under this name is the business of this process alone from now on."""
-        self._send("FDSTOREREMOVE=1", f"FDNAME={name}")
+        """What was kept under this name is the business of this process alone from now on. Blocks.
 
-    def _pass(self, message: str, descriptors: Sequence[int]) -> None:
+        Raises: OSError: the service manager was not told.
+        """
+        if self._socket is not None:
+            self._pass(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+    def _pass(self, message: str, descriptors: Sequence[int] = ()) -> None:
         assert self._socket is not None
-        passed = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))
+        passed = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))] if descriptors else []
         self._socket.settimeout(KEEP_TIMEOUT_S)
         try:
-            self._socket.sendmsg([message.encode()], [passed], 0, self._address)
+            self._socket.sendmsg([message.encode()], passed, 0, self._address)
         finally:
             self._socket.setblocking(False)
 

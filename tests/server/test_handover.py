@@ -11,12 +11,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
 from nbdimg.config import ExportConfig, ServerConfig
+from nbdimg.server import systemd
 from nbdimg.server.handover import CLIENT_NAME, STATE_NAME, claim
 from nbdimg.server.service import Service, serving
 from nbdimg.server.systemd import Inheritance, Notifier
@@ -354,3 +355,29 @@ def test_state_that_cannot_be_read_parts_from_the_clients(content: bytes, caplog
 
     asyncio.run(scenario())
     assert "of the server before this one cannot be read" in caplog.text
+
+
+def test_clients_whom_the_manager_cannot_be_told_to_forget_are_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would give them, as they were then, to the server after this one too."""
+    monkeypatch.setattr(systemd, "KEEP_TIMEOUT_S", 0.05)
+
+    async def scenario() -> None:
+        path = str(tmp_path / "notify")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.bind(path)
+            notifier = Notifier({"NOTIFY_SOCKET": path})
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as others, suppress(BlockingIOError):
+                others.setblocking(False)
+                while True:
+                    others.sendto(b"STATUS=busy", path)
+            ours, theirs = socket.socketpair()
+            with theirs, ours.dup():
+                assert claim(Inheritance([], {CLIENT_NAME: [ours.detach()]}), notifier) == []
+                theirs.settimeout(5)
+                assert theirs.recv(1) == b""
+            notifier.close()
+
+    asyncio.run(scenario())
+    assert "cannot be taken back from the service manager: timed out" in caplog.text
