@@ -24,11 +24,11 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
-from nbdimg.server.systemd import Inheritance, Notifier
+from nbdimg.server.systemd import KEPT_PREFIX, Inheritance, Notifier
 from nbdimg.wire.constants import TransmissionFlag
 from nbdimg.wire.handshake import ExportInfo, Session, TlsMode
 
-CLIENT_NAME, STATE_NAME = "nbdimg-client", "nbdimg-clients"
+CLIENT_NAME, STATE_NAME = f"{KEPT_PREFIX}client", f"{KEPT_PREFIX}clients"
 """What systemd keeps them under: each socket, and one file that tells of all."""
 
 VERSION = 1

@@ -29,8 +29,9 @@ TLS_SUFFIX = "tls"
 ADMIN_NAME, METRICS_NAME = "admin", "metrics"
 """Sockets of these names are not for NBD clients."""
 
-KEPT_PREFIX = "nbdimg-"
-"""Descriptors of such names are those that a process of this service has had kept."""
+KEPT_PREFIX = "nbdimg+"
+"""Descriptors of such names are those that a process of this service has had kept. A socket that is given no name has
+its unit's, as nbdimg-vm1.socket; no unit's has a plus."""
 
 DESCRIPTORS_PER_MESSAGE = 200
 """The kernel passes 253 at once."""

@@ -56,11 +56,12 @@ def served(address: str | tuple[str, int]) -> bool:
 # Sockets
 
 
-def test_activation_serves_unix_and_tcp_sockets_and_leaves_their_files(tmp_path: Path, image: Path) -> None:
+@pytest.mark.parametrize("names", ["nbd:other", "nbdimg.socket:nbdimg-vm1.socket", "nbdimg-clients:nbdimg-client", ""])
+def test_activation_serves_unix_and_tcp_sockets_and_leaves_their_files(tmp_path: Path, image: Path, names: str) -> None:
     path = str(tmp_path / "s")
     with listening(path) as unix, listening(("127.0.0.1", 0)) as tcp:
         port = tcp.getsockname()[1]
-        process = hand_over([unix, tcp], "nbd:other", "serve", str(image))
+        process = hand_over([unix, tcp], names, "serve", str(image))
         assert served(path)
         assert served(("127.0.0.1", port))
         output, errors = stop(process)
