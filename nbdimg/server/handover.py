@@ -78,8 +78,9 @@ class Estate:
             file.write(_packed(self._clients))
             file.flush()
             try:
-                notifier.keep(CLIENT_NAME, [each.sock.fileno() for each in self._clients])
+                # Where there is room for few, each of them is worth nothing without the state.
                 notifier.keep(STATE_NAME, [state])
+                notifier.keep(CLIENT_NAME, [each.sock.fileno() for each in self._clients])
             except OSError as error:
                 logger.error("clients could not be left to the next server: %s", error.strerror or error)
             else:
