@@ -36,7 +36,7 @@ from nbdimg.export.access import Client, Right
 from nbdimg.export.export import Export, Overlays
 from nbdimg.export.registry import View, Wanted
 from nbdimg.server.audit import Refusal, Visit
-from nbdimg.server.handover import LeftClient, broken_promise
+from nbdimg.server.handover import LeftClient, broken_promise, files_of
 from nbdimg.server.outbox import Outbox, TlsOutbox
 from nbdimg.server.overlays import overlay_refusal
 from nbdimg.server.shared import Shared
@@ -310,13 +310,14 @@ class Connection:
         except ProtocolError as error:
             self.protocol_error(error)
 
-    async def go_on(self, session: Session, received: bytes) -> None:
+    async def go_on(self, left: LeftClient) -> None:
         """In place of `start`: with a session that the server before this one has begun."""
+        session = left.session
         wanted, offered = self._view.resolve(session.export.name), self._view.find(session.export.name)
         try:
             if wanted is None or offered is None:
                 raise ProtocolError("it is not there for this client any more")
-            size = offered.size
+            size, files = offered.size, files_of(wanted.export)
             if wanted.export.overlays is not None:
                 may_make = self._view.right(wanted.export) is Right.WRITE
                 overlay = await wanted.export.overlays.attach(wanted.overlay, self._limits, may_make=may_make)
@@ -324,14 +325,15 @@ class Connection:
                     await wanted.export.overlays.detach(overlay)
                     return
                 self.export, self._overlay, size = wanted.export, overlay, overlay.info.size
-            reason = broken_promise(session, offered, size)
+                files = files_of(wanted.export, overlay)
+            reason = broken_promise(left, offered, size, files)
             if reason is not None:
                 raise ProtocolError(reason)
             self._session = session
             if not self.is_welcome():
                 raise ProtocolError("its rules have changed")
             self.unpause()
-            self._begin_transmission(session, received)
+            self._begin_transmission(session, left.received)
         except (NbdimgError, OSError) as error:
             name = escaped(session.export.name)
             self._say(logging.WARNING, f"closed, its session on {name} cannot go on: {error}")
@@ -399,7 +401,9 @@ class Connection:
     def _leave_to_successor(self) -> None:
         assert self._session is not None
         assert self._transmission is not None
-        client = LeftClient(self._plain_sock, self._session, self._mode, self._transmission.unhandled)
+        assert self.export is not None
+        files = files_of(self.export) if self._overlay is None else files_of(self.export, self._overlay)
+        client = LeftClient(self._plain_sock, self._session, files, self._mode, self._transmission.unhandled)
         self._part()
         self._shared.estate.add(client)
 

@@ -10,7 +10,7 @@ every request answered whose last byte has come, and on an image or kept overlay
     (H1) If anything fails at the end, nobody is left: a client of an image whose last flush failed must see its
          connection end, for the next server opens the image as if nothing had happened.
     (H2) What systemd keeps is forgotten there before the first byte of it is served: it never serves twice.
-    (H3) A session goes on only if a handshake would give the client no less than it has.
+    (H3) A session goes on only if a handshake would give the client no less than it has, of the same files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
+from nbdimg.export.export import Export
 from nbdimg.server.systemd import KEPT_PREFIX, Inheritance, Notifier
+from nbdimg.storage.posix import PosixFile
 from nbdimg.wire.constants import TransmissionFlag
 from nbdimg.wire.handshake import ExportInfo, Session, TlsMode
 
@@ -37,11 +39,16 @@ VERSION = 1
 logger = logging.getLogger("nbdimg")
 
 
+Files = tuple[tuple[int, int], ...]
+"""Of each, the device and the inode."""
+
+
 class LeftClient(NamedTuple):
-    """`mode`: its listener's. `received`: the bytes behind the last request that was answered."""
+    """`files`: by `files_of`. `mode`: its listener's. `received`: bytes behind the last request that was answered."""
 
     sock: socket.socket
     session: Session
+    files: Files
     mode: TlsMode
     received: bytes
 
@@ -113,12 +120,20 @@ def claim(inheritance: Inheritance, notifier: Notifier) -> list[LeftClient]:
     return clients
 
 
-def broken_promise(session: Session, offered: ExportInfo, size: int) -> str | None:
+def files_of(*exports: Export) -> Files:
+    """The image files of what a client works with, known by this in every process, whatever their names."""
+    files = (export.image.driver.file for export in exports)
+    return tuple(file.identity for file in files if isinstance(file, PosixFile))
+
+
+def broken_promise(client: LeftClient, offered: ExportInfo, size: int, files: Files) -> str | None:
     """What of a session does not hold for the export as it is offered now; None: it can go on (H3).
 
-    Args: size: of what the client works with, in bytes.
+    Args: size: of what the client works with, in bytes. files: its `files_of`.
     """
-    granted = session.export
+    granted = client.session.export
+    if files != client.files:
+        return "another file has taken the place of its image"
     if size < granted.size:
         return f"it has {size} bytes, the client was told {granted.size}"
     lost = granted.flags & ~offered.flags & ~TransmissionFlag.READ_ONLY
@@ -126,7 +141,7 @@ def broken_promise(session: Session, offered: ExportInfo, size: int) -> str | No
         return f"it is not offered as {granted.flags!r} any more"
     if offered.block_size_min > granted.block_size_min:
         return f"its smallest block has {offered.block_size_min} bytes, the client was told {granted.block_size_min}"
-    missing = set(session.contexts.values()) - set(offered.contexts)
+    missing = set(client.session.contexts.values()) - set(offered.contexts)
     if missing:
         return f"it has no metadata context {min(missing)} any more"
     return None
@@ -148,6 +163,7 @@ def _packed(clients: Sequence[LeftClient]) -> bytes:
         {
             "socket": _identity(each.sock.fileno()),
             "session": asdict(each.session),
+            "files": each.files,
             "mode": each.mode.value,
             "received": each.received.hex(),
         }
@@ -164,7 +180,11 @@ def _unpacked(state: bytes, sockets: Sequence[socket.socket]) -> list[LeftClient
     found = {_identity(each.fileno()): each for each in sockets}
     return [
         LeftClient(
-            found[each["socket"]], _session(each["session"]), TlsMode(each["mode"]), bytes.fromhex(each["received"])
+            found[each["socket"]],
+            _session(each["session"]),
+            tuple((device, inode) for device, inode in each["files"]),
+            TlsMode(each["mode"]),
+            bytes.fromhex(each["received"]),
         )
         for each in content["clients"]
         if each["socket"] in found

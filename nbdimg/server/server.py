@@ -184,15 +184,15 @@ class Server:
 
     async def take_up(self, clients: Collection[LeftClient]) -> None:
         """Go on with the sessions of clients that the server before this one has left."""
-        for sock, session, mode, received in clients:
+        for client in clients:
             try:
-                address = sock.getpeername()
+                address = client.sock.getpeername()
             except OSError:
-                sock.close()
+                client.sock.close()
                 continue
-            connection = self._adopt(sock, address, mode)
+            connection = self._adopt(client.sock, address, client.mode)
             if connection is not None:
-                await connection.go_on(session, received)
+                await connection.go_on(client)
 
     def _accept_again(self, listener: socket.socket, is_tls: bool) -> None:
         if listener.fileno() >= 0:

@@ -250,6 +250,25 @@ def test_session_that_does_not_hold_any_more_ends(keeper: Keeper, address: str, 
         assert f"cannot go on: it has {SIZE // 2} bytes, the client was told {SIZE}" in server.stderr()
 
 
+@pytest.mark.parametrize("is_golden", [False, True])
+def test_session_on_an_image_whose_place_another_file_has_taken_ends(
+    keeper: Keeper, address: str, image: Path, tmp_path: Path, is_golden: bool
+) -> None:
+    """To its client the disk would change under its cache."""
+    file = tmp_path / "nbdimg.toml"
+    overlay = ['overlay = "kept"', f'overlay_dir = "{tmp_path}"'] if is_golden else []
+    file.write_text(f'listen = ["nbd+unix:///?socket={address}"]\n' + export("disk", image, *overlay))
+    keeper.start("serve", f"--config={file}")
+    with connect_negotiated(address, "disk@vm1" if is_golden else "disk") as client:
+        keeper.stop()
+        other = tmp_path / "other"
+        other.write_bytes(bytes(SIZE))
+        other.rename(image)
+        server = keeper.start("serve", f"--config={file}")
+        assert client.wait_closed(5) is not None
+        assert "cannot go on: another file has taken the place of its image" in server.stderr()
+
+
 def test_session_on_an_export_that_only_reads_now_ends_for_a_writer(keeper: Keeper, address: str, image: Path) -> None:
     keeper.start(*arguments(address, image))
     with connect_negotiated(address, "disk") as client:
