@@ -204,7 +204,9 @@ class FormatDriver(Protocol):
         ...
 
     async def flushed(self) -> None:
-        """The last plan is durable: what it freed may be reused. Raises: OSError: not now, but after the next one."""
+        """The last plan is durable: what it freed may be reused. Raises: OSError: not now, but after the next one.
+        ImageFailed: what was changed before it is not in it, nor will be.
+        """
         ...
 
     async def close(self) -> None:

@@ -69,6 +69,8 @@ class Qcow2Driver:
         self._files = (file,) if data_file is None else (data_file, file)
         self._fault: ImageError | None = None
         self._lags = self._is_closing = self._has_new_size = False
+        self._is_mark_alone = False
+        """Whether the last plan was made after corruption was found, without what waits to be written."""
         self._is_marking = False
         """The dirty bit is set here, and is not known to be on disk: the plan that holds it may fail."""
         self.map = mapping.map
@@ -145,7 +147,8 @@ class Qcow2Driver:
     # Order on disk
 
     def flush_plan(self) -> Plan:
-        if self._fault is not None:
+        self._is_mark_alone = self._fault is not None
+        if self._is_mark_alone:
             mark = [self._incompatible_write()] if self.header.version >= 3 else []
             return Plan((Stage((), self._files), *self._stages(mark)))
         counts = self.refcounts
@@ -182,7 +185,10 @@ class Qcow2Driver:
         return [Stage(merged(writes), (self.file,))] if writes else []
 
     async def flushed(self) -> None:
-        if self._fault is not None:
+        if self._is_mark_alone:
+            if self.mapping.is_dirty:
+                message = f"what was written since the last flush may be lost: {self.failure}; open it anew"
+                raise ImageFailed(self.file.path, message)
             return
         counts = self.refcounts
         assert counts is not None
@@ -191,6 +197,8 @@ class Qcow2Driver:
         self._has_new_size = self._is_marking = False
         if not self._lags:
             counts.written()
+        if self._fault is not None:
+            return
         try:
             await counts.reclaim()
         except CorruptImage as error:

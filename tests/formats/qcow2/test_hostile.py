@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdimg.errors import CorruptImage, ImageError, UnsupportedFeature
+from nbdimg.errors import CorruptImage, ImageError, ImageFailed, UnsupportedFeature
 from nbdimg.formats import open_file
 from nbdimg.formats.gate import DenyGate
 from nbdimg.formats.options import OpenOptions
@@ -340,6 +340,40 @@ def test_guest_data_mapped_to_metadata_is_not_written_freed_or_punched(
         assert await bytes_of(image, 4096, 512) == b"\7" * 512
         await image.close()
         assert file.content == poked(content, (72, u64(2)))
+
+    asyncio.run(main())
+
+
+def test_flush_after_corruption_was_found_does_not_say_that_what_was_mapped_before_is_durable(plain: bytes) -> None:
+    content = poked(plain, (L2, u64(COPIED | METADATA["L1 table"])))
+
+    async def main() -> None:
+        image, file = await opened(content, writable=True)
+        await image.write(32 << 10, b"x" * 4096)
+        with pytest.raises(CorruptImage):
+            await image.write(0, b"x" * 100)
+        for _ in range(2):
+            with pytest.raises(ImageFailed, match="may be lost"):
+                await image.flush()
+        with pytest.raises(ImageFailed):
+            await image.close()
+        assert file.content[72:80] == u64(2)
+
+    asyncio.run(main())
+
+
+def test_flush_after_corruption_was_found_covers_what_is_in_place(plain: bytes) -> None:
+    content = poked(plain, (L2, u64(COPIED | METADATA["L1 table"])))
+
+    async def main() -> None:
+        image, _ = await opened(content, writable=True)
+        await image.write(32 << 10, b"x" * 4096)
+        await image.flush()
+        with pytest.raises(CorruptImage):
+            await image.write(0, b"x" * 100)
+        await image.write(32 << 10, b"y" * 4096)
+        await image.flush()
+        await image.close()
 
     asyncio.run(main())
 
