@@ -13,7 +13,7 @@ from nbdimg.errors import ConfigError, UnsupportedFeature, escaped
 from nbdimg.formats.gate import DenyGate
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.bitmap_header import check_room
-from nbdimg.formats.qcow2.bitmap_store import Change, claim, replace_bitmaps
+from nbdimg.formats.qcow2.bitmap_store import Change, claim, replace_bitmaps, settle
 from nbdimg.formats.qcow2.bitmaps import (
     TABLE_BYTES_MAX,
     BitmapEntry,
@@ -108,10 +108,11 @@ class BitmapEditor:
         self._changes[name] = entry, merged
 
     async def save(self) -> None:
-        """Raises: OSError, ImageError: nothing has changed, but that space may be lost."""
+        """Raises: OSError, ImageError: all of it has changed or nothing, and space may be lost."""
         changes = list(self._changes.values())
         self._before = await replace_bitmaps(self._file, self._header, self._counts, self._before, changes)
         self._changes = {entry.name: (entry, None) for entry in self._before}
+        await settle(self._file, self._counts)
 
     async def _bits(self, name: str) -> DirtyBitmap:
         entry, bitmap = self._changes[name]

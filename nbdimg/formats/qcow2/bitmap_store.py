@@ -142,7 +142,8 @@ class BitmapStore:
     async def store(self, counts: Refcounts) -> None:
         """Write what was marked and make it consistent again. Nothing else may change the image meanwhile.
 
-        Raises: OSError, ImageError: they are not stored, and stay in use.
+        Raises: OSError, ImageError: they are not stored, and stay in use; or they are, and the space of what they had
+        before is free with a later plan, or lost.
         """
         if not self._marked:
             return
@@ -152,6 +153,7 @@ class BitmapStore:
         self.entries = await replace_bitmaps(self._file, self._header, counts, self.entries, changes)
         self._marked = set()
         self.is_marked = False
+        await settle(self._file, counts)
 
 
 async def open_store(file: BlockFile, header: Header, counts: Refcounts | None) -> BitmapStore | None:
@@ -188,7 +190,8 @@ async def claim(file: BlockFile, header: Header, counts: Refcounts, entries: Seq
 async def replace_bitmaps(
     file: BlockFile, header: Header, counts: Refcounts, before: Sequence[BitmapEntry], changes: Sequence[Change]
 ) -> list[BitmapEntry]:
-    """Put `changes` in the place of all bitmaps in one step (B3); returns the new entries.
+    """Put `changes` in the place of all bitmaps in one step (B3); returns the new entries. `settle` follows: it frees
+    what the old ones had.
 
     On an error the old ones hold, and space may be lost.
 
@@ -208,15 +211,14 @@ async def replace_bitmaps(
     extension = None
     if entries:
         entries, extension = await _write_directory(file, header, counts, entries)
-    await _settle(file, counts)
+    await settle(file, counts)
     await switch(file, header, extension)
     for cluster in old:
         counts.free(cluster, punch=True)
-    await _settle(file, counts)
     return entries
 
 
-async def _settle(file: BlockFile, counts: Refcounts) -> None:
+async def settle(file: BlockFile, counts: Refcounts) -> None:
     """Refcounts, and with them what was written into new clusters, are durable; what was freed is free."""
     while counts.is_dirty:
         blocks, *pointers = counts.capture()

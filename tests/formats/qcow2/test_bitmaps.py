@@ -22,6 +22,7 @@ from nbdimg.formats.qcow2.bitmap_edit import BitmapEditor, open_editor
 from nbdimg.formats.qcow2.bitmaps import load_bits, load_directory, load_table
 from nbdimg.formats.qcow2.check import check
 from nbdimg.formats.qcow2.open import read_header
+from nbdimg.formats.qcow2.resize import resize
 from nbdimg.image.image import Image
 from nbdimg.storage.file import BlockFile
 from nbdimg.storage.memory import MemoryFile
@@ -292,6 +293,37 @@ def test_mark_fails_to_write_and_the_next_change_tries_again(tmp_path: Path) -> 
         assert await stored(file) == {"b0": [(0, 4096), *FIRST]}
 
     asyncio.run(run())
+
+
+def test_bitmaps_stored_without_space_to_free_the_old_ones_are_stored_all_the_same(tmp_path: Path) -> None:
+    """What they had is nobody's once the header names the new ones: it is freed once, and the next change marks those
+    in use.
+    """
+    content = made(tmp_path / "disk", "cluster_size=4k")
+    start, stop = SIZE // 2, SIZE // 2 + 24 * 4096
+
+    async def run(failing: int) -> tuple[list[str], bytes]:
+        memory = MemoryFile(content)
+        file = FaultFile(memory, slow_only=True)
+        image = await opened(file)
+        await image.write(0, b"x" * 4096)
+        before = len(file.calls)
+        file.fail_at(failing, errno.ENOSPC)
+        await resize(image, 2 * SIZE)
+        calls = file.calls[before:]
+        for offset in range(start, stop, 4096):
+            await image.write(offset, b"\x01" * 4096)
+        crashed = bytes(memory.content)
+        await image.close()
+        assert await stored(memory) == {"b0": [(0, 4096), *FIRST, (start, stop)]}
+        assert await checked(memory) == 0
+        return calls, crashed
+
+    calls, _ = asyncio.run(run(1 << 30))
+    last = len(calls) - 1 - calls[::-1].index("pwrite")
+    with_error, crashed = asyncio.run(run(last))
+    assert len(with_error) == last + 1
+    assert asyncio.run(stored(MemoryFile(crashed))) == {"b0": None}
 
 
 async def _read(image: Image) -> bytes:
