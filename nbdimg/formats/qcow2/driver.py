@@ -16,8 +16,8 @@ An empty stage other than the first is left out: a flush after writes in place c
     (Q5) A freed cluster is reused only after (Q4) is durable.
     (Q6) Header pointers (L1 table, refcount table, snapshot table, bitmap directory) change last.
 
-With lazy refcounts the dirty bit is durable before stage 3; stages 1 and 2 then wait for the orderly end, and an image
-that is opened dirty is repaired first.
+With lazy refcounts the dirty bit is durable before stage 3; stages 1 and 2 then wait for the orderly end, or until the
+table has moved, and an image that is opened dirty is repaired first.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Qcow2Driver:
             self._is_marking = True
         if self._is_marking:
             first = [self._incompatible_write()]
-        self._lags = self._is_lazy and not counts.cache.is_strained
+        self._lags = self._is_lazy and not counts.cache.is_strained and not counts.has_moved
         if self._lags:
             counts.capture_freed()
         else:

@@ -418,6 +418,13 @@ class Refcounts:
         """Whether the next plan has something of ours."""
         return self.cache.is_dirty or bool(self._dirty_pieces or self._has_moved or self._freed or self._leaving)
 
+    @property
+    def has_moved(self) -> bool:
+        """Whether the table has a new place that the header on disk need not name yet. Its old one is not to be given
+        back before: `reclaim` may follow a plan of ours alone.
+        """
+        return self._has_moved or self._is_moving
+
     def capture(self) -> list[list[Write]]:
         """What makes the counts durable, in groups with a barrier between each two; `written` comes next.
 

@@ -13,6 +13,7 @@ import pytest
 from nbdimg.errors import ImageFailed
 from nbdimg.formats import open_file
 from nbdimg.formats.options import OpenOptions
+from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.image.image import Image
 from nbdimg.storage.file import Buffer
 from tests.support.faultfile import FaultFile
@@ -232,3 +233,23 @@ def test_strained_tables_are_flushed_on_the_way(tmp_path: Path) -> None:
         return bytes(file.content)
 
     assert check(tmp_path / "after", asyncio.run(main())) == 0
+
+
+def test_lazy_refcounts_whose_table_moves_do_not_wait(tmp_path: Path) -> None:
+    """Q5, Q6: the table's old place is given up, and on disk the header must not name guest data."""
+    content = image_bytes(tmp_path / "a", "cluster_size=512,refcount_bits=64,lazy_refcounts=on")
+
+    async def main() -> None:
+        file = BoundedFile(content)
+        image = await open_file(file, "qcow2", OpenOptions(AnyGate(b""), writable=True))
+        assert isinstance(image.driver, Qcow2Driver)
+        header = image.driver.header
+        offset, before = 0, header.refcount_table_offset
+        while header.refcount_table_offset == before:
+            await image.write(offset, b"x" * 65536)
+            offset += 65536
+        await image.flush()
+        assert file.content[48:56] == struct.pack(">Q", header.refcount_table_offset)
+        assert header.is_dirty
+
+    asyncio.run(main())
