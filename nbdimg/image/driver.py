@@ -90,6 +90,8 @@ class Allocation:
     is_zeroed: bool
     token: object
     """The driver's own."""
+    is_new: bool = True
+    """Whether no guest sees any of the space yet: it is punched when filling it fails."""
 
 
 class Unmap(Enum):

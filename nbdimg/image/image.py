@@ -426,8 +426,9 @@ class Image:
         try:
             await self._fill(allocation, offset, view[:count])
         except BaseException:
-            with suppress(OSError):  # on a full disk, metadata needs what has been written of it
-                await allocation.file.punch(allocation.file_offset, allocation.length)
+            if allocation.is_new:
+                with suppress(OSError):  # on a full disk, metadata needs what has been written of it
+                    await allocation.file.punch(allocation.file_offset, allocation.length)
             self.driver.release(allocation)
             raise
         self.driver.commit(allocation)

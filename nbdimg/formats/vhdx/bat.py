@@ -274,7 +274,7 @@ class Bat:
         return extent if extent.writable else self._elsewhere
 
     def reserve(self, offset: int, stop: int) -> Allocation | Miss:
-        """Room in one block."""
+        """Room in one block; in one that is partially present, also over sectors that it has already."""
         not_begun = self._not_begun()
         if not_begun is not None:
             return not_begun
@@ -319,6 +319,7 @@ class Bat:
             edge,
             is_new,
             Token(block, page, host, is_new, _PARTIAL if is_partial else _FULL, first, last, bitmap_pages),
+            is_new,
         )
 
     def _own_bitmap(self, block: int) -> list[Slice] | Miss:

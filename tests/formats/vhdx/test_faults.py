@@ -273,6 +273,22 @@ def test_metadata_that_finds_no_space_fails_that_flush_and_the_next_one_tries_ag
     asyncio.run(main())
 
 
+def test_write_without_space_over_sectors_that_a_block_has_and_has_not_leaves_what_it_had() -> None:
+    """One that takes the rest of a hole and the first bytes of a sector behind it."""
+
+    async def main() -> None:
+        file = TornFile(MemoryFile(_child().content, "disk.vhdx"))
+        image = await opened(file)
+        await image.write(0, b"x" * 512)
+        file.fail("pwrite", errno.ENOSPC)
+        with pytest.raises(OSError, match="No space left"):
+            await image.write(M + 69 * SECTOR, b"y" * (SECTOR + 100))
+        file.heal()
+        assert await bytes_of(image, M + 70 * SECTOR + 100, 10 * SECTOR - 100) == b"\x77" * (10 * SECTOR - 100)
+
+    asyncio.run(main())
+
+
 class PowerLossError(Exception):
     pass
 
