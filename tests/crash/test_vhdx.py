@@ -86,8 +86,8 @@ def test_vhdx_after_a_failed_barrier_keeps_what_earlier_flushes_covered(number: 
     assert not report.violation_count, f"{report}"
 
 
-@pytest.mark.parametrize("numbers", [(0,), (1,), (5, 9), (12, 13, 20)])
-@pytest.mark.parametrize("name", ["several entries for a flush", "space handed on"])
+@pytest.mark.parametrize("numbers", [(0,), (1,), (5, 9), (12, 13, 20), tuple(range(16, 200, 5))])
+@pytest.mark.parametrize("name", ["several entries for a flush", "space handed on", "child in use"])
 def test_vhdx_out_of_space_keeps_what_was_flushed(name: str, numbers: tuple[int, ...]) -> None:
     faulty = dataclasses.replace(BY_NAME[name], failing_writes=frozenset(numbers))
     report = run_now(faulty, seed=SEED, states=40, nested_cap=0)
