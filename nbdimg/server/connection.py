@@ -329,8 +329,7 @@ class Connection:
             reason = broken_promise(left, offered, size, files)
             if reason is not None:
                 raise ProtocolError(reason)
-            self._session = session
-            if not self.is_welcome():
+            if not self._is_offered(session.export):
                 raise ProtocolError("its rules have changed")
             self.unpause()
             self._begin_transmission(session, left.received)

@@ -19,14 +19,13 @@ from nbdimg.formats import open_image, read_key_file, snapshot_labels
 from nbdimg.image.image import Image
 from nbdimg.limits import Limits
 from nbdimg.server import sandbox
-from nbdimg.server.handover import LeftClient
+from nbdimg.server.handover import LeftClient, files_of
 from nbdimg.server.listen import address_of
 from nbdimg.server.overlays import lend_overlays
 from nbdimg.server.server import Server
 from nbdimg.server.systemd import Inherited
 from nbdimg.server.terms import as_reached, check_admin, check_identities, check_listener, terms_of
 from nbdimg.server.tls import Tls
-from nbdimg.storage.posix import PosixFile
 from nbdimg.storage.workers import workers
 from nbdimg.units import MiB
 from nbdimg.uri import NbdUri
@@ -151,7 +150,8 @@ class Service:
         config = self.live.get(name) or next(each for each in self.config.exports if each.name == name)
         export = await open_snapshot(config, snapshot_id, label, self.config.limits)
         try:
-            _check_same_file(self.exports[name][0], export)
+            if files_of(export) != files_of(self.exports[name][0]):
+                raise ImageError(export.image.path, "another file has taken its place since it was opened")
             self.registry.add(export, terms_of(config))
         except NbdimgError:
             await close_exports([export])
@@ -371,15 +371,6 @@ async def _open_snapshot(
         config.path, format="qcow2", writable=False, lock=False, roots=config.roots, key=key, snapshot=snapshot_id
     )
     return await _export(f"{named(config)}@{label}", image, config, limits, snapshot_id=snapshot_id)
-
-
-def _check_same_file(export: Export, snapshot: Export) -> None:
-    """Raises: ImageError: what was opened at the image's path is another file than the one that is open."""
-    first, second = export.image.driver.file, snapshot.image.driver.file
-    assert isinstance(first, PosixFile)
-    assert isinstance(second, PosixFile)
-    if not os.path.sameopenfile(first.descriptor, second.descriptor):
-        raise ImageError(first.path, "another file has taken its place since it was opened")
 
 
 async def _export(
