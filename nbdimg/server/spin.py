@@ -26,8 +26,8 @@ WINDOW_MAX_S = 200e-6
 WINDOW_MIN_S = 12e-6
 """Below this a window catches nothing."""
 
-ROUND_COUNT = 64
-"""Requests, or batches of them, over which one way is judged."""
+ROUND_COUNT = 256
+"""Requests over which one way is judged."""
 
 GAP_MAX_S = 0.05
 """A client that lets so long pass has paused by itself."""
@@ -57,11 +57,13 @@ class Spinner:
         self._is_trial = False
         """Whether the way that was not the better one so far has its turn."""
         self._usual_s = 0.0
-        """How long the last round of the usual way took."""
+        """For each request of the usual way's last round."""
         self._next_trial_s = 0.0
         self._interval_s = TRIAL_INTERVAL_MIN_S
-        self._round_s = 0.0
-        self._count = 0
+        self._round_since_s = 0.0
+        self._round_since_count = 0
+        self.handled_count = 0
+        """Requests that have come; whoever handles them adds to it."""
 
     def touch(self) -> None:
         """Requests have just arrived."""
@@ -70,26 +72,31 @@ class Spinner:
         self.touched_s = now
         if gap_s < WINDOW_MAX_S:
             self._window_s = WINDOW_MAX_S
-        if self._is_enabled and gap_s < GAP_MAX_S:
-            self._count += 1
-            self._round_s += gap_s
-            if self._count == ROUND_COUNT or (self._is_trial and self._round_s > self._usual_s):
-                self._judge(now)
+        if self._is_enabled:
+            count = self.handled_count - self._round_since_count
+            round_s = now - self._round_since_s
+            if gap_s >= GAP_MAX_S:
+                self._begin_round(now)
+            elif count >= ROUND_COUNT or (self._is_trial and round_s > ROUND_COUNT * self._usual_s):
+                self._judge(now, round_s / max(count, 1))
+                self._begin_round(now)
         if self._polls and not self._is_spinning and self._window_s >= WINDOW_MIN_S:
             self._is_spinning = True
             self._loop.call_soon(self._spin)
 
-    def _judge(self, now: float) -> None:
-        round_s, self._round_s = self._round_s, 0.0
-        count, self._count = self._count, 0
+    def _begin_round(self, now: float) -> None:
+        self._round_since_s = now
+        self._round_since_count = self.handled_count
+
+    def _judge(self, now: float, request_s: float) -> None:
         if not self._is_trial:
-            self._usual_s = round_s
+            self._usual_s = request_s
             if now >= self._next_trial_s:
                 self._is_trial = True
                 self._polls = not self._polls
             return
         self._is_trial = False
-        if count == ROUND_COUNT and round_s < BETTER * self._usual_s:
+        if request_s < BETTER * self._usual_s:
             self._interval_s = TRIAL_INTERVAL_MIN_S
         else:
             self._polls = not self._polls

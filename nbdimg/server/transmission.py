@@ -193,6 +193,7 @@ class Transmission:
             if self._outbox.is_broken:
                 self._give_partial()
         self.handled_count += handled
+        self._shared.spinner.handled_count += handled
         if self._streams:
             self._schedule_pump()
         # Under TLS a send may take along what has waited: full in front of it is not full behind it.

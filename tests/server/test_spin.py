@@ -57,6 +57,7 @@ def polled_share(machine: Machine, spinner: Spinner, seconds: float) -> float:
     until_s = machine.now_s + seconds
     while machine.now_s < until_s:
         spinner.touch()
+        spinner.handled_count += 1
         counts[machine.next_request()] += 1
     return counts[True] / sum(counts)
 
