@@ -38,6 +38,28 @@ DYNAMIC_USERS = range(61184, 65520)
 TOKEN = "a-token-of-many-letters-and-digits-0123456789"
 TOKEN_PLACE = "/run/credentials/nbdimg.service/admin.token"
 CREDENTIAL = "[Service]\nLoadCredential=admin.token:/root/admin.token\n"
+UNRESTRICTED = """\
+[Service]
+DynamicUser=no
+User=root
+CapabilityBoundingSet=~
+LockPersonality=no
+MemoryDenyWriteExecute=no
+PrivateDevices=no
+ProtectClock=no
+ProtectHostname=no
+ProtectKernelLogs=no
+ProtectKernelModules=no
+ProtectKernelTunables=no
+ProtectSystem=no
+RestrictAddressFamilies=
+RestrictNamespaces=no
+RestrictRealtime=no
+RestrictSUIDSGID=no
+SystemCallArchitectures=
+SystemCallFilter=
+"""
+"""The control: what the checks must find missing."""
 
 SCRIPT = f"""
 attach() {{
@@ -60,6 +82,12 @@ detach
 touch /etc/written
 nsenter --target $main --mount touch /etc/written && report writes /etc || true
 nsenter --target $main --mount touch /var/lib/nbdimg/written && report writes_state yes
+
+systemctl start nbdimg@control
+control=$(systemctl show --property=MainPID --value nbdimg@control)
+report control_status "$(tr '\\n\\t' ';:' < /proc/$control/status)"
+nsenter --target $control --mount touch /etc/written && report control_writes /etc || true
+systemctl stop nbdimg@control
 
 attach /run/nbdimg-disk/nbd.sock disk
 rounds=0
@@ -118,7 +146,7 @@ report service "$(systemctl show --property=Result --value nbdimg)"
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The machine with a raw image for the template and the three images of the example configuration."""
+    """The machine with raw images for the template and the three images of the example configuration."""
     root = tmp_path_factory.mktemp("machine") / "root"
     try:
         make_root(root)
@@ -126,7 +154,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(str(error))
     images = root / "var/lib/nbdimg"
     images.mkdir()
-    for name, kind in {"disk.img": "raw", "vm1.qcow2": "qcow2", "golden.qcow2": "qcow2", "install.iso": "raw"}.items():
+    raw, qcow2 = ("disk.img", "control.img", "install.iso"), ("vm1.qcow2", "golden.qcow2")
+    for name, kind in {**dict.fromkeys(raw, "raw"), **dict.fromkeys(qcow2, "qcow2")}.items():
         run_ok(require_program("qemu-img"), "create", "-q", "-f", kind, images / name, str(SIZE))
     configure(root)
     return root
@@ -147,9 +176,10 @@ def configure(root: Path) -> None:
     token = root / "root/admin.token"
     token.write_text(TOKEN)
     token.chmod(0o600)
-    drop_in = root / "etc/systemd/system/nbdimg.service.d"
-    drop_in.mkdir()
-    (drop_in / "credential.conf").write_text(CREDENTIAL)
+    for unit, drop_in in {"nbdimg": CREDENTIAL, "nbdimg@control": UNRESTRICTED}.items():
+        directory = root / f"etc/systemd/system/{unit}.service.d"
+        directory.mkdir()
+        (directory / "test.conf").write_text(drop_in)
 
 
 @dataclass(frozen=True)
@@ -169,18 +199,29 @@ def story(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
     return Story(result.values, result.console[-6000:], machine)
 
 
+def restrictions(status: str) -> set[str]:
+    """What /proc/PID/status, as the script reports it, tells that a service has been denied."""
+    fields = dict(line.split("::", 1) for line in status.split(";") if "::" in line)
+    uids = {int(uid) for uid in (*fields["Uid"].split(":"), *fields["Gid"].split(":"))}
+    capabilities = {int(fields[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")}
+    found = {
+        "another's files": len(uids) == 1 and uids <= set(DYNAMIC_USERS),
+        "capabilities": capabilities == {0},
+        "new privileges": fields["NoNewPrivs"] == "1",
+        "system calls": fields["Seccomp"] == "2",
+    }
+    return {name for name, holds in found.items() if holds}
+
+
 def test_service_is_a_dynamic_user_without_privileges_behind_a_filter(story: Story) -> None:
-    status = dict(line.split("::", 1) for line in story.values["status"].split(";") if "::" in line)
-    uids = {int(uid) for uid in (*status["Uid"].split(":"), *status["Gid"].split(":"))}
-    assert len(uids) == 1
-    assert uids <= set(DYNAMIC_USERS)
-    assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
-    assert status["NoNewPrivs"] == "1"
-    assert status["Seccomp"] == "2"
+    everything = {"another's files", "capabilities", "new privileges", "system calls"}
+    assert restrictions(story.values["status"]) == everything
+    assert restrictions(story.values["control_status"]) == {"new privileges"}, "which the program itself renounces"
 
 
 def test_service_writes_in_its_state_directory_alone(story: Story) -> None:
     assert "writes" not in story.values
+    assert story.values["control_writes"] == "/etc"
     assert story.values["writes_state"] == "yes"
 
 
