@@ -13,7 +13,7 @@ from dataclasses import replace
 from struct import Struct
 
 from nbdimg.config import TcpAddress
-from nbdimg.errors import ConfigError, ListenError
+from nbdimg.errors import ListenError
 from nbdimg.export.access import Client
 from nbdimg.uri import NbdUri
 
@@ -42,19 +42,9 @@ def address_of(uri: NbdUri) -> tuple[str, int]:
     return (uri.socket, -1) if uri.socket is not None else (uri.host or "", uri.port)
 
 
-def check_exposure(uri: NbdUri, *, is_allowed: bool) -> None:
-    """For a listener in plain text. With leave, that it is reachable is logged.
-
-    Raises: ConfigError: the address is reachable from other machines, without leave.
-    """
-    if uri.socket is not None or is_loopback(uri.host or ""):
-        return
-    if not is_allowed:
-        raise ConfigError(
-            f"{uri} is reachable from other machines and NBD without TLS is plain text: "
-            "use TLS, listen on 127.0.0.1, ::1 or a Unix socket, or allow it with --insecure-plaintext"
-        )
-    logger.warning("%s: in plain text, anybody on the way can read and change what is transferred", uri)
+def is_exposed(uri: NbdUri) -> bool:
+    """Whether other machines reach the address."""
+    return uri.socket is None and not is_loopback(uri.host or "")
 
 
 def is_loopback(host: str) -> bool:

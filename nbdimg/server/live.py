@@ -115,7 +115,8 @@ class Control:
                 f"{config.path} is still open for clients of {escaped(named(holder.config))}, which was removed: "
                 "remove that again with drain or hard"
             ) from None
-        service.live[name] = config
+        with service.telling_exposed():
+            service.live[name] = config
         logger.info("export %s was added: %s", escaped(name), config.path)
         return [each.name for each in exports]
 

@@ -222,16 +222,17 @@ class Reloader:
         tls = None if new.tls is None else Tls(new.tls)
         found = difference(service.config, new)
         prepared = await self._prepare(found, new.limits)
-        try:
-            if service.registry.is_shutting_down:
-                raise ConfigError("the server stops")
-            self._open_listeners(found)
-        except (ConfigError, ListenError):
-            await _discard(prepared)
-            raise
-        if new != asked:
-            logger.warning("what is new in [admin] and [metrics] takes a restart")
-        leaving = self._commit(found, prepared, new)
+        with service.telling_exposed():
+            try:
+                if service.registry.is_shutting_down:
+                    raise ConfigError("the server stops")
+                self._open_listeners(found)
+            except (ConfigError, ListenError):
+                await _discard(prepared)
+                raise
+            if new != asked:
+                logger.warning("what is new in [admin] and [metrics] takes a restart")
+            leaving = self._commit(found, prepared, new)
         service.server.set_tls(tls)
         await self._settle(found, prepared, leaving)
         return found

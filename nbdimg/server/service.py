@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from time import time
@@ -24,7 +24,7 @@ from nbdimg.server.listen import address_of
 from nbdimg.server.overlays import lend_overlays
 from nbdimg.server.server import Server
 from nbdimg.server.systemd import Inherited
-from nbdimg.server.terms import as_reached, check_admin, check_identities, check_listener, terms_of
+from nbdimg.server.terms import as_reached, check_admin, check_identities, check_listener, exposed, terms_of
 from nbdimg.server.tls import Tls
 from nbdimg.storage.workers import workers
 from nbdimg.units import MiB
@@ -124,9 +124,26 @@ class Service:
             self.reload_count += 1
             logger.info("the TLS files were reloaded")
 
+    @contextlib.contextmanager
+    def telling_exposed(self) -> Iterator[None]:
+        """Around what changes exports, listeners or TLS: the log says at which listeners other machines reach exports
+        in plain text from then on.
+        """
+        before = self._exposed()
+        yield
+        for uri in self._exposed():
+            if uri not in before:
+                logger.warning("%s: in plain text, anybody on the way can read and change what is transferred", uri)
+
+    def _exposed(self) -> list[NbdUri]:
+        return exposed(self.server.listeners, self._with_live(self.config))
+
+    def _with_live(self, config: ServerConfig) -> ServerConfig:
+        return replace(config, exports=(*config.exports, *self.live.values()))
+
     def check(self, config: ServerConfig) -> None:
         """Raises: ConfigError: it contradicts itself, the exports added live, or the inherited listeners."""
-        whole = replace(config, exports=(*config.exports, *self.live.values()))
+        whole = self._with_live(config)
         check_config(whole)
         for uri in self.inherited:
             check_listener(uri, whole)
@@ -233,11 +250,12 @@ async def serving(
     try:
         for export in config.exports:
             await service.open(export)
-        for each in inherited:
-            server.adopt(each.socket, each.uri)
-        for listener in config.listeners:
-            if address_of(listener) not in taken:
-                server.listen(listener)
+        with service.telling_exposed():
+            for each in inherited:
+                server.adopt(each.socket, each.uri)
+            for listener in config.listeners:
+                if address_of(listener) not in taken:
+                    server.listen(listener)
         await server.take_up(claim())
         yield service
     finally:

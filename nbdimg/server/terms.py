@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from ipaddress import ip_network
 
@@ -10,10 +10,8 @@ from nbdimg.config import AccessRule, ExportConfig, ServerConfig
 from nbdimg.errors import ConfigError
 from nbdimg.export.access import Right, Rule, normalized
 from nbdimg.export.registry import Terms
-from nbdimg.server.listen import check_exposure, is_loopback
+from nbdimg.server.listen import is_exposed, is_loopback
 from nbdimg.uri import NbdUri
-
-logger = logging.getLogger("nbdimg")
 
 
 def terms_of(config: ExportConfig) -> Terms:
@@ -45,21 +43,26 @@ def check_listener(uri: NbdUri, config: ServerConfig) -> None:
     """Raises: ConfigError: there is no TLS for `uri`, or it is exposed without TLS and without leave."""
     if uri.is_tls and config.tls is None:
         raise ConfigError(f"{uri} needs TLS: give a certificate with --tls-certificate, or listen with nbd")
-    if is_plaintext(uri, config):
-        check_exposure(uri, is_allowed=config.allows_plaintext)
+    if not config.allows_plaintext and exposed([uri], config):
+        raise ConfigError(
+            f"{uri} is reachable from other machines and NBD without TLS is plain text: "
+            "use TLS, listen on 127.0.0.1, ::1 or a Unix socket, or allow it with --insecure-plaintext"
+        )
+
+
+def exposed(listeners: Iterable[NbdUri], config: ServerConfig) -> list[NbdUri]:
+    """Those at which other machines reach an export without TLS."""
+    return [uri for uri in listeners if is_exposed(uri) and is_plaintext(uri, config)]
 
 
 def check_admin(config: ServerConfig) -> None:
     """Raises: ConfigError: other machines reach the admin API, whose token goes in clear, without leave."""
     address = config.admin.address if config.admin is not None else None
-    if address is None or is_loopback(address.host):
-        return
-    if not config.allows_plaintext:
+    if address is not None and not is_loopback(address.host) and not config.allows_plaintext:
         raise ConfigError(
             f"the admin API at {address} is reachable from other machines and HTTP is plain text: listen on 127.0.0.1, "
             "::1 or a Unix socket, or allow it with --insecure-plaintext"
         )
-    logger.warning("the admin API at %s: in plain text, anybody on the way can read its token", address)
 
 
 def is_plaintext(uri: NbdUri, config: ServerConfig) -> bool:

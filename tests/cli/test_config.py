@@ -26,6 +26,14 @@ def test_check_sound_file_exits_0_and_says_what_it_serves(file: Path, capsys: py
     assert capsys.readouterr().out == f"{file}: 2 exports at nbd://127.0.0.1/\n"
 
 
+def test_check_file_of_a_plain_listener_for_others_logs_nothing(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A server does, at its start."""
+    admin = f'[admin]\nlisten = "0.0.0.0:9808"\ntoken_file = "{file}.token"\n'
+    file.write_text('listen = ["nbd://0.0.0.0"]\ninsecure_plaintext = true\n' + admin + export("a", "a.img"))
+    assert run(["config", "check", str(file)]) == 0
+    assert caplog.records == []
+
+
 def test_check_sound_file_as_json_shows_the_configuration(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file.write_text('reload = "watch"\n' + export("a", "a.img") + "[limits]\nconnections = 3\n")
     assert run(["config", "check", "--json", str(file)]) == 0

@@ -21,6 +21,7 @@ from nbdimg.errors import ImageLocked
 from nbdimg.export.export import Export
 from nbdimg.limits import Limits
 from nbdimg.server import reload, service
+from nbdimg.server.live import Control
 from nbdimg.server.reload import Difference, Reloader, difference, stamp
 from nbdimg.server.service import serving
 from nbdimg.server.systemd import Notifier
@@ -364,6 +365,61 @@ def test_reload_image_lost_to_another_process_meanwhile_restores_the_old_export(
 
 
 # Listeners and limits
+
+
+def exposures(caplog: pytest.LogCaptureFixture) -> int:
+    """How often the log told of plain text that other machines reach, since it was last asked."""
+    count = sum("in plain text" in each.message for each in caplog.records)
+    caplog.clear()
+    return count
+
+
+def test_listener_that_others_reach_in_plain_text_is_told_of_once(
+    images: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the start and when it comes, with its real port; not at each reload and not for what is refused."""
+    local, wide = NbdUri(host="127.0.0.1", port=0), NbdUri(host="0.0.0.0", port=0)
+    config = ServerConfig((ExportConfig(str(images("a")), "a"),), listeners=(wide,), allows_plaintext=True)
+    missing = ExportConfig(f"{tmp_path}/missing.img", "b")
+    wanted = [
+        (config, 0),
+        (replace(config, listeners=(local,)), 0),
+        (replace(config, exports=(*config.exports, missing)), 0),
+        (config, 1),
+    ]
+
+    async def scenario() -> None:
+        async with serving(config) as running:
+            (port,) = (each.port for each in running.server.listeners)
+            assert f"nbd://0.0.0.0:{port}/: in plain text" in caplog.text
+            assert exposures(caplog) == 1
+            coming = iter([each for each, _ in wanted])
+            reloader = Reloader(running, lambda: (next(coming), False), Notifier({}), str(tmp_path / "file"))
+            for _, count in wanted:
+                await reloader.reload()
+                assert exposures(caplog) == count
+            await reloader.close()
+
+    asyncio.run(scenario())
+
+
+def test_listener_where_an_added_export_is_the_first_in_plain_text_is_told_of(
+    images: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    identity = Authority(tmp_path / "ca").issue("server")
+    tls = TlsConfig(identity.certificate_path, identity.key_path, mode="selective")
+    config = ServerConfig(listeners=(NbdUri(host="0.0.0.0", port=0),), exports=(), tls=tls, allows_plaintext=True)
+
+    async def scenario() -> None:
+        async with serving(config) as running:
+            control = Control(running, None)
+            told = []
+            for name, is_tls_only in (("a", True), ("b", False), ("c", False)):
+                await control.add(ExportConfig(str(images(name)), name, is_tls_only=is_tls_only))
+                told.append(exposures(caplog))
+            assert told == [0, 1, 0]
+
+    asyncio.run(scenario())
 
 
 def test_reload_listeners_come_and_go_and_connections_stay(
