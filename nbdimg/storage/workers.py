@@ -6,11 +6,15 @@ read of the disk need not wait behind them.
 
 Storage that hangs, a network file system without its server, keeps every thread that calls it. Those do not count while
 others wait: there are as many threads more, so that images elsewhere are still read, written and flushed.
+
+A process may be allowed fewer threads than these (a container's limit, `ulimit -u`): then those that there are do the
+work, and where there is none the loop does it itself, which holds everybody up and fails nobody.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 from collections import deque
@@ -29,6 +33,8 @@ STUCK_S = 0.5
 
 STUCK_MAX = 256
 """Threads that may be replaced; requests of one connection are in flight in no larger number."""
+
+logger = logging.getLogger("nbdimg")
 
 _Outcome = tuple["asyncio.Future[Any]", Any, BaseException | None]
 _Job = tuple["asyncio.Future[Any]", Callable[..., Any], tuple[Any, ...]]
@@ -52,6 +58,7 @@ class Workers:
         self._active_count = 0
         self._finished: deque[_Outcome] = deque()
         self._is_notified = False
+        self._has_told_limit = False
 
     def run(self, function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
         """Call `function(*args)` on a worker; its result or exception arrives in the future."""
@@ -62,15 +69,27 @@ class Workers:
                 self._start_thread()
             elif self._relief is None:
                 self._relief = self._loop.call_later(STUCK_S, self._relieve)
-        self._jobs.put((future, function, args))
+        if self._threads:
+            self._jobs.put((future, function, args))
+        else:
+            self._finished.append(_outcome(future, function, args))
+            self._loop.call_soon(self._deliver)
         return future
 
     def _start_thread(self) -> None:
+        """Unless the process may have no more."""
         number = len(self._threads)
         thread = threading.Thread(target=self._work, args=(number,), name=f"nbdimg-io-{number}", daemon=True)
-        self._threads.append(thread)
         self._begun_s.append(None)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            del self._begun_s[number]
+            if not self._has_told_limit:
+                self._has_told_limit = True
+                logger.warning("no more threads are allowed: %d do the work of %d", number, self._threads_max)
+            return
+        self._threads.append(thread)
 
     def _relieve(self) -> None:
         """Replace threads that are stuck, as far as jobs wait for one."""

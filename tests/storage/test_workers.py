@@ -64,6 +64,40 @@ def test_run_uses_at_most_so_many_threads_and_others_wait() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("allowed_count", [0, 1, 2])
+def test_run_where_few_threads_are_allowed_does_all_with_those_that_there_are(
+    allowed_count: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a container with a limit of processes: no job fails, none waits for a thread that never started."""
+    started: list[threading.Thread] = []
+    real_start = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if len(started) == allowed_count:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        real_start(thread)
+
+    def fail() -> None:
+        raise OSError(5, "Input/output error")
+
+    async def main() -> None:
+        pool = Workers(threads_max=4)
+        monkeypatch.setattr(threading.Thread, "start", start)
+        for _ in range(3):
+            jobs = [pool.run(pow, n, 2) for n in range(20)]
+            assert await asyncio.wait_for(asyncio.gather(*jobs), 10) == [n * n for n in range(20)]
+        with pytest.raises(OSError, match="Input/output error"):
+            await pool.run(fail)
+        pool.close()
+
+    asyncio.run(main())
+    assert len(started) == allowed_count
+    assert [each.message for each in caplog.records] == [
+        f"no more threads are allowed: {allowed_count} do the work of 4"
+    ]
+
+
 @pytest.mark.parametrize(("stuck_max", "done_count"), [(0, 0), (1, 0), (8, 20)])
 def test_jobs_pass_those_that_are_stuck(stuck_max: int, done_count: int) -> None:
     """Of two threads both are stuck, and another three jobs too; the rest is done by threads that replace them."""
