@@ -5,6 +5,8 @@
 2   the command line is wrong
 3   an image cannot be opened: missing, locked, refused; or its format lacks what is asked for
 4   an address cannot be listened on
+
+A command that Ctrl-C ends exits with 130, see `__main__`.
 """
 
 from __future__ import annotations
@@ -96,8 +98,6 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status; errors go to standard error as one line."""
     try:
         status = _command()(list(arguments), prog_name="nbdimg", standalone_mode=False)
-    except KeyboardInterrupt:
-        return 130
     except Exception as error:
         return _report(error)
     return status if isinstance(status, int) else 0
