@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from typing import Annotated, Any, NoReturn, cast
 
 import typer
@@ -122,26 +121,47 @@ def create(
     SIZE is rounded up to whole sectors, of 512 bytes but for a vhdx. With SIZE the backing file is not opened.
     """
     format = _format(path, format)
-    asked_vhdx = _AskedVhdx(subformat, block_size, log_size, logical_sector_size, physical_sector_size, parent)
-    if format != "vhdx" and asked_vhdx != _AskedVhdx():
-        raise ConfigError(f"a {format} image has no {asked_vhdx.first_option}; did you mean --format vhdx?")
-    asked_qcow2 = {
-        "--compat": compat,
-        "--cluster-size": cluster_size,
-        "--refcount-bits": refcount_bits,
-        "--extended-l2": extended_l2 or None,
-        "--compression-type": compression_type,
-        "--lazy-refcounts": lazy_refcounts or None,
-        "--backing": backing,
-        "--backing-format": backing_format,
-        "--data-file": data_file,
-        "--data-file-raw": data_file_raw or None,
-        "--preallocation": preallocation,
-        "--encrypt-key-file": encrypt_key_file,
-    }
-    first = next((name for name, value in asked_qcow2.items() if value is not None), None)
-    if format != "qcow2" and first is not None:
-        raise ConfigError(f"a {format} image has no {first}; did you mean --format qcow2?")
+    _check_has(
+        format,
+        "vhdx",
+        {
+            "--subformat": subformat,
+            "--block-size": block_size,
+            "--log-size": log_size,
+            "--logical-sector-size": logical_sector_size,
+            "--physical-sector-size": physical_sector_size,
+            "--parent": parent,
+        },
+    )
+    _check_has(
+        format,
+        "qcow2",
+        {
+            "--compat": compat,
+            "--cluster-size": cluster_size,
+            "--refcount-bits": refcount_bits,
+            "--extended-l2": extended_l2 or None,
+            "--compression-type": compression_type,
+            "--lazy-refcounts": lazy_refcounts or None,
+            "--backing": backing,
+            "--backing-format": backing_format,
+            "--data-file": data_file,
+            "--data-file-raw": data_file_raw or None,
+            "--preallocation": preallocation,
+            "--encrypt-key-file": encrypt_key_file,
+        },
+    )
+    if format == "vhdx":
+        vhdx_options = vhdx.CreateOptions(
+            subformat=cast(vhdx.Subformat, subformat or ("differencing" if parent else "dynamic")),
+            block_size=None if block_size is None else parse_size(block_size),
+            log_size=vhdx.LOG_SIZE if log_size is None else parse_size(log_size),
+            logical_sector_size=logical_sector_size,
+            physical_sector_size=physical_sector_size,
+            parent=None if parent is None else run_loop(read_parent(parent)),
+        )
+        _create_vhdx(path, None if size is None else parse_size(size), vhdx_options, as_json)
+        return
     options = CreateOptions(
         version=_version(compat),
         cluster_size=_DEFAULTS.cluster_size if cluster_size is None else parse_size(cluster_size),
@@ -156,9 +176,6 @@ def create(
         preallocation=cast(Preallocation, preallocation or _DEFAULTS.preallocation),
         luks_passphrase=None if encrypt_key_file is None else read_key_file(encrypt_key_file),
     )
-    if format == "vhdx":
-        _create_vhdx(path, size, asked_vhdx, as_json)
-        return
     check(0, options)
     asked = _size(path, size, options)
     with _signals_unwind():
@@ -184,6 +201,13 @@ def _format(path: str, name: str | None) -> str:
     if name not in _FORMATS:
         raise ConfigError(f"unknown format {escaped(name)}, expected {' or '.join(_FORMATS)}")
     return name
+
+
+def _check_has(format: str, owner: str, options: Mapping[str, object]) -> None:
+    """Raises: ConfigError: one of `options` is given (not None), which images of the format `owner` alone have."""
+    given = next((name for name, value in options.items() if value is not None), None)
+    if given is not None and format != owner:
+        raise ConfigError(f"a {format} image has no {given}; did you mean --format {owner}?")
 
 
 def _version(text: str | None) -> int:
@@ -244,54 +268,25 @@ def _create_qcow2(path: str, size: int, options: CreateOptions) -> Layout:
         return qcow2.create(path, size, options, progress=report)
 
 
-@dataclass(frozen=True, slots=True)
-class _AskedVhdx:
-    """What the command line says of a vhdx; None: nothing."""
-
-    subformat: str | None = None
-    block_size: str | None = None
-    log_size: str | None = None
-    logical_sector_size: int | None = None
-    physical_sector_size: int | None = None
-    parent: str | None = None
-
-    @property
-    def first_option(self) -> str:
-        """The first that was given."""
-        name = next(each.name for each in fields(self) if getattr(self, each.name) is not None)
-        return f"--{name.replace('_', '-')}"
-
-
-def _create_vhdx(path: str, size: str | None, asked: _AskedVhdx, as_json: bool) -> None:
-    kind = asked.subformat or ("differencing" if asked.parent else "dynamic")
-    asked_size = None if size is None else parse_size(size)
-    parent = None if asked.parent is None else run_loop(read_parent(asked.parent))
-    options = vhdx.CreateOptions(
-        subformat=cast(vhdx.Subformat, kind),
-        block_size=None if asked.block_size is None else parse_size(asked.block_size),
-        log_size=vhdx.LOG_SIZE if asked.log_size is None else parse_size(asked.log_size),
-        logical_sector_size=asked.logical_sector_size,
-        physical_sector_size=asked.physical_sector_size,
-        parent=parent,
-    )
-    with _signals_unwind(), progress(quiet_s=0.0 if kind == "fixed" else QUIET_S) as report:
-        made = vhdx.create(path, asked_size, options, progress=report)
+def _create_vhdx(path: str, size: int | None, options: vhdx.CreateOptions, as_json: bool) -> None:
+    with _signals_unwind(), progress(quiet_s=0.0 if options.subformat == "fixed" else QUIET_S) as report:
+        made = vhdx.create(path, size, options, progress=report)
     said = {
         "path": path,
         "format": "vhdx",
         "size": made.geometry.size,
         "file_size": made.file_size,
-        "subformat": kind,
+        "subformat": options.subformat,
         "block_size": made.geometry.block_size,
         "log_size": made.log_length,
         "logical_sector_size": made.geometry.sector_size,
         "physical_sector_size": made.physical_sector_size,
-        "parent": asked.parent,
+        "parent": None if options.parent is None else options.parent.path,
     }
     if as_json:
         print_json(**said)
     else:
-        _say(said, made.geometry.size if asked_size is None else asked_size)
+        _say(said, made.geometry.size if size is None else size)
 
 
 def _report(path: str, options: CreateOptions, made: Layout) -> dict[str, Any]:
