@@ -16,7 +16,15 @@ from dataclasses import dataclass, field
 
 from nbdimg.errors import CorruptImage, UnsupportedFeature, escaped
 from nbdimg.formats.qcow2 import structs as s
-from nbdimg.formats.qcow2.structs import Autoclear, Compatible, Compression, Crypt, ExtensionType, Incompatible
+from nbdimg.formats.qcow2.structs import (
+    Autoclear,
+    Compatible,
+    Compression,
+    Crypt,
+    ExtensionType,
+    FeatureKind,
+    Incompatible,
+)
 from nbdimg.units import align_up, div_ceil
 
 _KNOWN_INCOMPATIBLE = int(
@@ -128,6 +136,15 @@ class Header:
         """An extension that holds a string."""
         found = self.extension(type)
         return found.data.decode() if found else None
+
+    def feature_names(self, kind: FeatureKind) -> dict[int, str]:
+        """By bit, what the image itself calls features of a kind; made safe to print."""
+        table = self.extension(ExtensionType.FEATURE_NAMES)
+        if table is None:
+            return {}
+        whole = len(table.data) // s.FEATURE_NAME.size * s.FEATURE_NAME.size
+        entries = s.FEATURE_NAME.iter_unpack(table.data[:whole])
+        return {bit: escaped(name.rstrip(b"\0")) for found, bit, name in entries if found == kind}
 
     @property
     def backing_format(self) -> str | None:
@@ -403,13 +420,7 @@ class _Parser:
 
 def _feature_names(header: Header, bits: int) -> list[str]:
     """Incompatible bits by the image's own table, else by number."""
-    names: dict[int, str] = {}
-    table = header.extension(ExtensionType.FEATURE_NAMES)
-    if table is not None:
-        whole = len(table.data) // s.FEATURE_NAME.size * s.FEATURE_NAME.size
-        for kind, bit, name in s.FEATURE_NAME.iter_unpack(table.data[:whole]):
-            if kind == 0:
-                names[bit] = escaped(name.rstrip(b"\0"))
+    names = header.feature_names(FeatureKind.INCOMPATIBLE)
     return [names.get(bit, f"bit {bit}") for bit in range(64) if bits >> bit & 1]
 
 

@@ -8,18 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nbdimg.errors import escaped
 from nbdimg.formats.qcow2 import luks
-from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.bitmaps import BitmapEntry, load_directory
 from nbdimg.formats.qcow2.header import KNOWN_AUTOCLEAR, Header
 from nbdimg.formats.qcow2.open import read_luks_area
 from nbdimg.formats.qcow2.snapshots import Snapshot, load_snapshots
-from nbdimg.formats.qcow2.structs import Compatible, Crypt, ExtensionType
+from nbdimg.formats.qcow2.structs import Compatible, Crypt, ExtensionType, FeatureKind
 from nbdimg.storage.file import BlockFile
-
-_COMPATIBLE, _AUTOCLEAR = 1, 2
-"""Kinds of features in the image's own table of their names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +42,13 @@ async def describe(file: BlockFile, header: Header) -> Info:
         has_stale_bitmaps=not bitmaps and header.extension(ExtensionType.BITMAPS) is not None,
         luks=luks.parse(file.path, await read_luks_area(file, header)) if header.crypt_method == Crypt.LUKS else None,
         unknown_features=[
-            *_named(header, _COMPATIBLE, header.compatible & ~int(Compatible.LAZY_REFCOUNTS), "compatible"),
-            *_named(header, _AUTOCLEAR, header.autoclear & ~KNOWN_AUTOCLEAR, "autoclear"),
+            *_named(header, FeatureKind.COMPATIBLE, header.compatible & ~int(Compatible.LAZY_REFCOUNTS)),
+            *_named(header, FeatureKind.AUTOCLEAR, header.autoclear & ~KNOWN_AUTOCLEAR),
         ],
     )
 
 
-def _named(header: Header, kind: int, bits: int, what: str) -> list[str]:
-    names: dict[int, str] = {}
-    table = header.extension(ExtensionType.FEATURE_NAMES)
-    if table is not None:
-        whole = len(table.data) // s.FEATURE_NAME.size * s.FEATURE_NAME.size
-        for found, bit, name in s.FEATURE_NAME.iter_unpack(table.data[:whole]):
-            if found == kind:
-                names[bit] = f" ({escaped(name.rstrip(bytes(1)))})"
-    return [f"{what} bit {bit}{names.get(bit, '')}" for bit in range(64) if bits >> bit & 1]
+def _named(header: Header, kind: FeatureKind, bits: int) -> list[str]:
+    names = header.feature_names(kind)
+    called = {bit: f" ({name})" for bit, name in names.items()}
+    return [f"{kind.name.lower()} bit {bit}{called.get(bit, '')}" for bit in range(64) if bits >> bit & 1]

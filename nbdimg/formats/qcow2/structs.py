@@ -32,7 +32,7 @@ HEADER_LENGTH = 112
 EXTENSION = Struct(">II")
 """type, length; the data behind it is padded to 8 bytes."""
 FEATURE_NAME = Struct(">BB46s")
-"""0 incompatible, 1 compatible, 2 autoclear; bit; name padded with NUL."""
+"""a FeatureKind; bit; name padded with NUL."""
 assert FEATURE_NAME.size == 48
 BITMAPS_EXTENSION = Struct(">IIQQ")
 """bitmap count, reserved, directory size, directory offset."""
@@ -62,6 +62,14 @@ SNAPSHOT_EXTRA = Struct(">QQQ")
 BITMAP = Struct(">QIIBBHI")
 """table offset, table size in entries, flags, type, granularity bits, name size, extra data size."""
 assert BITMAP.size == 24
+
+
+class FeatureKind(IntEnum):
+    """In the table of feature names. Spec: "Feature name table"."""
+
+    INCOMPATIBLE = 0
+    COMPATIBLE = 1
+    AUTOCLEAR = 2
 
 
 class Incompatible(IntFlag):
@@ -104,14 +112,14 @@ class ExtensionType(IntEnum):
 
 
 FEATURE_NAMES: tuple[tuple[int, int, str], ...] = (
-    (0, 0, "dirty bit"),
-    (0, 1, "corrupt bit"),
-    (0, 2, "external data file"),
-    (0, 3, "compression type"),
-    (0, 4, "extended L2 entries"),
-    (1, 0, "lazy refcounts"),
-    (2, 0, "bitmaps"),
-    (2, 1, "raw external data"),
+    (FeatureKind.INCOMPATIBLE, 0, "dirty bit"),
+    (FeatureKind.INCOMPATIBLE, 1, "corrupt bit"),
+    (FeatureKind.INCOMPATIBLE, 2, "external data file"),
+    (FeatureKind.INCOMPATIBLE, 3, "compression type"),
+    (FeatureKind.INCOMPATIBLE, 4, "extended L2 entries"),
+    (FeatureKind.COMPATIBLE, 0, "lazy refcounts"),
+    (FeatureKind.AUTOCLEAR, 0, "bitmaps"),
+    (FeatureKind.AUTOCLEAR, 1, "raw external data"),
 )
 """(kind, bit, name) of all that is known here; a new image carries it, so that others can name what they lack."""
 
@@ -122,13 +130,11 @@ ZERO = 1
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 L1_RESERVED = 0x7F00_0000_0000_01FF
 L2_RESERVED = 0x3F00_0000_0000_01FE
-REFCOUNT_OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00
 BITMAP_RESERVED = 0xFF00_0000_0000_01FE
 
 SUBCLUSTERS = 32
 """Of a cluster with extended L2 entries."""
 ALL_ALLOCATED = 0xFFFF_FFFF
-ALL_ZERO = 0xFFFF_FFFF << 32
 
 SECTOR_SIZE = 512
 
