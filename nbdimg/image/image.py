@@ -43,8 +43,8 @@ ZERO_WRITE_SIZE = 1 * MiB
 INLINE_FILL_MAX = 128 * KiB
 """Bytes of head and tail that the fast path puts around a write that allocates: it copies them on the loop's thread."""
 
-INLINE_WRITE_MAX = 1 * MiB
-"""Bytes of a write that the fast path takes, in however many pieces."""
+TRY_WRITE_MAX = 1 * MiB
+"""Bytes of a write that the fast path takes, in however many pieces; how long a piece may be, its file says."""
 
 SPAN_EXTENTS_MAX = 1024
 """Extents of a write that are looked at to see whether all are in place; one of more takes whole clusters."""
@@ -292,7 +292,7 @@ class Image:
         Raises: ImageFailed: an earlier flush failed. OSError: the write did.
         """
         self.gate.check()
-        if offset < self.guarded_size or len(data) > INLINE_WRITE_MAX:
+        if offset < self.guarded_size or len(data) > TRY_WRITE_MAX:
             return False
         stop = offset + len(data)
         if self._recording is not None and not self._try_record(self._recording, offset, stop):

@@ -19,7 +19,6 @@ EXTENDED_REPLY_MAGIC = 0x6E8A278C
 STRING_MAX = 4096
 """The longest name, description, error text or context name, in bytes. Spec: proto.md "String values"."""
 
-UINT32_MAX = 0xFFFFFFFF
 OPTION_ERROR = 1 << 31
 
 

@@ -14,7 +14,7 @@ from nbdimg.errors import ImageFailed, RequestError
 from nbdimg.formats.probe import HEAD_SIZE, planted
 from nbdimg.formats.raw import RawDriver
 from nbdimg.image.driver import Extent, ExtentKind
-from nbdimg.image.image import INLINE_WRITE_MAX, SPAN_EXTENTS_MAX, ZERO_WRITE_SIZE, HeadGuard, Image
+from nbdimg.image.image import SPAN_EXTENTS_MAX, TRY_WRITE_MAX, ZERO_WRITE_SIZE, HeadGuard, Image
 from nbdimg.storage.memory import MemoryFile
 from tests.support.fakedriver import FakeDriver
 from tests.support.faultfile import FaultFile
@@ -157,12 +157,12 @@ def test_try_write_up_to_the_end_of_an_extent_is_done() -> None:
 
 
 def test_try_write_of_more_than_is_written_inline_says_no_in_however_many_pieces_it_would_go() -> None:
-    count = INLINE_WRITE_MAX // CLUSTER + 1
+    count = TRY_WRITE_MAX // CLUSTER + 1
     driver = FakeDriver(MemoryFile(bytes(count * CLUSTER)), [n * CLUSTER for n in reversed(range(count))])
     driver.resident = set(range(count))
     image = Image(driver, writable=True)
     assert not image.try_write(0, memoryview(b"x" * count * CLUSTER))
-    assert image.try_write(0, memoryview(b"x" * INLINE_WRITE_MAX))
+    assert image.try_write(0, memoryview(b"x" * TRY_WRITE_MAX))
 
 
 def test_change_span_of_a_write_in_very_many_places_is_whole_clusters() -> None:
