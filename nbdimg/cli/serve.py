@@ -30,7 +30,8 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="[NAME=]IMAGE",
-            help=f"Images to export, each under NAME or its file's stem. None: {DEMO_PATH}, made when it is missing.",
+            help="Images to export, each under NAME or its file's name up to the first dot. None: "
+            f"{DEMO_PATH}, made when it is missing.",
         ),
     ] = None,
     config: Annotated[

@@ -377,7 +377,7 @@ def _fits_the_wire(text: str) -> bool:
 
 
 def default_name(path: str, taken: Container[str]) -> str:
-    """An export's name from its image's path: the stem, made unique."""
+    """An export's name from its image's path: the file's name up to its first dot, made unique."""
     stem = path.rstrip("/").rpartition("/")[2]
     stem = stem.partition(".")[0] or stem
     name, number = stem, 2
