@@ -205,15 +205,15 @@ class Export:
             return self._submit_cache(request)
         return self._submit_unmap(request)
 
-    def _write_span(self, request: Request) -> tuple[int, int]:
-        """What a write must have for itself. One that meets others takes whole clusters: by the time it runs, they may
-        have changed the mapping.
+    def _write_span(self, request: Request) -> tuple[tuple[int, int], bool]:
+        """What a write must have for itself, and whether it meets others there. One that does takes whole clusters: by
+        the time it runs, they may have changed the mapping.
         """
         start, stop = self._sectors(request.offset, request.length)
         start, stop = self.image.change_span(start, stop)
         if self.inflight.conflicts(start, stop, is_exclusive=True):
-            return self._clusters(request)
-        return start, stop
+            return self._clusters(request), True
+        return (start, stop), False
 
     def _clusters(self, request: Request) -> tuple[int, int]:
         start, stop = self._sectors(request.offset, request.length)
@@ -222,13 +222,14 @@ class Export:
     def _submit_write(self, request: Request) -> Work[None] | None:
         """Now, unless it meets others or would wait."""
         assert request.payload is not None
-        meets_span = self._write_span(request) if self.inflight.count else None
-        is_blocked = meets_span is not None and self.inflight.conflicts(*meets_span, is_exclusive=True)
+        span, is_blocked = self._write_span(request) if self.inflight.count else (None, False)
         if not is_blocked and self.image.try_write(request.offset, request.payload):
             return self._flush() if request.flags & _FUA else None
+        if span is None:
+            span, _ = self._write_span(request)
         request.keep_payload()
         offset, payload = request.offset, request.payload
-        return self._change(request, meets_span or self._write_span(request), lambda: self.image.write(offset, payload))
+        return self._change(request, span, lambda: self.image.write(offset, payload))
 
     def _submit_unmap(self, request: Request) -> Work[None]:
         offset, length, flags = request.offset, request.length, request.flags
