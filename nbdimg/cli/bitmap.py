@@ -133,14 +133,14 @@ def _state(entry: BitmapEntry) -> str:
 
 
 def _print_json(path: str, entries: Sequence[BitmapEntry]) -> None:
-    """Granularities in bytes. An inconsistent bitmap can only be removed."""
-    bitmaps: list[dict[str, Any]] = [
-        {
-            "name": each.name,
-            "granularity": each.granularity,
-            "enabled": each.is_enabled,
-            "consistent": each.is_consistent,
-        }
-        for each in entries
-    ]
-    print_json(path=path, bitmaps=bitmaps)
+    print_json(path=path, bitmaps=[described(each) for each in entries])
+
+
+def described(entry: BitmapEntry) -> dict[str, Any]:
+    """For --json, granularity in bytes. An inconsistent bitmap can only be removed."""
+    return {
+        "name": entry.name,
+        "granularity": entry.granularity,
+        "enabled": entry.is_enabled,
+        "consistent": entry.is_consistent,
+    }

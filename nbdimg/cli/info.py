@@ -10,13 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
+from nbdimg.cli.bitmap import described as described_bitmap
 from nbdimg.cli.opened import opening
 from nbdimg.cli.options import AllowReferences, AsJson, Format, Parent
 from nbdimg.cli.output import print_json, shown, sized
 from nbdimg.errors import ConfigError, UnsupportedFeature, escaped
 from nbdimg.formats import DRIVERS, check_format, first_that_opens, probed_format
 from nbdimg.formats.gate import ConfinedGate
-from nbdimg.formats.qcow2.bitmaps import BitmapEntry
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.info import Info, describe
 from nbdimg.formats.qcow2.luks import LuksHeader
@@ -143,7 +143,7 @@ def _fields(found: Info) -> dict[str, Any]:
         "encryption": _encryption(header, found.luks),
         "unknown_features": found.unknown_features,
         "snapshots": [_snapshot(each, header.size) for each in found.snapshots],
-        "bitmaps": [_bitmap(each) for each in found.bitmaps],
+        "bitmaps": [described_bitmap(each) for each in found.bitmaps],
         "stale_bitmaps": found.has_stale_bitmaps,
     }
 
@@ -203,15 +203,6 @@ def _snapshot(snapshot: Snapshot, size: int) -> dict[str, Any]:
         "vm_state_size": snapshot.vm_state_size,
         "seconds": snapshot.seconds,
         "nanoseconds": snapshot.nanoseconds,
-    }
-
-
-def _bitmap(entry: BitmapEntry) -> dict[str, Any]:
-    return {
-        "name": entry.name,
-        "granularity": entry.granularity,
-        "enabled": entry.is_enabled,
-        "consistent": entry.is_consistent,
     }
 
 

@@ -13,9 +13,9 @@ from nbdimg.cli.opened import opened_qcow2
 from nbdimg.cli.options import AsJson, KeyFile
 from nbdimg.cli.output import QUIET_S, ProgressReport, dated, print_json, print_table, progress, shown
 from nbdimg.errors import UnsupportedFeature
+from nbdimg.formats import read_key_file
 from nbdimg.formats.gate import DenyGate
 from nbdimg.formats.options import OpenOptions
-from nbdimg.formats.qcow2.crypt import read_key_file
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.open import open_driver, read_header
 from nbdimg.formats.qcow2.snapshot_changes import apply_snapshot, create_snapshot, delete_snapshot
