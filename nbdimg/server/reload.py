@@ -35,7 +35,8 @@ from nbdimg.server.tls import Tls
 from nbdimg.uri import NbdUri
 
 WATCH_INTERVAL_S = 2.0
-"""How often a watched file is looked at; the standard library has no inotify, and one stat costs a microsecond."""
+"""How often a watched file is looked at; the standard library has no inotify, and one stat costs a microsecond. A
+change is taken up when it has stayed as it is for so long."""
 
 IN_PLACE = frozenset({"description", "access", "is_tls_only"})
 """Fields of ExportConfig that change while the image stays open."""
@@ -165,15 +166,20 @@ class Reloader:
                 logger.debug("the failure's traceback", exc_info=error)
 
     async def _watch(self) -> None:
-        """A file that is away for a moment is not a change; what takes its place is."""
+        """A file that is away for a moment is not a change; what takes its place is. One that differs from look to look
+        is still being written: half of it may be a configuration too, of half the exports.
+        """
+        last: dict[str, Stamp | None] = {}
         while True:
             await asyncio.sleep(self._watch_interval_s)
             if self._is_watching:
                 seen = self._seen
                 now = await asyncio.to_thread(_stamps, list(seen))
-                if self._seen is seen and any(now[path] not in (None, seen[path]) for path in seen):
+                is_changed = any(now[path] not in (None, seen[path]) for path in seen)
+                if is_changed and now == last and self._seen is seen:
                     self._seen = {path: now[path] or seen[path] for path in seen}
                     self.request()
+                last = now
 
     async def reload(self) -> bool:
         """Load and apply. False: the configuration was refused, which the log and the service manager were told."""

@@ -535,6 +535,38 @@ def serial_number(server: ConfiguredServer, context: ssl.SSLContext) -> int:
         return x509.load_der_x509_certificate(der).serial_number
 
 
+def test_reload_watches_a_file_that_is_still_being_written_until_it_is_quiet(
+    images: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three looks find it longer each time, and only the fourth as the third did."""
+    config = ServerConfig((ExportConfig(str(images("a")), "a", "raw"),), listeners=(NbdUri(socket=f"{tmp_path}/s"),))
+    sizes = [1, 2, 3, 3]
+    looks: list[int] = []
+
+    def look(path: str) -> reload.Stamp:
+        if len(looks) < len(sizes):
+            looks.append(sizes[len(looks)])
+        return (path, 0, 0, 0, looks[-1], 0)
+
+    async def scenario() -> None:
+        is_loaded = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def load() -> tuple[ServerConfig, bool]:
+            loop.call_soon_threadsafe(is_loaded.set)
+            return config, True
+
+        async with serving(config) as running:
+            monkeypatch.setattr(reload, "stamp", look)
+            seen = ("", 0, 0, 0, 0, 0)
+            watching = Reloader(running, load, Notifier({}), "file", is_watching=True, seen=seen, watch_interval_s=0.01)
+            await asyncio.wait_for(is_loaded.wait(), 10)
+            assert looks == sizes
+            await watching.close()
+
+    asyncio.run(scenario())
+
+
 def test_reload_watches_the_certificate_and_a_wrong_one_changes_nothing(
     tmp_path: Path, images: Callable[[str], Path]
 ) -> None:
