@@ -12,12 +12,13 @@ HAND_OVER = """
 import os, sys
 descriptors, names, pid = sys.argv[1], sys.argv[2], sys.argv[3]
 given = [int(each) for each in descriptors.split(",") if each]
+aside = 3 + max(len(given), *given, 0)
 for index, each in enumerate(given):
-    os.dup2(each, 100 + index, inheritable=False)
+    os.dup2(each, aside + index, inheritable=False)
 for each in given:
     os.close(each)
 for index in range(len(given)):
-    os.dup2(100 + index, 3 + index)
+    os.dup2(aside + index, 3 + index)
 os.environ["LISTEN_FDS"] = str(len(given))
 os.environ["LISTEN_PID"] = pid or str(os.getpid())
 if names:
