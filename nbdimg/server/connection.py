@@ -329,8 +329,8 @@ class Connection:
             reason = broken_promise(left, offered, size, files)
             if reason is not None:
                 raise ProtocolError(reason)
-            if not self._is_offered(session.export):
-                raise ProtocolError("its rules have changed")
+            if not self._has_the_tls_for(offered):
+                raise ProtocolError("it takes TLS now")
             self.unpause()
             self._begin_transmission(session, left.received)
         except (NbdimgError, OSError) as error:
@@ -402,7 +402,7 @@ class Connection:
         assert self._transmission is not None
         assert self.export is not None
         files = files_of(self.export) if self._overlay is None else files_of(self.export, self._overlay)
-        client = LeftClient(self._plain_sock, self._session, files, self._mode, self._transmission.unhandled)
+        client = LeftClient(self._plain_sock, self._session, files, self._transmission.unhandled)
         self._part()
         self._shared.estate.add(client)
 
@@ -465,7 +465,11 @@ class Connection:
         offered = self._view.find(granted.name)
         if offered is None or (offered.flags & ~granted.flags & TransmissionFlag.READ_ONLY):
             return False
-        return self._is_encrypted or not (offered.is_tls_only and self._mode is TlsMode.SELECTIVE)
+        return self._has_the_tls_for(offered)
+
+    def _has_the_tls_for(self, offered: ExportInfo) -> bool:
+        needs_tls = self._mode is TlsMode.REQUIRED or (self._mode is TlsMode.SELECTIVE and offered.is_tls_only)
+        return self._is_encrypted or not needs_tls
 
     def begin_drain(self) -> None:
         """Answer what has arrived, take nothing more, and part from the client, or leave it to the next server."""

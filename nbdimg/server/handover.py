@@ -28,7 +28,7 @@ from nbdimg.export.export import Export
 from nbdimg.server.systemd import KEPT_PREFIX, Inheritance, Notifier
 from nbdimg.storage.posix import PosixFile
 from nbdimg.wire.constants import TransmissionFlag
-from nbdimg.wire.handshake import ExportInfo, Session, TlsMode
+from nbdimg.wire.handshake import ExportInfo, Session
 
 CLIENT_NAME, STATE_NAME = f"{KEPT_PREFIX}client", f"{KEPT_PREFIX}clients"
 """What systemd keeps them under: each socket, and one file that tells of all."""
@@ -44,12 +44,11 @@ Files = tuple[tuple[int, int], ...]
 
 
 class LeftClient(NamedTuple):
-    """`files`: by `files_of`. `mode`: its listener's. `received`: bytes behind the last request that was answered."""
+    """`files`: by `files_of`. `received`: bytes behind the last request that was answered."""
 
     sock: socket.socket
     session: Session
     files: Files
-    mode: TlsMode
     received: bytes
 
 
@@ -164,7 +163,6 @@ def _packed(clients: Sequence[LeftClient]) -> bytes:
             "socket": _identity(each.sock.fileno()),
             "session": asdict(each.session),
             "files": each.files,
-            "mode": each.mode.value,
             "received": each.received.hex(),
         }
         for each in clients
@@ -183,7 +181,6 @@ def _unpacked(state: bytes, sockets: Sequence[socket.socket]) -> list[LeftClient
             found[each["socket"]],
             _session(each["session"]),
             tuple((device, inode) for device, inode in each["files"]),
-            TlsMode(each["mode"]),
             bytes.fromhex(each["received"]),
         )
         for each in content["clients"]

@@ -183,14 +183,16 @@ class Server:
                 connection.start()
 
     async def take_up(self, clients: Collection[LeftClient]) -> None:
-        """Go on with the sessions of clients that the server before this one has left."""
+        """Go on with the sessions of clients that the server before this one has left. They are in plain text, so by
+        the rules of listeners that allow that.
+        """
         for client in clients:
             try:
                 address = client.sock.getpeername()
             except OSError:
                 client.sock.close()
                 continue
-            connection = self._adopt(client.sock, address, client.mode)
+            connection = self._adopt(client.sock, address, self._tls_mode(is_tls=False))
             if connection is not None:
                 await connection.go_on(client)
 

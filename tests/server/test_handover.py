@@ -23,6 +23,7 @@ from nbdimg.server.service import Service, serving
 from nbdimg.server.systemd import Inheritance, Notifier
 from nbdimg.uri import NbdUri
 from tests.server.live import pattern, unsent_bytes
+from tests.support.certificates import Authority
 from tests.support.configured import export
 from tests.support.keeper import Keeper
 from tests.support.peers import require_program
@@ -167,13 +168,15 @@ def test_clients_under_load_notice_nothing(keeper: Keeper, address: str, image: 
 
 def test_fio_verifies_what_it_wrote_over_restarts(keeper: Keeper, address: str, image: Path, tmp_path: Path) -> None:
     serve = arguments(address, image)
-    keeper.start(*serve)
+    server = keeper.start(*serve)
     job = [
         *(require_program("fio"), "--name=handover", "--ioengine=nbd", f"--uri=nbd+unix:///disk?socket={address}"),
         *("--rw=randwrite", "--bsrange=4k-1m", f"--size={SIZE}", "--iodepth=16", "--time_based", "--runtime=6"),
         *("--verify=crc32c", "--verify_fatal=1", "--verify_backlog=16", "--fsync=64"),
     ]
     with subprocess.Popen(job, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as fio:
+        # It asks for the size on one connection and works on another, which it does not make again.
+        assert wait_until(lambda: server.stderr().count("attached to 'disk'") == 2, TIMEOUT_S)
         restart_count = 0
         while fio.poll() is None:
             time.sleep(0.5)
@@ -276,6 +279,28 @@ def test_session_on_an_export_that_only_reads_now_ends_for_a_writer(keeper: Keep
         server = keeper.start(*arguments(address, image, "--read-only"))
         assert client.wait_closed(5) is not None
         assert "cannot go on: it is not offered as" in server.stderr()
+
+
+@pytest.mark.parametrize(
+    ("mode", "goes_on"),
+    [("required", False), ("selective", False), ("off", True)],
+    ids=["required", "selective", "off"],
+)
+def test_session_in_plain_text_ends_where_tls_is_required_by_now(
+    keeper: Keeper, address: str, image: Path, tmp_path: Path, mode: str, goes_on: bool
+) -> None:
+    """Whoever requires it from this start on means everybody; an export needs it by default in mode selective."""
+    identity = Authority(tmp_path / "ca").issue("server")
+    tls = [f"--tls-certificate={identity.certificate_path}", f"--tls-key={identity.key_path}", f"--tls-mode={mode}"]
+    keeper.start(*arguments(address, image))
+    with connect_negotiated(address, "disk") as client:
+        keeper.stop()
+        server = keeper.start(*arguments(address, image, *tls))
+        if goes_on:
+            assert client.read(0, 512).data == pattern(0, 512)
+        else:
+            assert client.wait_closed(5) is not None
+            assert "cannot go on: it takes TLS now" in server.stderr()
 
 
 def test_failed_start_leaves_clients_for_the_next(keeper: Keeper, address: str, image: Path, tmp_path: Path) -> None:
