@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import NamedTuple
 
 from nbdimg.errors import ConfigError, escaped
@@ -31,6 +32,8 @@ class Registry:
 
     def __init__(self) -> None:
         self.is_shutting_down = False
+        self.change_count = 0
+        """Of exports and their terms: what was found out by them holds until it grows."""
         self._exports: dict[str, Export] = {}
         self._terms: dict[str, Terms] = {}
 
@@ -47,10 +50,12 @@ class Registry:
             raise ConfigError(f"two exports are named {export.name!r}; name one of them NAME=IMAGE")
         self._exports[export.name] = export
         self._terms[export.name] = terms or Terms()
+        self.change_count += 1
 
     def remove(self, name: str) -> Export:
         """Take an export out of sight; its connections go on. Raises: KeyError."""
         self._terms.pop(name)
+        self.change_count += 1
         return self._exports.pop(name)
 
     def lookup(self, name: str, is_visible: Callable[[Export], bool] = lambda _: True) -> Export | None:
@@ -59,8 +64,7 @@ class Registry:
         if exact is not None and is_visible(exact):
             return exact
         if name == "":
-            images = [export for export in self if not export.is_snapshot and is_visible(export)]
-            return images[0] if len(images) == 1 else None
+            return _single_image(filter(is_visible, self._exports.values()))
         alias = self._exports.get(name.removeprefix("/"))
         return alias if alias is not None and is_visible(alias) else None
 
@@ -71,6 +75,13 @@ class Registry:
     def set_terms(self, name: str, terms: Terms) -> None:
         """For handshakes from now on; what is connected stays. Raises: KeyError."""
         self._terms[self._exports[name].name] = terms
+        self.change_count += 1
+
+
+def _single_image(exports: Iterable[Export]) -> Export | None:
+    """What the empty name means: of several images, none."""
+    images = list(islice((export for export in exports if not export.is_snapshot), 2))
+    return images[0] if len(images) == 1 else None
 
 
 class Wanted(NamedTuple):
@@ -87,13 +98,16 @@ class View:
     Args: on_refused: called with an export that was asked for and is hidden from the client, and the reason.
     """
 
-    __slots__ = ("_on_refused", "_registry", "client", "is_shutting_down")
+    __slots__ = ("_on_refused", "_registry", "_visible", "_visible_at", "client", "is_shutting_down")
 
     def __init__(self, registry: Registry, client: Client, on_refused: Callable[[Export, str], None]) -> None:
         self.client = client
         self.is_shutting_down = registry.is_shutting_down
         self._registry = registry
         self._on_refused = on_refused
+        self._visible: list[Export] = []
+        self._visible_at: tuple[int, Client] | None = None
+        """The registry's `change_count` and the client for whom `_visible` was found."""
 
     def find(self, name: str) -> ExportInfo | None:
         """None for an export that is not there, and likewise for one that the client has no right to."""
@@ -119,7 +133,7 @@ class View:
         return Wanted(export, export.name, proven)
 
     def _lookup(self, name: str) -> Export | None:
-        export = self._registry.lookup(name, lambda export: self.right(export) is not Right.NONE)
+        export = self._registry.lookup(name, self._is_visible) if name else _single_image(self._all_visible())
         if export is None:
             hidden = self._registry.lookup(name)
             if hidden is not None:
@@ -130,10 +144,19 @@ class View:
         """Overlays that are kept are nobody's business but of who asks for them."""
         has_own = proven_name(self.client.identities) is not None
         return [
-            self._info(export, export.name)
-            for export in self._registry
-            if self.right(export) is not Right.NONE and (has_own or not export.keeps_overlays)
+            self._info(export, export.name) for export in self._all_visible() if has_own or not export.keeps_overlays
         ]
+
+    def _all_visible(self) -> list[Export]:
+        """A client may ask a thousand times in one packet; the rules of a thousand exports take a millisecond."""
+        now = (self._registry.change_count, self.client)
+        if self._visible_at != now:
+            self._visible = [export for export in self._registry if self._is_visible(export)]
+            self._visible_at = now
+        return self._visible
+
+    def _is_visible(self, export: Export) -> bool:
+        return self.right(export) is not Right.NONE
 
     def right(self, export: Export) -> Right:
         return right_of(self.client, self._registry.terms(export.name).rules)

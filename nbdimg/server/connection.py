@@ -51,6 +51,9 @@ logger = logging.getLogger("nbdimg")
 HANDSHAKE_RECEIVE_SIZE = 64 * KiB
 """Bytes taken at once during the handshake; under TLS room for two records at least."""
 
+TURN_OPTIONS = 16
+"""Options of one client that are answered in one turn."""
+
 LEAVE_TIMEOUT_S = 0.25
 """How long a client that was told the end of output may take to close its side."""
 
@@ -95,7 +98,11 @@ class Connection:
         self._is_encrypted = False
         self.outbox = Outbox(sock, shared, self._on_room, self._on_broken)
         self._handshake: Handshake | None = Handshake(
-            self._view, mode, options_max=self._limits.options, option_bytes_max=self._limits.option_bytes
+            self._view,
+            mode,
+            options_max=self._limits.options,
+            option_bytes_max=self._limits.option_bytes,
+            turn_options=TURN_OPTIONS,
         )
         self._transmission: Transmission | None = None
         self.export: Export | None = None
@@ -110,6 +117,8 @@ class Connection:
         self.is_closed = False
         self._is_reading = False
         self._is_look_scheduled = False
+        self._is_lined_up = False
+        """Whether the handshake goes on when it has its turn."""
         self._is_finishing = False
         self._is_draining = False
         self._is_left = False
@@ -187,21 +196,61 @@ class Connection:
                 self._drop_input()
             elif self._transmission is not None:
                 self._receive_requests(self._transmission)
-            elif self._tls is not None and not self._is_encrypted:
-                self._advance_tls(self._tls)
             else:
-                self._receive_options()
-        except (BlockingIOError, InterruptedError):
-            pass
-        except OSError as error:
-            self._on_broken(error)
-        except ProtocolError as error:
-            self.protocol_error(error)
+                self._line_up()
         except Exception as error:
+            self._on_failed(error)
+        self._look_inside_soon()
+
+    def _on_failed(self, error: Exception) -> None:
+        """What came cannot be taken, or not yet; at worst it is this connection's end and nobody else's."""
+        if isinstance(error, (BlockingIOError, InterruptedError)):
+            return
+        if isinstance(error, OSError):
+            self._on_broken(error)
+        elif isinstance(error, ProtocolError):
+            self.protocol_error(error)
+        else:
             self._say(logging.ERROR, f"closed after an internal error: {type(error).__name__}: {error}")
             logger.debug("the failure's traceback", exc_info=error)
             self.close()
-        self._look_inside_soon()
+
+    def _line_up(self) -> None:
+        self.pause()
+        if not self._is_lined_up:
+            self._is_lined_up = True
+            self._shared.reception.line_up(self._take_turn)
+
+    def _take_turn(self) -> None:
+        self._is_lined_up = False
+        if self.is_closed:
+            return
+        try:
+            self._haggle()
+        except Exception as error:
+            self._on_failed(error)
+        self._go_on_haggling()
+
+    def _haggle(self) -> None:
+        handshake = self._handshake
+        assert handshake is not None
+        if handshake.has_more:
+            self._answer(handshake, handshake.receive(b""))
+        elif self._tls is not None and not self._is_encrypted:
+            self._advance_tls(self._tls)
+        else:
+            self._receive_options()
+
+    def _go_on_haggling(self) -> None:
+        """When the client has taken what it was answered: with what it has sent, or with what it sends then."""
+        handshake = self._handshake
+        if handshake is None or self.outbox.pending_bytes:
+            return
+        if handshake.has_more and not self.is_closed:
+            self._line_up()
+        else:
+            self.unpause()
+            self._look_inside_soon()
 
     def _receive_requests(self, transmission: Transmission) -> None:
         buffers = transmission.buffers()
@@ -233,6 +282,7 @@ class Connection:
             return
         if handshake.state is State.DONE:
             assert handshake.session is not None
+            self.unpause()
             self._begin_transmission(handshake.session, handshake.leftover)
         elif handshake.state is State.ENTERING:
             self._begin_entering(handshake)
@@ -240,13 +290,12 @@ class Connection:
             self._begin_tls()
         elif handshake.state is State.CLOSED:
             self._end_of_input()
-        elif self.outbox.pending_bytes >= self._limits.output_bytes:
-            self.pause()
+        else:
+            self._go_on_haggling()
 
     def _begin_tls(self) -> None:
         """Once STARTTLS is answered, which goes out in clear, and before the client's next byte."""
         if self.outbox.pending_bytes:
-            self.pause()
             return
         if self._shared.tls is None:
             self.protocol_error(TlsError("STARTTLS, and TLS was switched off meanwhile"))
@@ -300,7 +349,6 @@ class Connection:
         if self.is_closed:
             return
         self._is_entering = False
-        self.unpause()
         try:
             if overlay is None:
                 self._answer(handshake, handshake.refused(refusal))
@@ -428,7 +476,7 @@ class Connection:
         else:
             if self._handshake is not None and self._handshake.state is State.TLS and self._tls is None:
                 self._begin_tls()
-            self.unpause()
+            self._go_on_haggling()
         self.close_if_done()
 
     def _on_broken(self, error: OSError) -> None:

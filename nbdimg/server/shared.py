@@ -14,6 +14,7 @@ from nbdimg.server.audit import Audit
 from nbdimg.server.buffers import BufferPool
 from nbdimg.server.handover import Estate
 from nbdimg.server.log import LimitedLog
+from nbdimg.server.reception import Reception
 from nbdimg.server.spin import Spinner
 from nbdimg.server.tls import Tls
 
@@ -30,6 +31,7 @@ class Shared:
         self.audit = Audit()
         self.estate = Estate()
         self.spinner = Spinner(loop)
+        self.reception = Reception(loop)
         self.scratch = memoryview(bytearray(RECEIVE_SIZE))
         self.arena = bytearray(ARENA_SIZE)
         self.arena_view = memoryview(self.arena)

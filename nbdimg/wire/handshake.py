@@ -36,7 +36,7 @@ from typing import Protocol
 
 from nbdimg import limits
 from nbdimg.errors import NbdimgError, ProtocolError, TlsError, escaped
-from nbdimg.units import MiB
+from nbdimg.units import KiB, MiB
 from nbdimg.wire.constants import (
     DIRTY_BITMAP,
     INIT_MAGIC,
@@ -70,6 +70,9 @@ EXPORT_NAME_PADDING = 124
 
 ANSWER_BYTES_MAX = 4 * MiB
 """Once the answers of a handshake exceed this, no further option is taken."""
+
+LISTED_COST = 1 * KiB
+"""What each export in LIST's answer counts among them besides its bytes: it takes time to tell of, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +220,7 @@ class Handshake:
         tls: the listener's TLS mode. In state TLS the owner wraps the socket and calls `tls_started`. In state ENTERING
             it has the export `entry` made, and calls `entered` or `refused`.
         options_max, option_bytes_max: how much haggling one client gets.
+        turn_options: of which so many are answered in one call of `receive`.
     """
 
     def __init__(
@@ -226,8 +230,11 @@ class Handshake:
         *,
         options_max: int = limits.Limits().options,
         option_bytes_max: int = limits.Limits().option_bytes,
+        turn_options: int = limits.Limits().options,
     ) -> None:
         self.state = State.FLAGS
+        self.has_more = False
+        """Whether options may wait that `receive` has not looked at yet: call it again, without bytes."""
         self.session: Session | None = None
         self.entry: Entry | None = None
         self.leftover = b""
@@ -237,6 +244,7 @@ class Handshake:
         self._negotiated = Negotiated()
         self._buffer = b""
         self._discard = 0
+        self._turn_options = turn_options
         self._options_left = options_max
         self._bytes_left = option_bytes_max
         self._answer_bytes_left = ANSWER_BYTES_MAX
@@ -263,8 +271,9 @@ class Handshake:
         """
         self._buffer += data
         replies: list[bytes] = []
-        while (reply := self._step()) is not None:
+        while len(replies) < self._turn_options and (reply := self._step()) is not None:
             replies.append(reply)
+        self.has_more = len(replies) == self._turn_options and self.state is State.OPTIONS
         if self.state is State.TLS and self._buffer:
             raise TlsError("plain bytes behind STARTTLS")
         self._keep_leftover()
@@ -461,6 +470,7 @@ class Handshake:
                 name = export.name.encode()
                 entry = U32.pack(len(name)) + name + export.description.encode()
                 replies.append(self._reply(number, OptionReply.SERVER, entry))
+        self._answer_bytes_left -= LISTED_COST * len(replies)
         return b"".join(replies) + self._reply(number, OptionReply.ACK)
 
     def _starttls(self, number: int, data: _Data) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import struct
+from dataclasses import replace
 
 import pytest
 
@@ -216,6 +217,27 @@ def test_options_default_count_limit_is_1024() -> None:
     handshake = Handshake(Exports([]))
     handshake.receive(CLIENT_FLAGS)
     assert len(parsed(handshake.receive(option_bytes(LIST) * 1024))) == 1024
+    assert closes(handshake, option_bytes(LIST))
+
+
+def test_options_of_one_turn_are_answered_and_the_others_wait() -> None:
+    handshake = Handshake(Exports(), turn_options=16)
+    handshake.receive(CLIENT_FLAGS)
+    handshake.receive(option_bytes(99) * 15)
+    assert not handshake.has_more
+    counts, waits = [], []
+    for asked in (option_bytes(99) * 40 + option_bytes(GO, info_data("disk")) + b"behind", b"", b""):
+        counts.append(len(parsed(handshake.receive(asked))))
+        waits.append(handshake.has_more)
+    assert (counts, waits) == ([16, 16, 11], [True, True, False])
+    assert handshake.state is State.DONE
+    assert handshake.leftover == b"behind"
+
+
+def test_lists_of_many_exports_end_before_their_bytes_do() -> None:
+    handshake = begun(exports=Exports([replace(PLAIN, name=f"{number}") for number in range(1024)]))
+    for _ in range(4):
+        assert len(ask(handshake, LIST)) == 1025
     assert closes(handshake, option_bytes(LIST))
 
 
