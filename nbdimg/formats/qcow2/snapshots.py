@@ -17,10 +17,15 @@ from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.packed import decode_offsets
 from nbdimg.storage.file import BlockFile
-from nbdimg.units import MiB, align_up, div_ceil
+from nbdimg.units import KiB, MiB, align_up, div_ceil
 
 TABLE_BYTES_MAX = 16 * MiB
 """Of a snapshot table that is read: QEMU allows 64 MiB; ordinary entries take less than 200 bytes."""
+
+FIRST_BYTES, ENTRY_BYTES = 64 * KiB, 256
+"""What is read at first, at least and for each entry. Where a table ends stands in its entries alone, and images with
+snapshots are long: all that it might take would cost the loop 40 ms each time.
+"""
 
 NAME_BYTES_MAX = 255
 """Of a name in UTF-8; QEMU keeps no more of it in memory."""
@@ -150,10 +155,17 @@ async def load_snapshots(file: BlockFile, header: Header) -> list[Snapshot]:
     if not header.snapshot_count:
         return []
     offset = header.snapshot_table_offset
-    length = max(0, min(TABLE_BYTES_MAX, file.size - offset))
-    table = bytearray(length)
-    await file.pread(offset, memoryview(table))
-    return list(_parse(file.path, header, bytes(table)))
+    longest = max(0, min(TABLE_BYTES_MAX, file.size - offset))
+    length = min(longest, max(FIRST_BYTES, ENTRY_BYTES * header.snapshot_count))
+    while True:
+        table = bytearray(length)
+        await file.pread(offset, memoryview(table))
+        try:
+            return list(_parse(file.path, header, bytes(table)))
+        except CorruptImage:
+            if length == longest:
+                raise
+            length = longest
 
 
 def _parse(path: str, header: Header, table: bytes) -> Iterable[Snapshot]:

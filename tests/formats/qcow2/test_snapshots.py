@@ -7,6 +7,7 @@ import json
 import random
 import struct
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from nbdimg.errors import ConfigError, CorruptImage, UnsupportedFeature
 from nbdimg.formats import open_image, snapshot_labels
 from nbdimg.formats.qcow2 import snapshot_changes, snapshots
 from nbdimg.formats.qcow2.driver import Qcow2Driver
+from nbdimg.formats.qcow2.open import read_header
 from nbdimg.formats.qcow2.snapshot_changes import apply_snapshot, create_snapshot, delete_snapshot
 from nbdimg.formats.qcow2.snapshots import Snapshot, labels
+from nbdimg.storage.memory import MemoryFile
 from nbdimg.units import KiB, MiB
 from tests.support.qcow2disk import NOW_NS, SIZE, Disk, change, content_of, driver_of
 from tests.support.qcow2edit import qemu_check, qemu_img
@@ -652,3 +655,44 @@ def test_labels_are_unique_and_can_be_asked_for(pairs: list[tuple[str, str]], ex
 
 def test_labels_of_two_with_one_id_mean_the_one_that_the_id_opens() -> None:
     assert labels([Snapshot("1", "a", 0, 0), Snapshot("1", "b", 0, 0)]) == {"1": "a"}
+
+
+class Watched(MemoryFile):
+    """Remembers how much was read at once."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.lengths: list[int] = []
+
+    async def pread(self, offset: int, view: memoryview) -> None:
+        self.lengths.append(len(view))
+        await super().pread(offset, view)
+
+
+@pytest.mark.parametrize(
+    ("count", "extra_size", "expected"),
+    [(1, 0, [64 * KiB]), (1000, 0, [256_000]), (300, 1000, [76_800, 8 * MiB])],
+    ids=["one", "many", "many long ones"],
+)
+def test_table_is_read_as_far_as_its_entries_go(
+    tmp_path: Path, count: int, extra_size: int, expected: list[int]
+) -> None:
+    """All that a table might take, 16 MiB, held the loop for 40 ms at each opening of an image with a snapshot."""
+
+    async def load() -> list[int]:
+        header = await read_header(MemoryFile(path.read_bytes()))
+        found = [
+            Snapshot(
+                f"{number}", f"name {number}", 1 << 20, header.l1_size, disk_size=SIZE, unknown_extra=bytes(extra_size)
+            )
+            for number in range(count)
+        ]
+        table = b"".join(each.to_bytes(SIZE) for each in found)
+        file = Watched(bytes(MiB) + table + bytes(8 * MiB - len(table)))
+        changed = replace(header, snapshot_count=count, snapshot_table_offset=MiB)
+        assert await snapshots.load_snapshots(file, changed) == found
+        return file.lengths
+
+    path = tmp_path / "image"
+    Disk.made(path, "compat=1.1")
+    assert asyncio.run(load()) == expected
