@@ -52,8 +52,12 @@ class Rule:
 
 
 def normalized(identity: str) -> str:
-    """An identity as it is compared: host names have no case, everything else has."""
-    return identity.lower() if identity.startswith("dns:") else identity
+    """An identity as it is compared: host names have no case, everything else has. It is ASCII's: in Unicode's, some
+    other letters are equal to these (the sign of the kelvin to a K), and a certificate may hold any.
+    """
+    if not identity.startswith("dns:"):
+        return identity
+    return identity.encode(errors="surrogatepass").lower().decode(errors="surrogatepass")
 
 
 def right_of(client: Client, rules: Sequence[Rule]) -> Right:

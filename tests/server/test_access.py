@@ -103,6 +103,7 @@ def test_client_without_uid_or_address_matches_no_rule_that_asks_for_one() -> No
 
 def test_host_names_have_no_case_and_nothing_else() -> None:
     assert normalized("dns:A.Example") == "dns:a.example"
+    assert normalized("dns:\u212a.Example") == "dns:\u212a.example", "the kelvin's sign, which str.lower makes a k"
     for identity in ("cn:Alice", "email:Alice@example", "uri:Spiffe://A"):
         assert normalized(identity) == identity
 
