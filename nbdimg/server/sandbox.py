@@ -1,8 +1,8 @@
 """What the server's process gives up for good before it opens an image or a socket of its configuration.
 
 Landlock then holds all of the process to the directories that the configuration names, whoever asks: a reference in an
-image, a symlink, or a fault of the server's own. It executes nothing, connects no TCP socket, binds none to another port.
-What Landlock does not know is left: Unix sockets with a name, UDP, MPTCP, TCP Fast Open, attributes of files.
+image, a symlink, or a fault of the server's own. It executes nothing, connects no TCP socket, binds none to another
+port. What Landlock does not know is left: Unix sockets with a name, UDP, MPTCP, TCP Fast Open, attributes of files.
 It comes before the images because those are what cannot be trusted, and because it holds for the threads that are
 started behind it.
 
