@@ -13,6 +13,7 @@ from nbdimg.admin.guard import Guard
 from nbdimg.admin.problems import BODY_SIZE_MAX, Handler, answering_problems
 from nbdimg.errors import escaped
 from nbdimg.server.listen import peer_of
+from nbdimg.server.log import LimitedLog
 
 SEND_TIMEOUT_S = 30.0
 """For a response that its client does not take."""
@@ -50,8 +51,9 @@ logger = logging.getLogger("nbdimg")
 
 def application(backend: Backend, guard: Guard, *, is_admin: bool) -> web.Application:
     """The whole API, or health and metrics alone."""
+    logging_changes = [_ChangeLog().log] if is_admin else []
     app = web.Application(
-        middlewares=[_sending, _logging_changes, answering_problems, guard.admit], client_max_size=BODY_SIZE_MAX
+        middlewares=[_sending, *logging_changes, answering_problems, guard.admit], client_max_size=BODY_SIZE_MAX
     )
     app[BACKEND] = backend
     app.add_routes(ADMIN_ROUTES if is_admin else HEALTH_ROUTES)
@@ -74,15 +76,26 @@ async def _sending(request: web.Request, handler: Handler) -> web.StreamResponse
     return response
 
 
-@web.middleware
-async def _logging_changes(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """One line for each request that may change something, whatever came of it."""
-    if request.method in ("GET", "HEAD"):
-        return await handler(request)
-    peer = _peer(request)
-    response = await handler(request)
-    logger.info("%s: admin: %s %s: %d", peer, request.method, escaped(request.rel_url.raw_path), response.status)
-    return response
+class _ChangeLog:
+    """One line for each request that may change something, whatever came of it; of those whose client was not let in,
+    which anybody may send, not more than of NBD's clients.
+    """
+
+    def __init__(self) -> None:
+        self._strangers = LimitedLog()
+
+    @web.middleware
+    async def log(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.method in ("GET", "HEAD"):
+            return await handler(request)
+        peer = _peer(request)
+        response = await handler(request)
+        line = f"{peer}: admin: {request.method} {escaped(request.rel_url.raw_path)}: {response.status}"
+        if response.status in (401, 403):
+            self._strangers.say(logging.INFO, line)
+        else:
+            logger.info("%s", line)
+        return response
 
 
 def _peer(request: web.Request) -> str:

@@ -11,6 +11,7 @@ from nbdimg.admin.guard import TokenFile
 from nbdimg.cli.main import run
 from nbdimg.config import AdminConfig, ServerConfig, TcpAddress
 from nbdimg.errors import ConfigError
+from nbdimg.server.log import LINES_MAX
 from tests.admin.fake import FakeServer
 from tests.support.httpclient import Answer, ask, http_address
 
@@ -195,3 +196,20 @@ def test_serve_refuses_an_unsafe_listener_and_exits_2(
     assert run(["serve", "--listen=nbd+unix:///?socket=s", "--format=raw", *given, "disk.img"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"nbdimg: {reason}")
     assert not Path("s").exists()
+
+
+def test_log_takes_no_line_of_each_request_that_anybody_may_send(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And takes each of those that were let in."""
+    monkeypatch.setattr("nbdimg.server.log.monotonic", lambda: 0.0)
+    admin, metrics = http_address(server.log)
+    for _ in range(2 * LINES_MAX):
+        assert ask(admin, "DELETE", "/v1/exports/guess").status == 401
+        assert ask(metrics, "DELETE", "/livez").status == 405
+    assert server.log.count("admin: DELETE '/v1/exports/guess': 401") <= LINES_MAX
+    assert "405" not in server.log, "at the metrics' listener there is nothing to change"
+    token = {"Authorization": f"Bearer {TOKEN}"}
+    for _ in range(2 * LINES_MAX):
+        assert ask(admin, "DELETE", "/v1/exports/mine", headers=token).status == 404
+    assert server.log.count("admin: DELETE '/v1/exports/mine': 404") == 2 * LINES_MAX
