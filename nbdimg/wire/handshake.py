@@ -571,17 +571,20 @@ def _unsupported(number: int) -> OptionError:
 def _matching(contexts: Sequence[str], queries: Sequence[str], *, is_list: bool) -> list[str]:
     """The contexts that the queries name, each once. `qemu:` and the like are wildcards in LIST only.
 
+    An export may have a thousand contexts and an option 13,000 queries: they are not compared each with each.
+
     Spec: proto.md "Metadata querying".
     """
     if is_list and not queries:
         return list(contexts)
-    chosen: dict[str, None] = {}
-    for query in queries:
-        is_wildcard = is_list and (query == DIRTY_BITMAP or (query.endswith(":") and query.count(":") == 1))
+    meant: dict[str, list[str]] = {context: [context] for context in contexts}
+    if is_list:
         for context in contexts:
-            if context == query or (is_wildcard and context.startswith(query)):
-                chosen[context] = None
-    return list(chosen)
+            meant.setdefault(context.partition(":")[0] + ":", []).append(context)
+            if context.startswith(DIRTY_BITMAP):
+                meant.setdefault(DIRTY_BITMAP, []).append(context)
+    asked = dict.fromkeys(queries)
+    return list(dict.fromkeys(context for query in asked for context in meant.get(query, ())))
 
 
 _HANDLERS: dict[int, Callable[[Handshake, int, _Data], bytes]] = {

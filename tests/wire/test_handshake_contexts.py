@@ -7,13 +7,16 @@ Spec: proto.md "NBD_OPT_LIST_META_CONTEXT", "NBD_OPT_SET_META_CONTEXT", "Metadat
 
 from __future__ import annotations
 
+import random
 import struct
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from nbdimg.wire.handshake import Handshake
 from tests.support.rawprotocol import KIB, OptionReply, Rep, info_data, meta_data
-from tests.wire.haggling import ALLOCATION, BITMAP, CONTEXTS, DEPTH, Exports, ask, ask_type, begun, is_in_step
+from tests.wire.haggling import ALLOCATION, BITMAP, CONTEXTS, DEPTH, DISK, Exports, ask, ask_type, begun, is_in_step
 
 STRUCTURED_REPLY, LIST, SET, EXTENDED_HEADERS, GO = 8, 9, 10, 11, 7
 BOTH = pytest.mark.parametrize("option", [LIST, SET], ids=["list", "set"])
@@ -299,3 +302,40 @@ def test_meta_context_with_as_many_queries_as_fit_is_answered_once(option: int) 
     """CVE-2025-47712 class: the answer does not grow with the number of queries."""
     queries = [ALLOCATION] * ((64 * KIB - 12) // 19)
     assert names_of(ask(structured(), option, meta_data("disk", queries))) == [ALLOCATION]
+
+
+class Watched(str):
+    """Counts how often it is compared with a beginning."""
+
+    __slots__ = ()
+    count = 0
+
+    def startswith(self, *arguments: Any) -> bool:  # type: ignore[override]
+        Watched.count += 1
+        return super().startswith(*arguments)
+
+
+@BOTH
+def test_many_queries_are_not_compared_with_each_of_many_contexts(option: int) -> None:
+    """13,000 queries, which one option holds, and the contexts of 1,000 bitmaps took 4 s."""
+    contexts = tuple(Watched(f"qemu:dirty-bitmap:{number}") for number in range(1000))
+    handshake = structured(Exports([replace(DISK, contexts=contexts)]))
+    Watched.count = 0
+    assert names_of(ask(handshake, option, meta_data("disk", [f"{number}:" for number in range(5000)]))) == []
+    assert Watched.count <= len(contexts)
+
+
+@BOTH
+def test_what_queries_select_agrees_with_comparing_each_with_each(option: int) -> None:
+    words = ["base:", "base:allocation", "qemu:", "qemu:dirty-bitmap:", ":", "qemu:a:", "a:", "qemu:dirty-bitmap:x:y"]
+    contexts = ("base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:x:y", "qemu:dirty-bitmap:z")
+    rng = random.Random(41)
+    handshake = structured(Exports([replace(DISK, contexts=contexts)]))
+    for _ in range(200):
+        queries = [rng.choice([*words, *contexts]) for _ in range(rng.randrange(1, 6))]
+        expected: list[str] = []
+        for query in queries:
+            is_wildcard = option == LIST and (query == "qemu:dirty-bitmap:" or query.find(":") == len(query) - 1)
+            found = [each for each in contexts if each == query or (is_wildcard and each.startswith(query))]
+            expected += [each for each in found if each not in expected]
+        assert names_of(ask(handshake, option, meta_data("disk", queries))) == expected, queries
