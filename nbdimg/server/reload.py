@@ -99,10 +99,13 @@ def _is_in_place(old: ExportConfig, new: ExportConfig) -> bool:
 
 @dataclass(slots=True)
 class _Prepared:
-    """What is open and not yet to be seen: `ready` now, `later` when the images that leave have been given back."""
+    """What is open and not yet to be seen: `ready` now, `later` when the images that leave have been given back.
+    `later_names`: of all that these export, their snapshots too.
+    """
 
     ready: list[tuple[ExportConfig, list[Export]]]
     later: list[ExportConfig]
+    later_names: list[str]
 
 
 class Reloader:
@@ -244,14 +247,16 @@ class Reloader:
         return found
 
     async def _prepare(self, found: Difference, limits: Limits) -> _Prepared:
-        prepared = _Prepared([], [])
+        prepared = _Prepared([], [], [])
         leaving = (each.config for each in self._service.leaving)
         held = {image_of(each) for each in (*found.removed, *(old for old, _ in found.reopened), *leaving)}
         try:
             for each in (*found.added, *(new for _, new in found.reopened)):
                 if image_of(each) in held:
-                    await close_exports(await open_exports(each, limits, is_trial=True))
+                    trial = await open_exports(each, limits, is_trial=True)
+                    await close_exports(trial)
                     prepared.later.append(each)
+                    prepared.later_names += [export.name for export in trial]
                 else:
                     prepared.ready.append((each, await open_exports(each, limits)))
             self._check_names(found, prepared)
@@ -266,7 +271,7 @@ class Reloader:
         leaving = {export.name for name in _leaving_names(found) for export in service.exports.get(name, [])}
         names = [each.name for each in service.registry if each.name not in leaving]
         names += [export.name for _, exports in prepared.ready for export in exports]
-        names += [named(each) for each in prepared.later]
+        names += prepared.later_names
         ((name, count),) = Counter(names).most_common(1) or (("", 0),)
         if count > 1:
             raise ConfigError(f"two exports would be named {name!r}, expected each name once")

@@ -30,6 +30,7 @@ from tests.server.live import pattern, unsent_bytes
 from tests.server.tls_live import client_context, tls_client
 from tests.support.certificates import Authority
 from tests.support.configured import ConfiguredServer, export
+from tests.support.qcow2edit import qemu_img
 from tests.support.rawclient import Client, connect_negotiated, try_connect
 from tests.support.rawprotocol import KIB, MIB, ConnectionClosed, Option, Rep, TransmissionFlag, info_data
 from tests.support.rss import wait_until
@@ -328,6 +329,22 @@ def test_reload_trial_refuses_another_format_before_the_client_is_troubled(
         assert "nothing was reloaded" in said
         assert "keep.img" in said
         assert_served(client, b"k")
+
+
+def test_reload_name_that_a_snapshot_of_a_reopened_image_has_is_refused_and_nobody_is_troubled(
+    served: tuple[ConfiguredServer, str], images: Callable[[str], Path], tmp_path: Path
+) -> None:
+    server, keep = served
+    image = tmp_path / "vm.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", image, "64k")
+    qemu_img("snapshot", "-c", "s", image)
+    vm = '[[exports]]\nname = "vm"\npath = "vm.qcow2"\n'
+    server.reload(keep + vm)
+    with connect_negotiated(server.socket_path, "vm") as client:
+        said = server.reload(keep + vm + "read_only = true\n" + export("vm@s", images("a")))
+        assert "nothing was reloaded: two exports would be named 'vm@s'" in said
+        assert names(server) == {"keep", "vm", "vm@s"}
+        assert_served(client, b"\0")
 
 
 def test_reload_image_lost_to_another_process_meanwhile_restores_the_old_export(
