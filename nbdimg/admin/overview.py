@@ -78,8 +78,8 @@ async def reload(request: web.Request) -> web.Response:
     if not await control.reload():
         image, refusal = control.refused_image, control.refusal or ""
         if image is None:
-            raise Refusal(422, f"nothing was reloaded: {refusal}")
-        raise Refusal(422, f"{image}: nothing was reloaded: {refusal.removeprefix(f'{image}: ')}", image=image)
+            raise Refusal(422, refusal)
+        raise Refusal(422, f"{image}: {refusal.replace(f'{image}: ', '', 1)}", image=image)
     return web.Response(status=204)
 
 

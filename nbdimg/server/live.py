@@ -274,7 +274,7 @@ class Control:
         return snapshot_state(snapshot, size, exported)
 
     async def reload(self) -> bool:
-        """Read the configuration file again and apply it. False: it was refused, which the log says.
+        """Read the configuration file again and apply it. False: `refusal` says why it was not, or not wholly, applied.
 
         Raises: ConfigError: the server was started without a configuration file.
         """
@@ -284,7 +284,7 @@ class Control:
 
     @property
     def refusal(self) -> str | None:
-        """Why the configuration file was refused when it was last read; None: it was not."""
+        """What the configuration file was refused for when it was last read, in a sentence; None: it was not."""
         return None if self._reloader is None else self._reloader.refusal
 
     @property

@@ -8,8 +8,9 @@ load ──▶ difference ──▶ prepare: open images and sockets ──▶ c
 (R1) Up to the commit nothing that a client can see changes; the commit itself cannot fail.
 (R2) Exports, listeners and connections that the difference does not name are not touched.
 (R3) An image that an export which leaves holds is tried without its lock while preparing, and opened when it has
-     been given back. Should that fail, the old export is opened again: only its clients have noticed. Clients of an
-     export that was removed earlier, and hidden, are made to go when its image is wanted.
+     been given back. Should that fail, the old export is opened again: only its clients have noticed, and whoever
+     asked for the reload is told. `Service.config` names what is exported, in any case. Clients of an export that was
+     removed earlier, and hidden, are made to go when its image is wanted.
 (R4) One reload at a time, and none while an operation of `live` runs; what is asked for meanwhile follows once.
 (R5) Exports that were added live are not the file's: they stay, and a file that names one of them is refused.
 """
@@ -20,8 +21,9 @@ import asyncio
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 from nbdimg.config import ExportConfig, ServerConfig
 from nbdimg.errors import ConfigError, ImageError, ListenError, NbdimgError
@@ -133,7 +135,7 @@ class Reloader:
         self._notifier = notifier
         self._path = path
         self.refusal: str | None = None
-        """Why the last configuration was refused; None: it was not."""
+        """What the last configuration was refused for, all or a part of it, in a sentence; None: it was not."""
         self.refused_image: str | None = None
         """The path of the image for which it was refused; None: it was for something else."""
         self._is_watching = is_watching
@@ -185,7 +187,9 @@ class Reloader:
                 last = now
 
     async def reload(self) -> bool:
-        """Load and apply. False: the configuration was refused, which the log and the service manager were told."""
+        """Load and apply. False: it was refused, or an image could not be opened again, which the log and the service
+        manager were told.
+        """
         async with self._service.lock:
             return await self._reload()
 
@@ -195,29 +199,36 @@ class Reloader:
             seen = await asyncio.to_thread(stamp, self._path)
             config, is_watching = await asyncio.to_thread(self._load)
             self._seen = {self._path: seen, **await asyncio.to_thread(_stamps, _tls_files(config))}
-            found = await self.apply(with_names(config))
+            found, failures = await self.apply(with_names(config))
         except (NbdimgError, OSError) as error:
-            reason = str(error) if isinstance(error, NbdimgError) else f"{error.filename}: {error.strerror}"
-            logger.error("nothing was reloaded: %s", reason)
-            self._service.refused_reload_count += 1
-            self.refusal = reason
-            self.refused_image = error.path if isinstance(error, ImageError) else None
-            self._tell(f"the last reload was refused: {reason}")
-            return False
+            return self._refuse("nothing was reloaded", error)
         self._is_watching = is_watching
-        self.refusal = self.refused_image = None
         logger.info("reloaded: %s", found)
+        if failures:
+            return self._refuse("not all was reloaded", failures[0])
+        self.refusal = self.refused_image = None
         self._service.reload_count += 1
         self._tell(status(self._service))
         return True
+
+    def _refuse(self, what: str, error: NbdimgError | OSError) -> Literal[False]:
+        reason = str(error) if isinstance(error, NbdimgError) else f"{error.filename}: {error.strerror}"
+        logger.error("%s: %s", what, reason)
+        self._service.refused_reload_count += 1
+        self.refusal = f"{what}: {reason}"
+        self.refused_image = error.path if isinstance(error, ImageError) else None
+        self._tell(f"the last reload was refused: {reason}")
+        return False
 
     def _tell(self, text: str) -> None:
         """Ready again; not when the server has begun to stop meanwhile, and has said so."""
         if not self._service.registry.is_shutting_down:
             self._notifier.ready(text)
 
-    async def apply(self, new: ServerConfig) -> Difference:
-        """TLS files are read again whether `new` differs or not: certificates are renewed in place.
+    async def apply(self, new: ServerConfig) -> tuple[Difference, Sequence[NbdimgError | OSError]]:
+        """Returns what has changed, and why images that had been in use could not be opened again.
+
+        TLS files are read again whether `new` differs or not: certificates are renewed in place.
 
         Raises: ConfigError, ImageError, ListenError, OSError: `new` cannot be; nothing has changed.
         """
@@ -243,8 +254,7 @@ class Reloader:
                 logger.warning("what is new in [admin] and [metrics] takes a restart")
             leaving = self._commit(found, prepared, new)
         service.server.set_tls(tls)
-        await self._settle(found, prepared, leaving)
-        return found
+        return found, await self._settle(found, prepared, leaving)
 
     async def _prepare(self, found: Difference, limits: Limits) -> _Prepared:
         prepared = _Prepared([], [], [])
@@ -320,39 +330,44 @@ class Reloader:
         service.config = new
         return leaving
 
-    async def _settle(self, found: Difference, prepared: _Prepared, leaving: Sequence[Export]) -> None:
+    async def _settle(
+        self, found: Difference, prepared: _Prepared, leaving: Sequence[Export]
+    ) -> Sequence[NbdimgError | OSError]:
+        """Returns why images could not be opened again."""
         server = self._service.server
         adjusted = [export for _, new in found.adjusted for export in self._service.exports[named(new)]]
         await server.dismiss_unwelcome(adjusted)
         wanted = {image_of(each) for each in prepared.later}
         hidden = [each for each in self._service.leaving if image_of(each.config) in wanted]
-        for failure in await server.retire(leaving):
-            logger.error("%s", failure)
+        for error in await server.retire(leaving):
+            logger.error("%s", error)
         for each in hidden:
             await server.dismiss(server.clients_of(each.exports))
             await asyncio.wait((each.closing,))
-        for config in prepared.later:
-            if not await self._add_late(config):
-                await self._restore(config, found)
+        failures = {config: failure for config in prepared.later if (failure := await self._add_late(config))}
+        if failures:
+            await self._restore(failures, found)
+        return list(failures.values())
 
-    async def _restore(self, failed: ExportConfig, found: Difference) -> None:
-        """The export that had the image of `failed`, as it was."""
+    async def _restore(self, failed: Collection[ExportConfig], found: Difference) -> None:
+        """The exports that had the images of those that `failed`, as they were, where nothing took their names."""
         service = self._service
-        exports = [each for each in service.config.exports if each.name != failed.name]
+        exports = [each for each in service.config.exports if each not in failed]
+        images = set(map(image_of, failed))
         for old in (*found.removed, *(old for old, _ in found.reopened)):
-            if image_of(old) == image_of(failed) and named(old) not in service.exports:
-                if await self._add_late(old):
-                    exports.append(old)
-                break
+            is_wanted = image_of(old) in images and named(old) not in service.exports
+            if is_wanted and not await self._add_late(old):
+                exports.append(old)
         service.config = replace(service.config, exports=tuple(exports))
 
-    async def _add_late(self, config: ExportConfig) -> bool:
+    async def _add_late(self, config: ExportConfig) -> NbdimgError | OSError | None:
+        """Returns why not."""
         try:
             await self._service.open(config)
         except (NbdimgError, OSError) as error:
             logger.error("%s could not be opened again: %s", named(config), error)
-            return False
-        return True
+            return error
+        return None
 
 
 def _leaving_names(found: Difference) -> list[str]:

@@ -369,16 +369,54 @@ def test_reload_image_lost_to_another_process_meanwhile_restores_the_old_export(
             for module in (reload, service):
                 monkeypatch.setattr(module, "open_exports", open_exports)
             reloader = Reloader(running, lambda: (new, False), Notifier({}), str(tmp_path / "file"))
-            assert await reloader.reload()
+            assert not await reloader.reload()
+            assert reloader.refusal == f"not all was reloaded: {image}: cannot be locked"
+            assert reloader.refused_image == image
             assert running.config == old
             assert [export.image.is_writable for export in running.registry] == [True]
             assert await reloader.reload()
+            assert reloader.refusal is None
             assert running.config == new
             assert [export.image.is_writable for export in running.registry] == [False]
             await reloader.close()
 
     asyncio.run(scenario())
     assert "disk could not be opened again" in caplog.text
+
+
+def test_reload_that_swaps_images_and_loses_one_knows_what_is_exported(
+    images: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image of "one" is lost for a moment. What "two" had before is not put in the place of what it has."""
+    a, b = str(images("a")), str(images("b"))
+    is_lost = True
+    real_open = service.open_exports
+
+    async def open_exports(config: ExportConfig, limits: Limits, *, is_trial: bool = False) -> list[Export]:
+        nonlocal is_lost
+        if is_lost and config.name == "one" and not is_trial:
+            is_lost = False
+            raise ImageLocked(b, "cannot be locked")
+        return await real_open(config, limits, is_trial=is_trial)
+
+    def exports(one: str, two: str) -> tuple[ExportConfig, ...]:
+        return (ExportConfig(one, "one", "raw"), ExportConfig(two, "two", "raw"))
+
+    old = ServerConfig(exports(a, b), listeners=(NbdUri(socket=f"{tmp_path}/s"),))
+    new = replace(old, exports=exports(b, a))
+
+    async def scenario() -> None:
+        async with serving(old) as running:
+            monkeypatch.setattr(service, "open_exports", open_exports)
+            reloader = Reloader(running, lambda: (new, False), Notifier({}), str(tmp_path / "file"))
+            assert not await reloader.reload()
+            assert {export.name: export.image.path for export in running.registry} == {"two": a}
+            assert running.config.exports == (new.exports[1],)
+            assert await reloader.reload()
+            assert {export.name: export.image.path for export in running.registry} == {"one": b, "two": a}
+            await reloader.close()
+
+    asyncio.run(scenario())
 
 
 # Listeners and limits
