@@ -367,6 +367,22 @@ def test_load_contradicting_limits_are_refused_wherever_they_come_from(file: Pat
         assert problem.startswith("limits.connection_bytes is ")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[admin]\nlisten = '127.0.0.1'\ntoken_file = 't'\n", "2: admin.listen: '127.0.0.1' is not allowed"),
+        ("[admin]\nsoket = 's'\n", "2: admin.soket: unknown key, did you mean socket"),
+        ("[admin]\nsocket = 's'\ntoken_file = ''\nlisten = '[::1]:1'\n", "3: admin.token_file: '' is not allowed"),
+        ("[metrics]\nlisen = '[::1]:1'\n", "2: metrics.lisen: unknown key, did you mean listen"),
+        ("[tls]\ncertificate_file = 3\nkey_file = 'k'\n", "2: tls.certificate_file: 3 is not allowed"),
+        ("[tls]\ncertificate = 'c'\n", "2: tls.certificate: unknown key, did you mean certificate_file"),
+    ],
+)
+def test_load_wrong_value_is_told_without_what_only_follows_from_it(file: Path, text: str, expected: str) -> None:
+    (problem,) = problems(file, text)
+    assert problem.startswith(expected)
+
+
 def test_load_many_problems_are_all_told_in_the_order_of_lines(file: Path) -> None:
     found = problems(file, "lisen = 1\n[limits]\nconnections = 0\n[[exports]]\n[[exports]]\npath = 3\n")
     assert [int(problem.partition(":")[0]) for problem in found] == [1, 3, 4, 6]

@@ -106,6 +106,8 @@ def _tls(table: Table) -> TlsConfig | None:
         "crl_path": table.path("crl_file"),
         "psk_path": table.path("psk_file"),
     }
+    if not table.is_sound:
+        return None
     try:
         return TlsConfig(**values)
     except ConfigError as error:
@@ -119,6 +121,8 @@ def _admin(table: Table) -> AdminConfig | None:
         "address": table.get("listen", tcp_address, None),
         "token_path": table.path("token_file"),
     }
+    if not table.is_sound:
+        return None
     try:
         return AdminConfig(**values)
     except ConfigError as error:
@@ -127,7 +131,7 @@ def _admin(table: Table) -> AdminConfig | None:
 
 
 def _metrics(table: Table) -> TcpAddress | None:
-    if "listen" not in table:
+    if "listen" not in table and table.is_sound:
         table.report("listen is missing, expected HOST:PORT")
     return table.get("listen", tcp_address, None)
 

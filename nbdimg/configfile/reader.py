@@ -56,13 +56,14 @@ class Reader:
 
     def table(self, path: KeyPath, value: object, known: Sequence[str]) -> Table:
         """Check a table's keys. Unknown ones are reported and ignored."""
+        table = Table(self, path, value if isinstance(value, dict) else {})
         if not isinstance(value, dict):
-            self.report(path, f"{shown(value)} is not allowed, expected a table")
-            value = {}
+            table.report(f"{shown(value)} is not allowed, expected a table")
+            return table
         for key in value:
             if key not in known:
-                self.report((*path, key), _unknown(key, known))
-        return Table(self, path, value)
+                table.report(_unknown(key, known), key)
+        return table
 
     def tables(self, path: KeyPath, value: object, known: Sequence[str]) -> list[Table]:
         if not isinstance(value, list):
@@ -84,6 +85,8 @@ class Table:
     """One table; `get` reports what is wrong and goes on with the default."""
 
     def __init__(self, reader: Reader, path: KeyPath, content: dict[str, Any]) -> None:
+        self.is_sound = True
+        """Nothing was wrong with its keys so far: what else is wrong with it is no consequence of that."""
         self._reader = reader
         self._path = path
         self._content = content
@@ -103,6 +106,7 @@ class Table:
         return default
 
     def report(self, message: str, *key: str | int) -> None:
+        self.is_sound = False
         self._reader.report((*self._path, *key), message)
 
     def path(self, key: str) -> str | None:
