@@ -260,6 +260,7 @@ async def serving(
         yield service
     finally:
         registry.is_shutting_down = True
+        server.hasten()  # or who is asked to go meanwhile, by what has the lock, is given drain_timeout_s anew
         async with service.lock:
             service.failures.extend(await server.close())
         for leaving in list(service.leaving):

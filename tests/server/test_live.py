@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdimg.config import AccessRule, ExportConfig, TlsConfig
+from nbdimg.config import AccessRule, ExportConfig, ServerConfig, TlsConfig
 from nbdimg.errors import ConfigError, ImageError, ImageFailed, ImageLocked, NotThere, UnsupportedFeature
 from nbdimg.formats import create_image
 from nbdimg.formats.qcow2 import crypt
@@ -23,7 +23,7 @@ from nbdimg.server import live
 from nbdimg.server.live import RemoveMode
 from nbdimg.uri import NbdUri
 from tests.server.controlled import AtWork, ControlledServer, Worker
-from tests.server.tls_live import client_context, tls_client
+from tests.server.tls_live import LiveServer, client_context, tls_client
 from tests.support.certificates import Authority
 from tests.support.configured import answers
 from tests.support.qcow2edit import qemu_img
@@ -321,6 +321,24 @@ def test_stop_flushes_images_though_the_socket_file_is_out_of_reach(
     qemu_img("convert", "-f", "qcow2", "-O", "raw", tmp_path / "disk.img", raw)
     assert raw.read_bytes()[:4096] == b"w" * 4096
     assert f"socket {directory}/s cannot be removed: Not a directory" in caplog.text
+
+
+def test_stop_waits_for_no_client_of_a_snapshot_that_is_being_deleted(tmp_path: Path, make: Make) -> None:
+    """Also of a server without a configuration file, and so without a reloader."""
+    limits = Limits(drain_timeout_s=300)
+    config = ServerConfig((make("disk", "qcow2"),), (NbdUri(socket=str(tmp_path / "s")),), limits)
+    with LiveServer(config) as server:
+        control = live.Control(server.service, None)
+        server.ask(control.snapshot_create("disk", "old"))
+        client = Client(str(tmp_path / "s"))
+        client.greet()
+        client.negotiate("disk@old", structured=False)
+        client.send_requests(client.reads(16, SIZE))
+        client.receive(1)
+        deleting = server.start(control.snapshot_delete("disk", "old"))
+        assert wait_until(lambda: "disk@old" not in server.service.registry, WAIT_S)
+    client.close()
+    deleting.result(WAIT_S)
 
 
 def test_hidden_client_is_given_the_time_of_all_others_when_the_server_stops(
