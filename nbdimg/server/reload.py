@@ -287,27 +287,26 @@ class Reloader:
             raise ConfigError(f"two exports would be named {name!r}, expected each name once")
 
     def _open_listeners(self, found: Difference) -> None:
-        """What takes the address of one that leaves takes its place at once.
+        """What takes the address of one that leaves, or its port at another address, takes its place at once.
 
         Raises: ListenError: all is as it was.
         """
         server = self._service.server
         inherited = {address_of(each) for each in self._service.inherited}
-        leaving = {address_of(each): each for each in found.listeners_removed}
         opened: list[NbdUri] = []
         try:
             for uri in found.listeners_added:
-                address = address_of(uri)
-                if address in inherited:
+                if address_of(uri) in inherited:
                     continue
-                if address in leaving:
-                    server.unlisten(leaving[address])
+                for leaving in found.listeners_removed:
+                    if _is_in_the_way(leaving, uri) and server.is_listening(leaving):
+                        server.unlisten(leaving)
                 server.listen(uri)
                 opened.append(uri)
         except ListenError:
             for uri in opened:
                 server.unlisten(uri)
-            for uri in leaving.values():
+            for uri in found.listeners_removed:
                 if address_of(uri) not in inherited and not server.is_listening(uri):
                     server.listen(uri)
             raise
@@ -372,6 +371,13 @@ class Reloader:
 
 def _leaving_names(found: Difference) -> list[str]:
     return [named(each) for each in (*found.removed, *(old for old, _ in found.reopened))]
+
+
+def _is_in_the_way(leaving: NbdUri, uri: NbdUri) -> bool:
+    """Whether both may not be open at once: 0.0.0.0 excludes every other address with its port."""
+    if leaving.socket is not None or uri.socket is not None:
+        return leaving.socket == uri.socket
+    return leaving.port == uri.port
 
 
 async def _discard(prepared: _Prepared) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import socket
 import ssl
 import threading
 import time
@@ -505,6 +506,35 @@ def test_reload_listener_that_cannot_open_leaves_the_others_as_they_were(
     assert "cannot listen on" in said
     assert not (tmp_path / "t").exists()
     assert names(server) == {"keep"}
+
+
+def test_reload_listener_takes_its_port_to_all_addresses_and_back(
+    images: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """127.0.0.1 and 0.0.0.0 exclude each other at one port, also while connections through the first are up."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    keep = export("keep", images("keep"))
+
+    def listen(*uris: str) -> str:
+        every = ", ".join(f'"{uri}"' for uri in (f"nbd+unix:///?socket={tmp_path}/s", *uris))
+        return f"listen = [{every}]\ninsecure_plaintext = true\n{keep}"
+
+    here, everywhere = f"nbd://127.0.0.1:{port}", f"nbd://0.0.0.0:{port}"
+    with (
+        ConfiguredServer(tmp_path, listen(here)) as server,
+        connect_negotiated(("127.0.0.1", port), "keep") as client,
+    ):
+        assert "1 listeners added, 1 listeners removed" in server.reload(listen(everywhere))
+        assert_served(client, b"k")
+        with connect_negotiated(("127.0.0.2", port), "keep") as other:
+            assert "1 listeners added, 1 listeners removed" in server.reload(listen(here))
+            assert_served(other, b"k")
+        said = server.reload(listen(everywhere, f"nbd+unix:///?socket={tmp_path}/no/t"))
+        assert "nothing was reloaded: cannot listen on" in said
+        assert_served(client, b"k")
+        assert try_connect(("127.0.0.2", port)) is None
+        connect_negotiated(("127.0.0.1", port), "keep").close()
 
 
 def test_reload_limits_hold_for_connections_from_then_on(served: tuple[ConfiguredServer, str]) -> None:
