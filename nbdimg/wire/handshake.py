@@ -426,8 +426,13 @@ class Handshake:
         return flags
 
     def _selected(self, export: ExportInfo) -> dict[int, str]:
-        """The contexts selected for this export. Spec: proto.md NBD_OPT_SET_META_CONTEXT: bound to the name."""
-        return self._negotiated.contexts if self._negotiated.context_export == export.name else {}
+        """The contexts selected for this export. Spec: proto.md NBD_OPT_SET_META_CONTEXT: bound to the name.
+
+        None, if another image has the name by now, without one of them: every reply to BLOCK_STATUS must tell of all.
+        """
+        contexts = self._negotiated.contexts
+        is_whole = set(contexts.values()) <= set(export.contexts)
+        return contexts if self._negotiated.context_export == export.name and is_whole else {}
 
     def _finish(self, export: ExportInfo, *, obeys_block_size: bool) -> None:
         negotiated = self._negotiated

@@ -42,14 +42,14 @@ class Exports:
 
     def __init__(self, exports: Sequence[ExportInfo] = (DISK, PLAIN, SECRET)) -> None:
         self.is_shutting_down = False
-        self._exports = tuple(exports)
+        self.exports = tuple(exports)
 
     def find(self, name: str) -> ExportInfo | None:
-        known = {export.name: export for export in self._exports}
+        known = {export.name: export for export in self.exports}
         return known.get("disk" if name == "main" else name)
 
     def listed(self) -> Sequence[ExportInfo]:
-        return self._exports
+        return self.exports
 
 
 def begun(

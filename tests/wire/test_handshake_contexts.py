@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from nbdimg.wire.constants import TransmissionFlag
 from nbdimg.wire.handshake import Handshake
 from tests.support.rawprotocol import KIB, OptionReply, Rep, info_data, meta_data
 from tests.wire.haggling import ALLOCATION, BITMAP, CONTEXTS, DEPTH, DISK, Exports, ask, ask_type, begun, is_in_step
@@ -209,6 +210,27 @@ def test_set_for_one_export_is_void_for_another() -> None:
     handshake = structured()
     ask(handshake, SET, meta_data("disk", [ALLOCATION]))
     assert session_contexts(handshake, "plain") == {}
+
+
+@pytest.mark.parametrize("has_extended_headers", [False, True])
+def test_set_is_void_when_another_image_without_one_of_them_has_the_name_by_go(has_extended_headers: bool) -> None:
+    exports = Exports()
+    handshake = structured(exports)
+    if has_extended_headers:
+        ask(handshake, EXTENDED_HEADERS)
+    ask(handshake, SET, meta_data("disk", [ALLOCATION, BITMAP]))
+    exports.exports = (replace(DISK, contexts=(ALLOCATION, DEPTH)),)
+    assert session_contexts(handshake) == {}
+    assert handshake.session is not None
+    assert TransmissionFlag.BLOCK_STATUS_PAYLOAD not in handshake.session.flags
+
+
+def test_set_holds_for_another_image_that_has_all_of_them() -> None:
+    exports = Exports()
+    handshake = structured(exports)
+    ask(handshake, SET, meta_data("disk", [BITMAP]))
+    exports.exports = (replace(DISK, size=512, contexts=(BITMAP,)),)
+    assert list(session_contexts(handshake).values()) == [BITMAP]
 
 
 def test_set_for_an_alias_holds_for_the_same_export() -> None:
