@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,8 +32,11 @@ def print_json(**fields: object) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
-    """Cells under their columns' names, those of `right` flush right on a terminal; plain columns elsewhere."""
-    if not sys.stdout.isatty():
+    """Cells under their columns' names, those of `right` flush right on a terminal; plain columns elsewhere, and where
+    the terminal has no room for the names: there cells would be lost.
+    """
+    width = shutil.get_terminal_size().columns
+    if not sys.stdout.isatty() or width < len("  ".join(columns)):
         widths = [max(len(row[index]) for row in (columns, *rows)) for index in range(len(columns))]
         for row in (columns, *rows):
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -46,7 +50,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right:
         table.add_column(name, justify="right" if name in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
+    Console(width=width).print(table)
 
 
 def complain(message: str) -> None:

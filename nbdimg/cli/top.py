@@ -6,6 +6,7 @@ never fall; an export that was opened anew since begins again at zero, and its f
 
 from __future__ import annotations
 
+import os
 import select
 import sys
 import termios
@@ -30,6 +31,9 @@ COUNTERS = ("reads", "read_bytes", "read_seconds", "writes", "write_bytes", "wri
 
 INTERVAL_MIN_S = 0.1
 KEYS_MAX = 64
+
+DUMB_TERMINALS = ("dumb", "unknown")
+"""Values of TERM with which nothing can be drawn over: they get one table below the other."""
 
 
 class Row(NamedTuple):
@@ -68,7 +72,7 @@ def top(
     api = server_api(socket, url, token_file)
     before = api.get("/v1/stats")
     try:
-        if once or as_json or not sys.stdout.isatty():
+        if once or as_json or not sys.stdout.isatty() or os.environ.get("TERM") in DUMB_TERMINALS:
             _print_lines(api, before, interval, once=once, as_json=as_json)
         else:
             _watch(api, before, interval)

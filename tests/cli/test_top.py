@@ -132,6 +132,22 @@ def test_live_view_fills_the_terminal_and_ends_with_0(served: Served, end: str) 
         os.close(secondary)
 
 
+def test_dumb_terminal_gets_one_table_below_the_other(served: Served) -> None:
+    """Nothing was shown: what draws on a terminal leaves such a one alone."""
+    primary, secondary = pty.openpty()
+    argv = [sys.executable, "-m", "nbdimg", "top", "--interval=0.1", f"--socket={served.admin}"]
+    environment = {**os.environ, "TERM": "dumb"}
+    with subprocess.Popen(argv, stdin=secondary, stdout=secondary, stderr=secondary, env=environment) as process:
+        try:
+            for _ in range(2):
+                seen = _read_until(primary, b"CLIENTS", b"disk", b"vm")
+                assert b"\x1b" not in seen
+        finally:
+            process.kill()
+            os.close(primary)
+            os.close(secondary)
+
+
 def _take_terminal() -> None:
     """Make descriptor 0 the controlling terminal, so that Ctrl-C is a signal."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
