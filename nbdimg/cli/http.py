@@ -73,7 +73,7 @@ class Api:
         connection = self._connection()
         is_post = method == "POST"
         headers = {**self._headers, "Content-Type": "application/json"} if is_post else self._headers
-        target = f"{path}?{urlencode(query)}" if query else path
+        target = f"{path}?{urlencode(query, errors='surrogateescape')}" if query else path
         try:
             connection.connect()
             if connection.sock is not None:
@@ -121,7 +121,7 @@ class Api:
 
 def export_path(name: str, *more: str) -> str:
     """The path of an export, or of what is beneath it."""
-    return "/".join(["/v1/exports", *(quote(part, safe="") for part in (name, *more))])
+    return "/".join(["/v1/exports", *(quote(part, safe="", errors="surrogateescape") for part in (name, *more))])
 
 
 def _check_url(url: str) -> None:

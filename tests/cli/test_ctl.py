@@ -185,6 +185,12 @@ def test_remove_wrong_mode_is_refused_by_the_server(ctl: Ctl) -> None:
 # Reaching a server
 
 
+@pytest.mark.parametrize("arguments", [["remove"], ["clients"], ["snapshot", "list"], ["resize", "--shrink"]])
+def test_name_that_is_no_utf_8_is_a_name_that_is_not_there(ctl: Ctl, arguments: list[str]) -> None:
+    more = ["1M"] if "resize" in arguments else []
+    assert "there is no export" in ctl(*arguments, os.fsdecode(b"\xff"), *more, status=USAGE)
+
+
 def test_without_a_server_it_exits_1_and_says_what_to_look_at(ctl: Ctl, tmp_path: Path) -> None:
     said = ctl("exports", f"--socket={tmp_path}/nope", status=FAILED)
     assert said == (
