@@ -359,12 +359,13 @@ def test_export_of_a_table_is_what_a_file_would_make_of_it(file: Path) -> None:
 
 
 def test_load_contradicting_limits_are_refused_wherever_they_come_from(file: Path) -> None:
-    for text, environment in (
-        ("[limits]\nconnection_bytes = '1G'", {}),
-        ("", {"NBDIMG_LIMIT_TOTAL_BYTES": "1M"}),
+    for text, environment, where in (
+        ("[limits]\nconnection_bytes = '1G'", {}, "2: "),
+        ("\n[limits]\ntotal_bytes = '1M'", {}, "3: "),
+        ("", {"NBDIMG_LIMIT_TOTAL_BYTES": "1M"}, ""),
     ):
         (problem,) = problems(file, text, **environment)
-        assert problem.startswith("limits.connection_bytes is ")
+        assert problem.startswith(f"{where}limits.connection_bytes is ")
 
 
 @pytest.mark.parametrize(

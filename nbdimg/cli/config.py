@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -11,8 +12,7 @@ import typer
 from nbdimg.cli.output import print_json, shown
 from nbdimg.config import ServerConfig
 from nbdimg.configfile import ConfigFileError, FileConfig, load_config
-from nbdimg.errors import ConfigError
-from nbdimg.server.service import check_config
+from nbdimg.server.service import contradictions
 
 EXIT_USAGE = 2
 
@@ -33,11 +33,13 @@ def check(
 
     The exit status is 0 when it can be served, 2 otherwise.
     """
+    problems: Sequence[str]
     try:
         loaded = load_config(file)
-        check_config(loaded.server)
-    except ConfigError as error:
-        problems = error.problems if isinstance(error, ConfigFileError) else (f"{file}: {error}",)
+        problems = [f"{file}: {error}" for error in contradictions(loaded.server)]
+    except ConfigFileError as error:
+        problems = error.problems
+    if problems:
         if as_json:
             print_json(path=file, problems=problems)
         else:

@@ -92,7 +92,7 @@ def load_config(
         raise ConfigFileError([f"{name}: a number has too many digits"]) from None
     reader = Reader(name, content, text)
     config = FileConfig(*mapped(reader))
-    return _finished(reader.problems(), config, environment, overrides, default_listeners)
+    return _finished(reader, config, environment, overrides, default_listeners)
 
 
 def config_without_file(
@@ -104,7 +104,7 @@ def config_without_file(
 ) -> ServerConfig:
     """The configuration of exports that the command line names. Raises: ConfigFileError: the environment is wrong."""
     config = FileConfig(ServerConfig(exports, listeners=()))
-    return _finished([], config, environment, overrides, default_listeners).server
+    return _finished(None, config, environment, overrides, default_listeners).server
 
 
 def export_of(content: object, what: str, tls: TlsConfig | None) -> ExportConfig:
@@ -123,13 +123,16 @@ def export_of(content: object, what: str, tls: TlsConfig | None) -> ExportConfig
 
 
 def _finished(
-    problems: list[str],
+    reader: Reader | None,
     config: FileConfig,
     environment: Mapping[str, str] | None,
     overrides: Overrides | None,
     default_listeners: tuple[NbdUri, ...],
 ) -> FileConfig:
-    """Environment and command line over `config`, whose listeners are empty when it names none."""
+    """Environment and command line over `config`, whose listeners are empty when it names none, and which `reader` has
+    read, if it is a file's.
+    """
+    problems = [] if reader is None else reader.problems()
     found = from_environment(os.environ if environment is None else environment, problems)
     given = overrides or Overrides()
     server = config.server
@@ -151,7 +154,7 @@ def _finished(
         image_directories=given.image_directories or server.image_directories,
         log_format=given.log_format or found.log_format or server.log_format,
     )
-    problems += limit_contradictions(server.limits)
+    problems += limit_contradictions(server.limits, reader)
     if problems:
         raise ConfigFileError(problems)
     return FileConfig(server, found.reload or config.reload)

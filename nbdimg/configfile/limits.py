@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from nbdimg.configfile.reader import Reader
 from nbdimg.configfile.values import Parse, count, seconds, size_in_bytes
 from nbdimg.export.export import BLOCK_SIZE_MIN_MAX
 from nbdimg.limits import OPTION_SIZE_MAX, Limits
@@ -37,10 +38,16 @@ LIMIT_NAMES = {each.name.removesuffix("_s"): each.name for each in fields(Limits
 assert LIMITS.keys() == LIMIT_NAMES.keys()
 
 
-def limit_contradictions(limits: Limits) -> list[str]:
-    if limits.connection_bytes > limits.total_bytes:
-        return [
-            f"limits.connection_bytes is {limits.connection_bytes} bytes, "
-            f"expected at most limits.total_bytes, {limits.total_bytes}"
-        ]
-    return []
+def limit_contradictions(limits: Limits, reader: Reader | None) -> list[str]:
+    """Args: reader: of the file that has some of them; None: there is no file."""
+    if limits.connection_bytes <= limits.total_bytes:
+        return []
+    text = (
+        f"limits.connection_bytes is {limits.connection_bytes} bytes, "
+        f"expected at most limits.total_bytes, {limits.total_bytes}"
+    )
+    if reader is not None:
+        for key in ("connection_bytes", "total_bytes"):
+            if reader.has("limits", key):
+                return [f"{reader.place(('limits', key))}: {text}"]
+    return [text]

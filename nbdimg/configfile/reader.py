@@ -38,11 +38,23 @@ class Reader:
         return {} if self._text is None else key_lines(self._text)
 
     def report(self, path: KeyPath, message: str) -> None:
-        line = self.line_of(path)
+        line, where = self.line_of(path), self.place(path)
         key = "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in path).removeprefix(".")
         key = key if key.isprintable() else escaped(key)
-        where = self.name if self._text is None else f"{self.name}:{line}"
         self._problems.append((line, f"{where}: {key}: {message}" if key else f"{where}: {message}"))
+
+    def has(self, *keys: str) -> bool:
+        """Whether a table has a key, by the names of tables down to it."""
+        found = self.content
+        for each in keys:
+            if not isinstance(found, dict) or each not in found:
+                return False
+            found = found[each]
+        return True
+
+    def place(self, path: KeyPath) -> str:
+        """The file's name, with the key's line where it has lines."""
+        return self.name if self._text is None else f"{self.name}:{self.line_of(path)}"
 
     def problems(self) -> list[str]:
         """In the order of lines."""

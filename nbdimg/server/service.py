@@ -9,6 +9,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import time
 
 from nbdimg.config import ExportConfig, ServerConfig
@@ -269,11 +270,20 @@ async def serving(
 
 def check_config(config: ServerConfig) -> None:
     """Raises: ConfigError: the configuration contradicts itself."""
-    for uri in config.listeners:
-        check_listener(uri, config)
-    check_identities(config)
-    check_admin(config)
-    _check_images(config.exports)
+    for error in contradictions(config):
+        raise error
+
+
+def contradictions(config: ServerConfig) -> Iterator[ConfigError]:
+    """What `check_config` has against it, one after the other."""
+    checks: list[Callable[[], None]] = [partial(check_listener, uri, config) for uri in config.listeners]
+    checks += [partial(check_identities, replace(config, exports=(export,))) for export in config.exports]
+    checks += [partial(check_admin, config), partial(_check_images, config.exports)]
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            yield error
 
 
 def _check_directories(directories: Sequence[str]) -> None:

@@ -69,6 +69,16 @@ def test_check_knows_what_only_the_server_refuses(file: Path, capsys: pytest.Cap
     assert f"nbdimg: {file}: nbd://0.0.0.0/ is reachable from other machines" in capsys.readouterr().err
 
 
+def test_check_tells_all_that_contradicts_itself_at_once(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rule = '[[exports.access]]\nidentities = ["dns:x"]\n'
+    admin = '[admin]\nlisten = "0.0.0.0:1"\ntoken_file = "t"\n'
+    file.write_text('listen = ["nbd://0.0.0.0", "nbd://[::]"]\n' + admin + export("a", "a.img") + rule)
+    assert run(["config", "check", str(file)]) == USAGE
+    found = [line.removeprefix(f"nbdimg: {file}: ") for line in capsys.readouterr().err.splitlines()]
+    expected = ("nbd://0.0.0.0/ is", "nbd://[::]/ is", "a: the rule for dns:x needs", "the admin API at 0.0.0.0:1 is")
+    assert [line[: len(begin)] for line, begin in zip(found, expected, strict=True)] == list(expected)
+
+
 def test_check_missing_file_exits_2(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["config", "check", str(file)]) == USAGE
     assert capsys.readouterr().err == f"nbdimg: {file}: No such file or directory\n"
