@@ -18,6 +18,7 @@ from nbdimg.export.export import Export
 from nbdimg.export.lane import Lane, Run
 from nbdimg.export.registry import Registry
 from nbdimg.formats.raw import RawDriver
+from nbdimg.image import turns
 from nbdimg.image.image import HeadGuard, Image
 from nbdimg.limits import Limits
 from nbdimg.server.outbox import Outbox
@@ -143,9 +144,12 @@ class Conversation:
 
 
 async def converse(stream: list[bytes], dialect: str, image: Image, *, turn: int = 7) -> bytes:
-    """Every reply to `stream`, of which `turn` requests come at a time."""
+    """Every reply to `stream`, of which `turn` requests come at a time. The order does not hang on the clock: no
+    operation leaves the turn to others because it has taken long.
+    """
     replies = bytearray()
-    with Conversation(dialect, image) as conversation:
+    with pytest.MonkeyPatch.context() as patch, Conversation(dialect, image) as conversation:
+        patch.setattr(turns, "FIRST_S", 3600.0)
         for at in range(0, len(stream), turn):
             replies += conversation.ask(b"".join(stream[at : at + turn]))
             replies += await conversation.rest()
