@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from nbdimg.export.inflight import GRANULE_BITS, WIDE_GRANULES, Entry, InFlight
+from nbdimg.export import inflight
+from nbdimg.export.inflight import CROWD_MAX, GRANULE_BITS, WIDE_GRANULES, Entry, InFlight
 
 GRANULE = 1 << GRANULE_BITS
 WIDE = WIDE_GRANULES * GRANULE
@@ -244,3 +245,54 @@ def test_thousands_of_entries_leave_nothing() -> None:
     for entry in entries:
         queue.leave(entry)
     assert_empty(queue)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_nobody_in_a_crowd_runs_too_early_or_never(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """With walls an entry may wait for longer than it must, so the reference is held against one side alone."""
+    monkeypatch.setattr(inflight, "CROWD_MAX", 5)
+    generator = random.Random(seed)
+    queue, entries, wall_count = InFlight(), list[Entry](), 0
+    for step in range(400):
+        ready = [entry for entry in entries if entry.is_ready]
+        assert ready or not entries, "a deadlock"
+        if ready and (generator.random() < 0.4 or len(entries) > 60 or step > 300):
+            queue.leave(entries.pop(entries.index(generator.choice(ready))))
+        elif step <= 300:
+            start, stop = random_range(generator)
+            is_exclusive = generator.random() < 0.5
+            in_the_way = [each for each in entries if meet(each, start, stop, is_exclusive)]
+            assert not in_the_way or queue.conflicts(start, stop, is_exclusive=is_exclusive)
+            entries.append(queue.enter(start, stop, is_exclusive=is_exclusive))
+            wall_count += entries[-1].is_wall
+        for index, entry in enumerate(entries):
+            if entry.is_ready:
+                older = entries[:index]
+                assert not any(meet(each, entry.start, entry.stop, entry.is_exclusive) for each in older), "I2"
+    assert wall_count
+    assert_empty(queue)
+
+
+def meet(entry: Entry, start: int, stop: int, is_exclusive: bool) -> bool:
+    return entry.start < stop and start < entry.stop and (entry.is_exclusive or is_exclusive)
+
+
+@pytest.mark.parametrize("length", [512, GRANULE // 2, 2 * WIDE], ids=["same sector", "staggered", "wide"])
+@pytest.mark.parametrize("is_exclusive", [False, True])
+def test_entries_in_one_place_wait_for_few_however_many_they_are(length: int, is_exclusive: bool) -> None:
+    queue = InFlight()
+    first = queue.enter(0, GRANULE, is_exclusive=True)
+    step = 0 if length == 512 else 512
+    entries = [queue.enter(n % 512 * step, n % 512 * step + length, is_exclusive=is_exclusive) for n in range(4096)]
+    assert max(entry._waits_for for entry in entries) <= CROWD_MAX
+    for entry in (first, *entries):
+        queue.leave(entry)
+    assert_empty(queue)
+
+
+def test_a_crowd_elsewhere_is_nobodys_business() -> None:
+    queue = InFlight()
+    for _ in range(2 * CROWD_MAX):
+        queue.enter(0, 512, is_exclusive=True)
+    assert not queue.conflicts(GRANULE, 2 * GRANULE, is_exclusive=True)
+    assert not queue.conflicts(GRANULE, 2 * WIDE, is_exclusive=True)
