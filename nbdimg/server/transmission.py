@@ -483,10 +483,10 @@ class Transmission:
             outbox.put(self._read_error(request, error, position))
             self._completed()
             return 0
-        if count == 0:
+        is_last = abs(count) == remaining
+        if count == 0 or (not is_last and (position + abs(count)) % SECTOR_SIZE):
             self._advance_slowly(stream, want)
             return 0
-        is_last = abs(count) == remaining
         if count > 0:
             self._replies.put_data(self._shared.arena, at, request, position, count, is_last)
             outbox.fill = start + count

@@ -266,6 +266,38 @@ def test_request_behind_a_full_socket_that_the_send_of_the_turn_empties_is_answe
     asyncio.run(main())
 
 
+class CutFile(MemoryFile):
+    """Its data ends in the middle of a sector, until something is written."""
+
+    stop = 1000
+
+    def data_extent(self, offset: int) -> tuple[bool, int]:
+        return (True, self.stop) if offset < self.stop else (False, SIZE)
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        self.stop = SIZE
+        return super().try_pwrite(offset, data)
+
+
+@pytest.mark.parametrize("dialect", ["structured", "extended"])
+def test_sector_in_which_stored_data_ends_is_read_at_one_moment(dialect: str) -> None:
+    """As where the backing file of an overlay ends: the READ is a stream, and here a WRITE comes between its pieces."""
+    extended = DIALECTS[dialect][1]
+
+    async def main() -> bytes:
+        image = Image(RawDriver(CutFile(b"a" * 1000 + bytes(SIZE - 1000))), writable=True)
+        with Conversation(dialect, image) as conversation:
+            conversation._transmission._limits = Limits(turn_bytes=1)
+            replies = conversation.ask(request(extended, 0, 0, 1, 0, 4096, b""))
+            await asyncio.sleep(0)
+            replies += conversation.ask(request(extended, 1, 0, 2, 512, 512, b"b" * 512))
+            return replies + await conversation.rest()
+
+    replies = asyncio.run(main())
+    assert b"a" * 1000 in replies
+    assert b"b" not in replies, "half of the sector is older than the WRITE, half is newer"
+
+
 def test_read_behind_a_write_that_allocates_sees_it(tmp_path: Path) -> None:
     """All three are handled in one run: what the first READ has looked up is true no more."""
     (golden,) = files(tmp_path, ["golden"])
