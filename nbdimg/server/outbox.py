@@ -143,6 +143,8 @@ class Outbox:
     def send_pending(self) -> None:
         """Send what waits, until the socket is full or a turn's bytes have left."""
         self._is_scheduled = False
+        if self.is_broken:
+            return
         left = self._shared.limits.turn_bytes
         while self._pending and left > 0 and not self.is_broken:
             try:
@@ -236,6 +238,8 @@ class TlsOutbox(Outbox):
 
     def send_pending(self) -> None:
         self._is_scheduled = False
+        if self.is_broken:
+            return
         left = self._shared.limits.turn_bytes
         sent_before = self._tls.sent_bytes
         try:

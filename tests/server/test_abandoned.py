@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nbdimg.config import ExportConfig, ServerConfig
+from nbdimg.export.registry import Registry
 from nbdimg.limits import Limits
+from nbdimg.server.outbox import Outbox
+from nbdimg.server.shared import Shared
 from nbdimg.uri import NbdUri
 from tests.server.tls_live import LiveServer, files
 from tests.support.rawclient import Client, connect_negotiated
@@ -83,6 +89,25 @@ def test_flushes_of_a_client_that_left_do_not_reach_a_closed_overlay(server: Liv
             client.send_requests(zeroes)
     assert all_gone(server)
     assert not [line for line in server.lines if "failed" in line]
+
+
+def test_replies_that_wait_for_their_turn_when_the_socket_closes_are_dropped() -> None:
+    """Nothing is left to be told of them: neither an error in the log nor room for more."""
+
+    async def scenario() -> list[dict[str, Any]]:
+        loop, failures = asyncio.get_running_loop(), list[dict[str, Any]]()
+        loop.set_exception_handler(lambda loop, context: failures.append(context))
+        ours, theirs = socket.socketpair()
+        outbox = Outbox(ours, Shared(loop, Registry(), Limits()), lambda: failures.append({}), lambda error: None)
+        with theirs, ours:
+            outbox.queue([b"a reply of another turn"])
+            outbox.put(b"a reply of this turn")
+            outbox.send_turn()
+            outbox.discard()
+        await asyncio.sleep(0.01)
+        return failures
+
+    assert asyncio.run(scenario()) == []
 
 
 def test_clients_with_slow_payloads_leave_room_for_small_ones(server: LiveServer) -> None:
