@@ -9,7 +9,7 @@ from typing import Any
 
 from nbdimg.export.export import Export
 from nbdimg.export.registry import Registry
-from nbdimg.limits import ARENA_SIZE, RECEIVE_SIZE, Limits
+from nbdimg.limits import ARENA_SIZE, PIECE_SIZE, RECEIVE_SIZE, Limits
 from nbdimg.server.audit import Audit
 from nbdimg.server.buffers import BufferPool
 from nbdimg.server.handover import Estate
@@ -45,11 +45,26 @@ class Shared:
         self.tasks[task] = export
         task.add_done_callback(self.tasks.pop)
 
+    def take(self, length: int, asker: object) -> memoryview | None:
+        """As `BufferPool.take`; `give` and `leave_line` are its counterparts here."""
+        view = self.pool.take(length, asker)
+        if view is not None and length > PIECE_SIZE:
+            self._wake_hungry()
+        return view
+
+    def leave_line(self, asker: object) -> None:
+        """Wait no longer for a long buffer."""
+        if self.pool.leave(asker):
+            self._wake_hungry()
+
     def when_room(self, callback: Callable[[], None]) -> None:
-        """Call once when buffers have been given back."""
+        """Call once when there may be room for buffers."""
         self._hungry.append(callback)
 
     def give(self, view: memoryview) -> None:
         self.pool.give(view)
+        self._wake_hungry()
+
+    def _wake_hungry(self) -> None:
         while self._hungry:
             self.loop.call_soon(self._hungry.popleft())

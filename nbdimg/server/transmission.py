@@ -270,6 +270,8 @@ class Transmission:
             self._read_whole(held)
             self._outbox.send_turn()
         if self._is_full():
+            if self._held is None:
+                self._shared.leave_line(self)
             self._pause()
             return
         self.is_paused = False
@@ -349,11 +351,12 @@ class Transmission:
     def _take(self, length: int) -> memoryview | None:
         """A buffer within this connection's share and everybody's, or None for now."""
         if self._taken_bytes and self._taken_bytes + length > self._limits.connection_bytes:
+            self._shared.leave_line(self)
             return None
-        if not self._shared.pool.has_room(length):
-            return None
-        self._taken_bytes += length
-        return self._shared.pool.take(length)
+        view = self._shared.take(length, self)
+        if view is not None:
+            self._taken_bytes += length
+        return view
 
     def _give(self, view: memoryview) -> None:
         self._taken_bytes -= len(view)
@@ -553,6 +556,7 @@ class Transmission:
         self.in_flight -= len(self._streams)
         self._streams.clear()
         self._held = None
+        self._shared.leave_line(self)
         self._give_partial()
 
     def _give_partial(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,19 @@ def test_clients_with_slow_payloads_leave_room_for_small_ones(server: LiveServer
         assert client.write(0, b"y" * 256 * KIB).error == 0
     for hog in hogs:
         hog.close()
+
+
+def test_client_that_is_cut_off_in_the_line_for_long_payloads_lets_the_next_one_go_on(server: LiveServer) -> None:
+    with ExitStack() as stack:
+        hog, first = (stack.enter_context(connect_negotiated(server.address, "disk")) for _ in range(2))
+        for client in (hog, first):
+            client.send(client.announce(client.new_request(Command.WRITE, 0, 2 * PAYLOAD_SIZE)) + bytes(64))
+            assert wait_until(lambda: server.service.server.lent_bytes == 2 * PAYLOAD_SIZE, GONE_S)
+        assert wait_until(lambda: len(server.service.server._shared.pool._line) == 1, GONE_S)
+        second = stack.enter_context(connect_negotiated(server.address, "disk", timeout_s=GONE_S))
+        write = second.announce(second.new_request(Command.WRITE, 0, 4 * MIB, payload=bytes(4 * MIB)))
+        second.send(write[:64])
+        assert wait_until(lambda: len(server.service.server._shared.pool._line) == 2, GONE_S)
+        server.now(server.service.server.connections[1].close)
+        second.send(write[64:])
+        assert second.read_reply().error == 0

@@ -1,0 +1,84 @@
+"""Whose turn it is to have a buffer, where there is not room for all."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from nbdimg.limits import PIECE_SIZE
+from nbdimg.server.buffers import SHORT_SHARE, BufferPool
+from nbdimg.units import MiB
+
+LIMIT = 16 * MiB
+SHARE = LIMIT // SHORT_SHARE
+
+
+def filled(pool: BufferPool, length: int) -> deque[memoryview]:
+    """All that can be had of this length."""
+    views: deque[memoryview] = deque()
+    while (view := pool.take(length, "others")) is not None:
+        views.append(view)
+    pool.leave("others")
+    return views
+
+
+def test_long_buffer_is_had_although_short_ones_are_asked_for_without_end() -> None:
+    pool = BufferPool(LIMIT)
+    shorts = filled(pool, PIECE_SIZE)
+    assert pool.lent_bytes == LIMIT
+    for _ in range(LIMIT // PIECE_SIZE):
+        if pool.take(MiB, "long") is not None:
+            break
+        pool.give(shorts.popleft())
+        shorts += filled(pool, PIECE_SIZE)
+    else:
+        raise AssertionError("never")
+    pool.give(shorts.popleft())
+    assert filled(pool, PIECE_SIZE), "the line is empty, and short ones may have all again"
+    assert pool.lent_bytes == LIMIT
+
+
+def test_long_buffer_is_had_although_others_of_less_length_are_asked_for_without_end() -> None:
+    pool = BufferPool(LIMIT)
+    others = filled(pool, MiB)
+    assert pool.lent_bytes == LIMIT - SHARE
+    for _ in range(len(others)):
+        assert pool.take(8 * MiB, "long") is None
+        pool.give(others.popleft())
+        assert pool.take(MiB, "other") is None
+        if len(others) == 4:
+            break
+    assert pool.take(8 * MiB, "long") is not None
+
+
+def test_who_leaves_the_line_is_waited_for_no_more() -> None:
+    pool = BufferPool(LIMIT)
+    others = filled(pool, MiB)
+    assert pool.take(8 * MiB, "first") is None
+    pool.give(others.pop())
+    assert pool.take(MiB, "second") is None
+    assert pool.leave("first")
+    assert not pool.leave("first")
+    assert pool.take(MiB, "second") is not None
+
+
+def test_short_ones_have_their_share_beside_long_ones_that_wait_and_stay() -> None:
+    pool = BufferPool(LIMIT)
+    filled(pool, MiB)
+    assert pool.take(MiB, "long") is None
+    assert len(filled(pool, PIECE_SIZE)) == SHARE // PIECE_SIZE
+    assert pool.lent_bytes == LIMIT
+
+
+def test_what_is_longer_than_the_limit_is_lent_alone_of_the_long_ones() -> None:
+    pool = BufferPool(LIMIT)
+    other, short = pool.take(MiB, "other"), pool.take(512, "short")
+    assert other is not None
+    assert short is not None
+    assert pool.take(2 * LIMIT, "long") is None
+    pool.give(other)
+    view = pool.take(2 * LIMIT, "long")
+    assert view is not None
+    assert pool.take(MiB, "other") is None
+    assert pool.take(512, "short") is not None
+    pool.give(view)
+    assert pool.take(MiB, "other") is not None
