@@ -178,16 +178,17 @@ class Bat:
         start = block << self._block_bits
         end = start + self._block_size
         if end < stop:
-            end = self._run_stop(block, kind, host, stop)
+            end = self._run_stop(block, state, host, stop)
         if end > self.size:
             end = self.size
         if kind is _DATA:
             return Extent(_DATA, start, end - start, self._file, host, self._is_writable)
         return Extent(kind, start, end - start, self._file, 0, False, 1 if kind is _ZERO and state else 0)
 
-    def _run_stop(self, block: int, kind: ExtentKind, host: int, stop: int) -> int:
-        """Where the run ends that goes on from a block of `kind`, with the block that holds `stop` or is the
-        RUN_BLOCKS_MAX-th at the latest. What is malformed ends it.
+    def _run_stop(self, block: int, state: int, host: int, stop: int) -> int:
+        """Where the run ends that goes on from a block in `state`, with the block that holds `stop` or is the
+        RUN_BLOCKS_MAX-th at the latest. What is malformed ends it, and what is not present ends what is zero: they
+        read alike, and only one of them is something that this file says.
         """
         stop = min(stop, (block + RUN_BLOCKS_MAX) << self._block_bits)
         end = (block + 1) << self._block_bits
@@ -199,11 +200,11 @@ class Bat:
             if isinstance(page, Miss):
                 break
             entry = page.entries[index & _PAGE_MASK]
-            if kind is _DATA:
+            if state >= _FULL:
                 goes_on = entry == host | _FULL and self._data_start <= host <= self._last
             else:
-                state = entry & _FLAGS_MASK
-                goes_on = state <= _UNMAPPED and self._kind(state) is kind
+                flags = entry & _FLAGS_MASK
+                goes_on = flags <= _UNMAPPED and bool(flags) == bool(state)
             if not goes_on:
                 break
             end += self._block_size
@@ -395,7 +396,7 @@ class Bat:
         state, host = self._entry(page, index)
         kind = self._kind(state)
         if kind is _ZERO:
-            return min(stop, self._run_stop(block, kind, host, stop))
+            return min(stop, self._run_stop(block, state, host, stop))
         is_in_place = self._geometry.is_fixed or to is Unmap.KEEP or offset > start or stop < end
         if is_in_place and kind is _BACKING:
             return offset

@@ -317,6 +317,22 @@ def test_malformed_entry_spoils_no_block_beside_it(malformed: int, before: int) 
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("offset", range(6))
+def test_depth_of_a_block_is_the_same_from_wherever_it_is_asked(offset: int) -> None:
+    """Blocks that are not present read as zeroes like those that are zero, and no file has anything there."""
+    builder = Builder(6 * M)
+    for block, state in enumerate((NOT_PRESENT, ZERO, UNMAPPED, NOT_PRESENT, NOT_PRESENT, UNDEFINED)):
+        builder.set_block(block, state)
+
+    async def main() -> list[int]:
+        image = await opened(builder.content)
+        extents = await image.map(offset * M, (6 - offset) * M, 6)
+        assert {each.kind for each in extents} == {ExtentKind.ZERO}
+        return [each.depth for each in extents for _ in range(each.length // M)]
+
+    assert asyncio.run(main()) == [0, 1, 1, 0, 0, 1][offset:]
+
+
 @pytest.mark.parametrize("change", ["map", "trim"])
 def test_answer_looks_at_a_bounded_number_of_blocks(change: str) -> None:
     """However many of the table's pages are in memory."""
