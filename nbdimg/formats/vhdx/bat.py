@@ -57,6 +57,7 @@ _PARTIAL = int(State.PARTIALLY_PRESENT)
 _UNMAPPED = int(State.UNMAPPED)
 """Plain numbers: members of an enumeration cost a look-up and a slow comparison on the request path."""
 _RESERVED_STATES = frozenset({4, 5})
+_BITMAP_EXPECTED = "a sector bitmap for a partially present block"
 _FLAGS_MASK = ENTRY_STATE_MASK | ENTRY_RESERVED_MASK
 
 
@@ -236,7 +237,7 @@ class Bat:
             return bitmap_offset
         if not bitmap_offset:
             index = self._geometry.payload_index(block)
-            raise self._malformed(index, host | _PARTIAL, "a sector bitmap for a partially present block")
+            raise self._malformed(index, host | _PARTIAL, _BITMAP_EXPECTED)
         start = block << self._block_bits
         end = min(stop, start + self._block_size)
         first = (offset - start) >> self._sector_bits
@@ -334,6 +335,9 @@ class Bat:
             page = self._page(index)
             if isinstance(page, Miss):
                 return page
+            lacking = self._check_no_partial(chunk)
+            if lacking is not None:
+                return lacking
             taken = self._space.take(BITMAP_SIZE)
             if isinstance(taken, Miss):
                 return taken
@@ -348,6 +352,24 @@ class Bat:
         if missing is not None:
             return Miss(self.bitmaps, missing)
         return [self.bitmaps.slices[key] for key in range(first, last + 1)]
+
+    def _check_no_partial(self, chunk: int) -> Miss | None:
+        """Of a chunk that is about to get its first sector bitmap: to a block that has lost its own, a new one would
+        give the parent's sectors. Raises: CorruptImage: there is such a block.
+        """
+        start, stop = self._geometry.payload_index(chunk << self._ratio_bits), self._geometry.bitmap_index(chunk)
+        stop = min(stop, self._geometry.payload_index(self._geometry.block_count))
+        for key in range(start >> _PAGE_BITS, (stop - 1 >> _PAGE_BITS) + 1):
+            page = self._slices.get(key)
+            if page is None:
+                return Miss(self.pages, key)
+            first = max(start - (key << _PAGE_BITS), 0)
+            states = page.entries[first : stop - (key << _PAGE_BITS)].tobytes()[::8]
+            slot = first + states.find(_PARTIAL)
+            if slot >= first:
+                index = (key << _PAGE_BITS) + slot
+                raise self._malformed(index, page.entries[slot], _BITMAP_EXPECTED)
+        return None
 
     def commit(self, allocation: Allocation) -> None:
         token = allocation.token

@@ -154,6 +154,12 @@ async def opened(content: bytes | bytearray, parent: bytes = b"", *, writable: b
     return await open_file(file, "vhdx", OpenOptions(OneGate(parent), writable=writable))
 
 
+def driver_content(image: Image) -> bytes:
+    file = image.driver.file
+    assert isinstance(file, MemoryFile)
+    return bytes(file.content)
+
+
 def kind_of(kind: str) -> Builder:
     match kind:
         case "fixed":
@@ -360,6 +366,31 @@ def test_partially_present_block_without_a_bitmap_is_refused() -> None:
         expected = f"BAT entry 1 is {offset | PARTIAL:#018x}, expected a sector bitmap for a partially present block"
         with pytest.raises(CorruptImage, match=expected):
             await bytes_of(image, M, 512)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("lost", [0, 2, 700])
+def test_write_makes_no_new_bitmap_for_a_block_that_has_lost_its_own(lost: int) -> None:
+    """Or what cannot be read would from then on be the parent's."""
+    builder = Builder(1024 * M, parent=".\\parent.vhdx")
+    builder.add_partial(lost, DATA, ((0, 8),))
+    builder.set_entry(builder.ratio, 0)
+
+    async def main() -> None:
+        image = await opened(builder.content, parent_of(PARENT), writable=True)
+        for _ in range(2):
+            with pytest.raises(CorruptImage, match=rf"BAT entry {lost} is .* expected a sector bitmap"):
+                await image.write(M, b"x" * 512)
+            with pytest.raises(CorruptImage, match=rf"BAT entry {lost} is .* expected a sector bitmap"):
+                await bytes_of(image, lost * M, 512)
+        assert await bytes_of(image, M, 512) == PARENT[:512]
+        await image.zero(lost * M, M, may_unmap=True, is_fast_only=False)
+        await image.write(M, b"x" * 512)
+        await image.close()
+        again = await opened(driver_content(image), parent_of(PARENT))
+        assert await bytes_of(again, M, 1024) == b"x" * 512 + PARENT[:512]
+        assert await bytes_of(again, lost * M, M) == bytes(M)
 
     asyncio.run(main())
 
