@@ -155,10 +155,6 @@ class Scanner:
             return self._reject(position, "SequenceNumber 0, expected more")
         if _head_length(count) > length:
             return self._reject(position, f"DescriptorCount {count}, expected what fits into its {length} bytes")
-        if max(flushed_offset, last_offset) > s.FILE_OFFSET_MAX:
-            return self._reject(
-                position, f"a file offset of {max(flushed_offset, last_offset)}, expected below 256 TiB"
-            )
         entry = Entry(position, length, sequence_number, tail, count, flushed_offset, last_offset)
         crc = crc32c(sector[8:], crc32c(b"loge\0\0\0\0"))
         self._partial = _Partial(entry, checksum, crc, 0, count, 0)
@@ -268,7 +264,8 @@ async def load_active(file: BlockFile, header: Header, *, ignore_log: bool = Fal
     stopped before its first entry, and so does damage to the log, with which changes are lost.
 
     Raises:
-        CorruptImage: the log is in use and holds no valid entry, or the file is shorter than it was known to be.
+        CorruptImage: the log is in use and holds no valid entry, or the file is shorter than it was known to be, or
+            would have to be longer than any.
         UnsupportedFeature: the log is longer than LOG_LENGTH_MAX.
         OSError.
     """
@@ -306,6 +303,14 @@ async def load_active(file: BlockFile, header: Header, *, ignore_log: bool = Fal
             f"the file was truncated: it has {file.size} bytes, the log says at least {active.head.flushed_offset} "
             f"(log entry at {header.log_offset + active.head.position})",
             header.log_offset + active.head.position,
+        )
+    if active is not None and active.head.last_offset > s.FILE_OFFSET_MAX:
+        at = header.log_offset + active.head.position + 56
+        raise CorruptImage(
+            file.path,
+            f"LastFileOffset is {active.head.last_offset}, expected at most {s.FILE_OFFSET_MAX} (256 TiB) "
+            f"(file offset {at})",
+            at,
         )
     return active
 

@@ -23,9 +23,6 @@ def entry_at(ring: bytes, position: int, guid: UUID, log_offset: int) -> Found |
         return None
     if length % SECTOR or not 0 < length < size or tail % SECTOR or tail >= size:
         return None
-    flushed, last = struct.unpack_from("<QQ", doubled, 48)
-    if flushed > 1 << 48 or last > 1 << 48:
-        return None
     content = doubled[:length]
     if sealed(content) != content:
         return None

@@ -225,8 +225,6 @@ BROKEN: dict[str, bytes] = {
     "DescriptorCount one more": entry(11, 0, (BAT, page(1)), count=2),
     "DescriptorCount more than fits": entry(11, 0, (BAT, page(1)), count=126 + 128 + 1),
     "DescriptorCount huge": entry(11, 0, (BAT, page(1)), count=0xFFFF_FFFF),
-    "FlushedFileOffset huge": entry(11, 0, (BAT, page(1)), flushed=(1 << 63)),
-    "LastFileOffset huge": entry(11, 0, (BAT, page(1)), last=(1 << 48) + M),
     "descriptor signature": other(one(11, 0), 64, b"data"),
     "descriptor SequenceNumber": other(one(11, 0), 64 + 24, struct.pack("<Q", 10)),
     "second descriptor SequenceNumber": other(two_pages(11), 96 + 24, struct.pack("<Q", 12)),
@@ -443,6 +441,22 @@ def test_load_active_of_a_truncated_file_is_refused() -> None:
         asyncio.run(load(logged(content)))
     with pytest.raises(CorruptImage, match="truncated"):
         asyncio.run(load(logged(content), ignore_log=True))
+
+
+@pytest.mark.parametrize(
+    ("flushed", "last", "message"),
+    [
+        (1 << 63, 4 * M, "the file was truncated: it has 4194304 bytes, the log says at least 9223372036854775808 "),
+        (4 * M, (1 << 48) + M, r"LastFileOffset is 281474977759232, expected at most 281474976710656 .* 1056824\)"),
+    ],
+)
+def test_load_active_of_offsets_that_cannot_be_takes_no_older_entry_instead(
+    flushed: int, last: int, message: str
+) -> None:
+    """The newest entry is whole: what is before it is not what the file was left as."""
+    second = entry(11, 0, (BAT, page(1)), flushed=flushed, last=last)
+    with pytest.raises(CorruptImage, match=message):
+        asyncio.run(load(logged(ring((0, one(10, 0)), (ONE, second)))))
 
 
 def test_load_active_only_the_heads_flushed_offset_counts() -> None:
