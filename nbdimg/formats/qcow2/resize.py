@@ -129,10 +129,13 @@ def _set_size(image: Image, driver: Qcow2Driver, size: int) -> None:
 async def _shrink(image: Image, driver: Qcow2Driver, size: int) -> None:
     old = driver.size
     stop = min(old, align_up(size, driver.cluster_size))
-    if size < stop:
-        extent = await _answer(lambda: driver.map(size, stop))
+    position = size
+    while position < stop:
+        start = position
+        extent = await _answer(lambda start=start: driver.map(start, stop))  # type: ignore[misc]
+        position = min(extent.stop, stop)
         if extent.kind in (ExtentKind.DATA, ExtentKind.COMPRESSED):
-            await image.zero(size, stop - size, may_unmap=False, is_fast_only=False)
+            await image.zero(start, position - start, may_unmap=False, is_fast_only=False)
     await _resize_bitmaps(driver, size)
     _set_size(image, driver, size)
     driver.header.size = size

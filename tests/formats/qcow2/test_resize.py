@@ -267,6 +267,16 @@ def test_shrink_leaves_nothing_for_qemu_to_show(tmp_path: Path) -> None:
     assert_is(path, b"\7" * 150016 + bytes(256 * KiB - 150016))
 
 
+def test_shrink_within_a_cluster_of_subclusters_leaves_nothing_for_qemu_to_show(tmp_path: Path) -> None:
+    """The first subcluster behind the new end has nothing, a later one of the same cluster has data."""
+    path = tmp_path / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "extended_l2=on,cluster_size=64k", path, "192k")
+    qemu_io(path, "write -q -P 6 130k 512", "write -q -P 7 170k 2k")
+    resized(path, 140 * KiB)
+    qemu_img("resize", "-q", path, "192k")
+    assert_is(path, bytes(130 * KiB) + bytes([6]) * 512 + bytes(62 * KiB - 512))
+
+
 # Snapshots, bitmaps, compression, encryption, data files
 
 
