@@ -86,8 +86,8 @@ class Overlays(Protocol):
         ...
 
     async def detach(self, export: Export) -> bool:
-        """One client fewer has it; what that one has begun is waited for. Returns whether nothing was lost at closing;
-        what was, is logged.
+        """One client fewer has it; what that one has begun is waited for. Returns whether all that is to be kept is
+        durable, if it was the last client; what is not, is logged.
         """
         ...
 

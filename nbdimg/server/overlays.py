@@ -12,6 +12,8 @@ overlays. What an overlay costs is a descriptor and the tables of what its clien
     (O3) A kept overlay is open once: who comes while it opens or closes waits for that.
     (O4) Per-client overlays do not say CAN_MULTI_CONN: several connections of one client would each see another disk.
          Kept ones do: their connections share one image.
+    (O5) A kept overlay whose last flush finds no space stays open, and is flushed later: who comes back finds what was
+         written. It is lost only if there is no space when the server ends either.
 
 A flush of a per-client overlay does what every flush does, though there is no crash to survive: an error of the disk
 is told where it belongs, and dirty memory stays bounded by what clients flush.
@@ -21,8 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import suppress
 
 from nbdimg.config import ExportConfig
 from nbdimg.errors import ImageError, NbdimgError
@@ -37,6 +38,9 @@ from nbdimg.wire.constants import OptionReply
 from nbdimg.wire.handshake import OptionError
 
 logger = logging.getLogger("nbdimg")
+
+RETRY_S = 30.0
+"""Seconds between two tries to flush and close a kept overlay that finds no space (O5); each writes a line of log."""
 
 
 async def lend_overlays(base: Export, config: ExportConfig) -> None:
@@ -80,6 +84,9 @@ class GoldenOverlays:
         self._client_count = 0
         self._making_count = 0
         self._is_idle = asyncio.Event()
+        self._is_closing = asyncio.Event()
+        self._retries: dict[str, asyncio.Task[None]] = {}
+        """Of kept overlays that stay open without a client (O5), by name."""
 
     async def attach(self, name: str | None, limits: Limits, *, may_make: bool) -> Export:
         self._client_count += 1
@@ -96,8 +103,7 @@ class GoldenOverlays:
             if self.is_kept:
                 await self._leave(export)
             else:
-                async with self._closing(export):
-                    await export.image.discard()
+                await self._throw_away(export)
         except (NbdimgError, OSError) as error:
             logger.error("%s", error)
             return False
@@ -111,9 +117,12 @@ class GoldenOverlays:
             self._is_idle.set()
 
     async def close(self) -> None:
+        self._is_closing.set()
         while self._client_count:
             self._is_idle.clear()
             await self._is_idle.wait()
+        if self._retries:
+            await asyncio.wait(self._retries.values())
         self._golden.close()
 
     def _export(self, name: str, image: Image, limits: Limits) -> Export:
@@ -124,15 +133,6 @@ class GoldenOverlays:
         self.lent.add(export)
         return export
 
-    @asynccontextmanager
-    async def _closing(self, export: Export) -> AsyncIterator[None]:
-        """Once nothing of a client that is gone runs on it any more (O2)."""
-        try:
-            async with export.standstill():
-                yield
-        finally:
-            self.lent.discard(export)
-
     # Per client
 
     async def _attach_unnamed(self, limits: Limits) -> Export:
@@ -140,6 +140,13 @@ class GoldenOverlays:
             raise _too_many(limits)
         image = await self._golden.open_unnamed(size_max=limits.overlay_size)
         return self._export(self._base.name, image, limits)
+
+    async def _throw_away(self, export: Export) -> None:
+        try:
+            async with export.standstill():
+                await export.image.discard()
+        finally:
+            self.lent.discard(export)
 
     # Kept
 
@@ -162,16 +169,48 @@ class GoldenOverlays:
         async with kept.lock:
             try:
                 if kept.client_count == 1:
-                    kept.export = None
-                    async with self._closing(export):
-                        await export.close()
+                    async with export.standstill():
+                        await self._close_kept(name, kept, export)
             finally:
                 self._left(name, kept)
 
     def _left(self, name: str, kept: _Kept) -> None:
         kept.client_count -= 1
-        if not kept.client_count:
+        if not kept.client_count and kept.export is None:
             del self._kept[name]
+
+    async def _close_kept(self, name: str, kept: _Kept, export: Export) -> None:
+        """Raises: ImageError: not all is flushed; it is closed, or stays open (O5)."""
+        try:
+            await export.image.flush()
+        except OSError as error:
+            if not self._is_closing.is_set():
+                if name not in self._retries:
+                    self._retries[name] = asyncio.get_running_loop().create_task(self._retry(name))
+                reason = f"{error.strerror}: it stays open until it can be flushed"
+                raise ImageError(export.image.path, reason) from None
+        except ImageError:
+            pass  # closing says so again
+        kept.export = None
+        try:
+            await export.close()
+        finally:
+            self.lent.discard(export)
+
+    async def _retry(self, name: str) -> None:
+        """Come and leave again, until it is closed or somebody has it."""
+        try:
+            while True:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._is_closing.wait(), RETRY_S)
+                kept = self._kept.get(name)
+                if kept is None or kept.export is None or kept.client_count:
+                    return
+                self._client_count += 1
+                kept.client_count += 1
+                await self.detach(kept.export)
+        finally:
+            del self._retries[name]
 
     async def _open_kept(self, name: str, limits: Limits, *, may_make: bool) -> Image:
         file_name = overlay_file_name(self._base.name, name)
