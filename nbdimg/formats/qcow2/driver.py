@@ -37,7 +37,7 @@ from nbdimg.image import driver as image
 from nbdimg.image.driver import Allocation, Extent, Miss, Unmap
 from nbdimg.image.tables import TableCache
 from nbdimg.storage.file import BlockFile
-from nbdimg.storage.ordering import Plan, Stage, Write, merged, run
+from nbdimg.storage.ordering import OUT_OF_SPACE, Plan, Stage, UnwrittenError, Write, merged, run
 
 U64 = Struct(">Q")
 
@@ -235,21 +235,27 @@ class Qcow2Driver:
         that COPIED flags and refcounts need not fit. If it fails the bit stays, so that the next opening repairs the
         image, and this driver changes nothing any more.
 
-        Raises: ImageError: an earlier change failed, or this one's counts are corrupt. OSError.
+        Raises: ImageError: an earlier change failed, or this one's counts are corrupt. OSError: without space even for
+            the bit nothing has changed, and the driver goes on.
         """
         self.check()
         was_closing, self._is_closing = self._is_closing, True
+        incompatible = self.header.incompatible
+        has_begun = False
         try:
             await self.settle()
             if self.header.version >= 3:
                 await self.set_dirty(True)
+            has_begun = True
             yield
             await self.settle()
             self.check()
             if self.header.version >= 3:
                 await self.set_dirty(False)
         except BaseException as error:
-            if self._fault is None:
+            if not has_begun and isinstance(error, UnwrittenError) and error.errno in OUT_OF_SPACE:
+                self.header.incompatible, self._is_closing = incompatible, was_closing
+            elif self._fault is None:
                 self._fault = ImageFailed(self.file.path, f"a change of its tables failed ({error}); open it anew")
             raise
         self._is_closing = was_closing

@@ -19,8 +19,9 @@ Between the bars flags and counts may not fit each other: COPIED is missing with
 reference. Neither harms a reader or a writer, but a check calls it corrupt; in version 3 the dirty bit, durable
 throughout, has it repaired at the next opening. Version 2 has no such bit; a check there repairs it when asked.
 
-Until the header is written a change that cannot be carried out, for counts that are too narrow or for lack of space, is
-taken back and changes nothing.
+Until the header is written a change that cannot be carried out, for counts that are too narrow, for lack of space or a
+table that cannot be read, is taken back and changes nothing. After a barrier that failed nothing is taken back: nobody
+knows what the disk has.
 
 Spec: qcow2.rst "Snapshots", "Cluster mapping".
 """
@@ -53,7 +54,7 @@ from nbdimg.formats.qcow2.snapshots import (
 )
 from nbdimg.formats.qcow2.structs import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from nbdimg.image.driver import Miss
-from nbdimg.storage.ordering import OUT_OF_SPACE, Plan, Stage, Write, run
+from nbdimg.storage.ordering import OUT_OF_SPACE, Plan, Stage, UnwrittenError, Write, run
 from nbdimg.units import KiB, div_ceil
 
 T = TypeVar("T")
@@ -76,7 +77,8 @@ async def create_snapshot(driver: Qcow2Driver, name: str, *, now_ns: int, progre
         ConfigError: the name cannot be one, or is taken.
         UnsupportedFeature: counts are too narrow for one more reference, or there are too many snapshots.
         CorruptImage: something that would be kept is not what it should be.
-        OSError: what was done is taken back if there was no space; else see `Qcow2Driver.overhaul`.
+        OSError: what was done is taken back if there was no space or a table cannot be read; else see
+            `Qcow2Driver.overhaul`.
     """
     _check_name(name)
     snapshots = await _load(driver)
@@ -236,10 +238,30 @@ def _tables(l1: array[int]) -> int:
     return len(l1) - l1.count(0)
 
 
+class _Hindrance(OSError):
+    """A table cannot be read, or no more clusters be taken: nothing that was written is in doubt."""
+
+
+async def _hindered(work: Awaitable[T]) -> T:
+    """Of what reads alone. Raises: _Hindrance. ImageError."""
+    try:
+        return await work
+    except OSError as error:
+        raise _Hindrance(error.errno, error.strerror) from None
+
+
 async def _answer(ask: Callable[[], T | Miss]) -> T:
-    while isinstance(answer := ask(), Miss):
-        await answer.load()
-    return answer
+    async def answer() -> T:
+        while isinstance(found := ask(), Miss):
+            await found.load()
+        return found
+
+    return await _hindered(answer())
+
+
+def _can_be_taken_back(error: OSError) -> bool:
+    is_full = isinstance(error, UnwrittenError) and error.errno in OUT_OF_SPACE
+    return is_full or isinstance(error, _Hindrance)
 
 
 class _Change:
@@ -304,7 +326,7 @@ class _Change:
             except ImageError as error:
                 refusal = error
             except OSError as error:
-                if error.errno not in OUT_OF_SPACE:
+                if not _can_be_taken_back(error):
                     raise
                 refusal = error
             else:
@@ -339,7 +361,8 @@ class _Change:
                 continue
             cluster = self._l2_cluster(index, entry)
             for start in range(0, self._cluster_size, size):
-                yield cluster, start, decode_offsets(await self._reader.read((cluster << self._bits) + start, size))
+                content = await _hindered(self._reader.read((cluster << self._bits) + start, size))
+                yield cluster, start, decode_offsets(content)
             self._tables_done += 1
             if self._progress is not None:
                 self._progress(min(self._tables_done, self._table_count), self._table_count)

@@ -20,6 +20,7 @@ from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.open import read_header
 from nbdimg.formats.qcow2.snapshot_changes import apply_snapshot, create_snapshot, delete_snapshot
 from nbdimg.formats.qcow2.snapshots import Snapshot, load_snapshots
+from nbdimg.formats.qcow2.structs import OFFSET_MASK
 from nbdimg.image.image import Image
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.units import KiB
@@ -34,7 +35,7 @@ from tests.support.crash import (
     Target,
     run_now,
 )
-from tests.support.faultfile import FaultFile
+from tests.support.faultfile import FaultFile, os_error
 from tests.support.qcow2disk import NOW_NS, Disk, content_of, driver_of, opened
 from tests.support.qcow2edit import qemu_check
 
@@ -47,10 +48,7 @@ from tests.support.qcow2edit import qemu_check
 def test_snapshot_change_that_meets_an_error_at_any_call_leaves_a_whole_image(
     tmp_path: Path, version: str, verb: str, number: int
 ) -> None:
-    disk = Disk.made(tmp_path / "image", version + ",cluster_size=4k", 256 * KiB)
-    disk.write_qemu(1, 0, 100_000)
-    disk.create_qemu("one")
-    disk.write_qemu(2, 50_000, 100_000)
+    disk = disk_with_a_snapshot(tmp_path / "image", version + ",cluster_size=4k")
     content = disk.path.read_bytes()
     verbs: dict[str, Callable[[Qcow2Driver], Awaitable[Snapshot]]] = {
         "create": lambda driver: create_snapshot(driver, "two", now_ns=NOW_NS),
@@ -111,6 +109,98 @@ async def outcome_of(action: Awaitable[Snapshot], driver: Qcow2Driver, number: i
             return "failed"
         return "refused"
     return "done"
+
+
+def disk_with_a_snapshot(path: Path, options: str = "cluster_size=4k") -> Disk:
+    disk = Disk.made(path, options, 256 * KiB)
+    disk.write_qemu(1, 0, 100_000)
+    disk.create_qemu("one")
+    disk.write_qemu(2, 50_000, 100_000)
+    return disk
+
+
+def create_two(driver: Qcow2Driver) -> Awaitable[Snapshot]:
+    return create_snapshot(driver, "two", now_ns=NOW_NS)
+
+
+class BadSectors(FaultFile):
+    """Reads of any byte of `bad` fail once something was written."""
+
+    bad = range(0)
+
+    def _check(self, offset: int, length: int) -> None:
+        if "pwrite" in self.calls and offset < self.bad.stop and self.bad.start < offset + length:
+            raise os_error(errno.EIO)
+
+    def try_pread(self, offset: int, view: memoryview) -> bool:
+        self._check(offset, len(view))
+        return super().try_pread(offset, view)
+
+    async def pread(self, offset: int, view: memoryview) -> None:
+        self._check(offset, len(view))
+        await super().pread(offset, view)
+
+
+@pytest.mark.parametrize("table", ["L2 table", "refcount block"])
+def test_snapshot_change_that_cannot_read_a_table_is_refused_and_the_image_goes_on(tmp_path: Path, table: str) -> None:
+    disk = disk_with_a_snapshot(tmp_path / "image")
+
+    async def run() -> None:
+        memory = MemoryFile(disk.path.read_bytes())
+        file = BadSectors(memory)
+        driver = await opened(file)
+        assert driver.refcounts is not None
+        start = driver.mapping.l1.entries[0] & OFFSET_MASK if table == "L2 table" else driver.refcounts.table[0]
+        file.bad = range(start, start + 512)
+        assert await outcome_of(create_two(driver), driver, errno.EIO) == "refused"
+        file.bad = range(0)
+        assert await outcome_of(create_two(driver), driver, errno.EIO) == "done"
+        image = Image(driver, writable=True)
+        assert await content_of(image) == disk.active
+        await image.close()
+        disk.path.write_bytes(memory.content)
+
+    asyncio.run(run())
+    assert qemu_check(disk.path).exit_status == 0
+
+
+def test_snapshot_change_for_whose_mark_there_is_no_space_is_refused_and_the_image_goes_on(tmp_path: Path) -> None:
+    disk = disk_with_a_snapshot(tmp_path / "image", "cluster_size=4k,lazy_refcounts=on")
+
+    async def run() -> None:
+        memory = MemoryFile(disk.path.read_bytes())
+        file = FaultFile(memory)
+        image = Image(await opened(file), writable=True)
+        driver = driver_of(image)
+        await disk.guest(image, random.Random("mark"), 8)
+        file.fail("pwrite", errno.ENOSPC)
+        assert await outcome_of(create_two(driver), driver, errno.ENOSPC) == "refused"
+        file.heal()
+        await disk.guest(image, random.Random("more"), 8)
+        assert await outcome_of(create_two(driver), driver, errno.ENOSPC) == "done"
+        assert await content_of(image) == disk.active
+        await image.close()
+        disk.path.write_bytes(memory.content)
+
+    asyncio.run(run())
+    assert qemu_check(disk.path).exit_status == 0
+
+
+def test_snapshot_change_whose_barrier_finds_no_space_fails_for_what_was_written_is_in_doubt(tmp_path: Path) -> None:
+    disk = disk_with_a_snapshot(tmp_path / "image")
+
+    async def run() -> None:
+        file = FaultFile(MemoryFile(disk.path.read_bytes()))
+        driver = await opened(file)
+
+        async def fail_behind_the_mark(method: str) -> None:
+            if method == "fdatasync" and file.calls.count("fdatasync") == 1:
+                file.fail_at(0, errno.ENOSPC)
+
+        file.delay = fail_behind_the_mark
+        assert await outcome_of(create_two(driver), driver, errno.ENOSPC) == "failed"
+
+    asyncio.run(run())
 
 
 # Crashes
