@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nbdimg.cli.interrupt import interrupted_between
 from nbdimg.cli.opened import opened_qcow2
 from nbdimg.cli.output import print_json, print_table, shown
 from nbdimg.errors import escaped
@@ -104,7 +105,8 @@ def list_(image: Image, as_json: AsJson = False) -> None:
 
 
 def _change(path: str, as_json: bool, done: str, change: Callable[[BitmapEditor], Awaitable[None] | None]) -> None:
-    entries = run_loop(_changed(path, change))
+    with interrupted_between(None):
+        entries = run_loop(_changed(path, change))
     if as_json:
         _print_json(path, entries)
     else:

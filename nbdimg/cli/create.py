@@ -6,12 +6,12 @@ import os
 import re
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
-from nbdimg.cli.output import QUIET_S, print_json, progress, shown
+from nbdimg.cli.output import QUIET_S, complain, print_json, progress, shown
 from nbdimg.errors import ConfigError, escaped
 from nbdimg.formats import DRIVERS, create_image, open_image, read_key_file
 from nbdimg.formats.qcow2 import create as qcow2
@@ -178,7 +178,7 @@ def create(
     )
     check(0, options)
     asked = _size(path, size, options)
-    with _signals_unwind():
+    with _signals_unwind(path):
         if format == "raw":
             create_image(path, asked, format="raw")
             report = {"path": path, "format": "raw", "size": asked}
@@ -242,20 +242,26 @@ async def _image_size(path: str, format: str) -> int:
 
 
 @contextmanager
-def _signals_unwind() -> Iterator[None]:
-    """While an image is made, SIGTERM, and SIGHUP unless it is ignored (nohup), end the program as an exception does,
-    so that no half of it stays.
+def _signals_unwind(path: str) -> Iterator[None]:
+    """While an image is made, SIGINT, SIGTERM and SIGHUP, unless they are ignored (nohup), end the program as an
+    exception does, so that no half of it stays. The first one counts: another would end the removal of the half.
     """
 
     def on_signal(number: int, frame: object) -> NoReturn:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, on_signal)
     try:
         yield
+    except SystemExit:
+        with suppress(OSError):  # the terminal may have gone
+            complain(f"{shown(path)}: interrupted, nothing of it was left")
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -269,7 +275,7 @@ def _create_qcow2(path: str, size: int, options: CreateOptions) -> Layout:
 
 
 def _create_vhdx(path: str, size: int | None, options: vhdx.CreateOptions, as_json: bool) -> None:
-    with _signals_unwind(), progress(quiet_s=0.0 if options.subformat == "fixed" else QUIET_S) as report:
+    with _signals_unwind(path), progress(quiet_s=0.0 if options.subformat == "fixed" else QUIET_S) as report:
         made = vhdx.create(path, size, options, progress=report)
     said = {
         "path": path,

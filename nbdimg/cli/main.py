@@ -5,8 +5,7 @@
 2   the command line is wrong
 3   an image cannot be opened: missing, locked, refused; or its format lacks what is asked for
 4   an address cannot be listened on
-
-A command that Ctrl-C ends exits with 130, see `__main__`.
+130 interrupted by SIGINT
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from nbdimg.cli.create import create
 from nbdimg.cli.ctl import ctl
 from nbdimg.cli.healthcheck import main as healthcheck
 from nbdimg.cli.info import info
+from nbdimg.cli.interrupt import EXIT_INTERRUPTED, Interrupted
 from nbdimg.cli.map import map_
 from nbdimg.cli.output import complain
 from nbdimg.cli.resize import resize
@@ -47,6 +47,7 @@ _STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (ImageError, EXIT_IMAGE),
     (NbdimgError, EXIT_FAILED),
     (OSError, EXIT_FAILED),
+    (Interrupted, EXIT_INTERRUPTED),
 )
 
 app = typer.Typer(
@@ -98,6 +99,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status; errors go to standard error as one line."""
     try:
         status = _command()(list(arguments), prog_name="nbdimg", standalone_mode=False)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     except Exception as error:
         return _report(error)
     return status if isinstance(status, int) else 0

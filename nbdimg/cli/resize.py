@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from nbdimg.cli.interrupt import interrupted_between
 from nbdimg.cli.opened import opening
 from nbdimg.cli.options import AllowReferences, AsJson, Format, Parent
 from nbdimg.cli.output import ProgressReport, print_json, progress, shown, sized
@@ -44,8 +45,8 @@ def resize(
     SIZE is rounded up to whole sectors, of 512 bytes but for some vhdx images; for raw ones it is taken as it is.
     """
     key = None if key_file is None else read_key_file(key_file)
-    with progress() as report:
-        roots = tuple(allow_references or ())
+    roots = tuple(allow_references or ())
+    with progress() as shown_progress, interrupted_between(shown_progress) as report:
         found, old, new = run_loop(_resized(image, size, shrink, format, key, roots, parent, report))
     if as_json:
         print_json(path=image, format=found, size=new, old_size=old)

@@ -21,6 +21,7 @@ import typer
 
 from nbdimg.cli.ctl import AsJson, SocketPath, TokenFile, Url, server_api
 from nbdimg.cli.healthcheck import DEFAULT_SOCKET
+from nbdimg.cli.interrupt import raise_at_interrupt
 from nbdimg.cli.output import print_json, print_table, shown
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def top(
     """
     api = server_api(socket, url, token_file)
     before = api.get("/v1/stats")
+    raise_at_interrupt()
     try:
         if once or as_json or not sys.stdout.isatty() or os.environ.get("TERM") in DUMB_TERMINALS:
             _print_lines(api, before, interval, once=once, as_json=as_json)

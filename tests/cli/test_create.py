@@ -282,12 +282,15 @@ def test_create_beyond_the_file_size_limit_says_so_and_leaves_nothing() -> None:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_create_that_is_stopped_leaves_nothing(number: signal.Signals, status: int) -> None:
-    with process("a.qcow2", f"{16 * GiB}", "--preallocation", "full", "--data-file", "d") as running:
+    arguments = ["a.qcow2", f"{16 * GiB}", "--preallocation", "full", "--data-file", "d"]
+    with process(*arguments, stderr=subprocess.PIPE) as running:
         limit = time.monotonic() + 20
         while not os.path.exists("a.qcow2") or not os.path.exists("d") or not os.stat("d").st_blocks:
             assert running.poll() is None
             assert time.monotonic() < limit
             select.select([], [], [], 0.01)
         running.send_signal(number)
-        assert running.wait(20) == status
+        running.send_signal(number)
+        said = running.communicate(timeout=20)[1]
+        assert (running.returncode, said) == (status, "nbdimg: a.qcow2: interrupted, nothing of it was left\n")
     assert os.listdir() == []

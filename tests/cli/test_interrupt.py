@@ -1,0 +1,136 @@
+"""Ctrl-C: one line, status 130, no traceback, and images that open and have lost nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nbdimg.units import KiB, MiB
+from tests.support.qcow2edit import qemu_img
+from tests.support.vhdximages import dynamic
+
+pytestmark = pytest.mark.usefixtures("directory")
+
+LINE = "nbdimg: interrupted\n"
+
+AT_IMPORT = """
+import signal, sys
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == "typer":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+"""
+
+AT_WRITE = """
+import os, signal, time
+real, count = os.pwrite, 0
+def pwrite(*arguments):
+    global count
+    count += 1
+    if count in {calls}:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep({slow_s})
+    return real(*arguments)
+os.pwrite = pwrite
+"""
+
+RUN = """
+from nbdimg.__main__ import main
+main()
+"""
+
+
+def interrupted(script: str, *arguments: str, ignored: bool = False) -> subprocess.CompletedProcess[str]:
+    """The end of an nbdimg that sends itself the signal."""
+    before = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" if ignored else ""
+    return subprocess.run(
+        [sys.executable, "-c", before + script + RUN, *arguments],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def at_write(*calls: int, slow_s: float = 0.05) -> str:
+    return AT_WRITE.format(calls=set(calls), slow_s=slow_s)
+
+
+def with_bitmaps(path: str) -> None:
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", path, "16M")
+    for name in ("a", "b"):
+        qemu_img("bitmap", "--add", "-g", "512", path, name)
+
+
+def is_sound(path: str) -> bool:
+    return qemu_img("check", "-q", path).returncode == 0
+
+
+def test_interrupt_while_modules_are_imported_is_one_line() -> None:
+    ended = interrupted(AT_IMPORT, "info", "absent.raw")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + signal.SIGINT, "", LINE)
+
+
+def test_interrupt_of_a_health_check_that_waits_is_one_line() -> None:
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind("s")
+        silent.listen()
+        argv = [sys.executable, "-m", "nbdimg", "healthcheck", "--socket=s"]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            with silent.accept()[0]:
+                process.send_signal(signal.SIGINT)
+                assert process.communicate(timeout=60) == ("", LINE)
+            assert process.returncode == 128 + signal.SIGINT
+
+
+def test_interrupt_that_is_ignored_stays_so() -> None:
+    Path("a.raw").write_bytes(bytes(KiB))
+    ended = interrupted(AT_IMPORT, "info", "a.raw", ignored=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("call", [1, 4])
+def test_interrupted_resize_of_an_image_with_bitmaps_goes_on_to_its_end(call: int) -> None:
+    """Its tables are at stake: half of it would leave bitmaps that are of no size the disk has."""
+    with_bitmaps("a.qcow2")
+    ended = interrupted(at_write(call), "resize", "a.qcow2", "+20M")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert is_sound("a.qcow2")
+    assert "in-use" not in qemu_img("info", "a.qcow2").stdout
+
+
+def test_interrupted_resize_ends_in_order_where_it_tells_of_progress() -> None:
+    with_bitmaps("a.qcow2")
+    ended = interrupted(at_write(1), "resize", "--shrink", "a.qcow2", "4M")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + signal.SIGINT, "", LINE)
+    assert is_sound("a.qcow2")
+    assert "in-use" not in qemu_img("info", "a.qcow2").stdout
+
+
+def test_interrupted_bitmap_verb_goes_on_to_its_end() -> None:
+    with_bitmaps("a.qcow2")
+    ended = interrupted(at_write(1), "bitmap", "clear", "a.qcow2", "b")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert is_sound("a.qcow2")
+
+
+def test_second_interrupt_ends_at_once() -> None:
+    with_bitmaps("a.qcow2")
+    ended = interrupted(at_write(1, 2, slow_s=20), "resize", "a.qcow2", "+20M")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + signal.SIGINT, "", LINE)
+
+
+def test_interrupted_compact_is_one_line_and_can_be_taken_up_again() -> None:
+    Path("a.vhdx").write_bytes(dynamic(b"\1" * MiB + bytes(4 * MiB), block_size=MiB))
+    with open("a.vhdx", "ab") as file:
+        file.truncate(64 * MiB)
+    ended = interrupted(at_write(1), "compact", "a.vhdx")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + signal.SIGINT, "", LINE)
+    assert interrupted("", "compact", "a.vhdx").returncode == 0
