@@ -6,7 +6,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn, cast
 
 import typer
@@ -259,8 +259,7 @@ def _signals_unwind(path: str) -> Iterator[None]:
     try:
         yield
     except SystemExit:
-        with suppress(OSError):  # the terminal may have gone
-            complain(f"{shown(path)}: interrupted, nothing of it was left")
+        complain(f"{shown(path)}: interrupted, nothing of it was left")
         raise
     finally:
         for number, handler in before.items():

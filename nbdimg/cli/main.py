@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -145,10 +145,19 @@ def _sentence(error: Exception) -> str:
 
 def main() -> None:
     """The console script."""
+    status = run(sys.argv[1:])
+    is_printed = _flush(sys.stdout)
+    _flush(sys.stderr)
+    sys.exit(status if is_printed else status or EXIT_FAILED)
+
+
+def _flush(stream: TextIO) -> bool:
+    """Whether all of the output has arrived. If not the rest is dropped: Python would change the status for it."""
     try:
-        status = run(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = EXIT_FAILED
-    sys.exit(status)
+        stream.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if not isinstance(error, BrokenPipeError):
+            complain(f"{stream.name}: {error.strerror}")
+        return False
+    return True

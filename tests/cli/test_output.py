@@ -1,8 +1,12 @@
-"""What every verb prints with."""
+"""What every verb prints with: tables keep their cells, and where nothing can be printed the status is still true."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +14,41 @@ from nbdimg.cli.output import print_table
 
 COLUMNS = ("NAME", "SIZE", "FORMAT", "MODE")
 ROW = ("vm1", "1048576", "qcow2", "rw")
+
+pytestmark = pytest.mark.usefixtures("directory")
+
+
+def nbdimg(*arguments: str, **streams: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment.pop("PYTHONUNBUFFERED", None)
+    return subprocess.run(
+        [sys.executable, "-m", "nbdimg", *arguments], env=environment, text=True, timeout=60, **streams
+    )
+
+
+def test_output_that_finds_no_space_is_one_line() -> None:
+    Path("a.raw").write_bytes(bytes(512))
+    with open("/dev/full", "w") as full:
+        ended = nbdimg("info", "a.raw", stdout=full, stderr=subprocess.PIPE)
+    assert (ended.returncode, ended.stderr) == (1, "nbdimg: <stdout>: No space left on device\n")
+
+
+def test_output_that_nobody_reads_is_no_complaint() -> None:
+    Path("a.raw").write_bytes(bytes(512))
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        ended = nbdimg("info", "a.raw", stdout=writer, stderr=subprocess.PIPE)
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(("info", "absent"), 3), (("check", "a.raw"), 63)])
+def test_complaint_that_finds_no_space_leaves_the_status(arguments: tuple[str, ...], status: int) -> None:
+    Path("a.raw").write_bytes(bytes(512))
+    with open("/dev/full", "w") as full:
+        assert nbdimg(*arguments, stdout=subprocess.DEVNULL, stderr=full).returncode == status
 
 
 @pytest.mark.parametrize("width", ["0", "1", "20", "80"])
