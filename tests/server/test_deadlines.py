@@ -160,13 +160,15 @@ def test_reader_that_takes_nothing_is_cut(server: NbdimgServer) -> None:
 
 def test_reader_that_is_slow_but_takes_something_is_not_cut(server: NbdimgServer) -> None:
     """Half a MiB every tenth of a second, for twice the stall timeout, and then the rest, byte for byte."""
+    expected = pattern(0, MIB)
     with connect_negotiated(server.socket_path, "disk") as client:
         requests = client.reads(48, MIB)
         client.send_requests(requests)
         for _ in range(42):
             client.receive_ahead(512 * KIB)
             time.sleep(0.1)
-        assert all(client.read_reply().data == pattern(0, MIB) for _ in requests)
+        replies = client.read_replies(len(requests))
+    assert all(reply.data == expected for reply in replies)
 
 
 def test_idle_client_with_nothing_outstanding_is_not_cut(server: NbdimgServer) -> None:
