@@ -81,8 +81,10 @@ class _Compaction:
         self._parts = parts
         self._used = used
         """A byte for each MiB of the file."""
-        self._owners = array("I", bytes(4 * len(used)))
-        """By the MiB at which a block, a bitmap or the BAT begins: its BAT entry's index + 1, or _BAT."""
+        self._owners = array("I", [0]) * (used.rfind(1) + 1)
+        """By the MiB at which a block, a bitmap or the BAT begins: its BAT entry's index + 1, or _BAT. Nothing begins
+        behind what is in use, and a file may be terabytes longer.
+        """
         self._owners[parts.regions.bat_offset // MiB] = _BAT
         self._progress = progress
         self._session: Session | None = None

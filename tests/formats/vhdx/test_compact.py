@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import struct
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,6 +103,25 @@ def test_compact_of_what_is_compact_changes_nothing() -> None:
 def test_compact_cuts_trailing_space() -> None:
     content = dynamic(b"\1" * MiB)
     assert compacted(content + bytes(7 * MiB))[0][2 * MiB :] == content[2 * MiB :]
+
+
+def test_compact_costs_memory_for_what_is_in_use_and_not_for_the_files_size(tmp_path: Path) -> None:
+    """A byte for each MiB, as for a check; 8 TiB is what a log may have made of it."""
+    path = tmp_path / "x.vhdx"
+    path.write_bytes(dynamic(b"\1" * MiB))
+    os.truncate(path, 8 << 40)
+
+    async def main() -> int:
+        file = PosixFile(path, writable=True)
+        tracemalloc.start()
+        await compact(file)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        await file.close()
+        return peak
+
+    assert asyncio.run(main()) < 24 * MiB
+    assert path.stat().st_size == 5 * MiB
 
 
 def test_compact_lets_old_places_of_unmapped_and_undefined_blocks_go() -> None:
