@@ -438,15 +438,27 @@ class _Change:
     # Counts
 
     async def check_tree(self, l1: array[int]) -> None:
-        """Raises: CorruptImage: it cannot be walked to its end."""
+        """Raises: CorruptImage: as `check_l1`, or it cannot be walked to its end."""
+        self.check_l1(l1)
         async for _ in self._runs(l1):
             pass
 
     def check_l1(self, l1: array[int]) -> None:
-        """Raises: CorruptImage: an entry cannot be followed."""
+        """Raises: CorruptImage: an entry cannot be followed, or names a table that another one names: a walk of
+        millions of those takes hours, however small the file is.
+        """
+        tables: set[int] = set()
         for index, entry in enumerate(l1):
-            if entry:
-                self._l2_cluster(index, entry)
+            if not entry:
+                continue
+            cluster = self._l2_cluster(index, entry)
+            if cluster in tables:
+                raise CorruptImage(
+                    self._file.path,
+                    f"L1 entry {index} is {entry:#018x}, expected an L2 table that no entry before it names",
+                    entry & OFFSET_MASK,
+                )
+            tables.add(cluster)
 
     async def raise_tree(self, l1: array[int]) -> None:
         """One reference more to all of a tree, durable."""

@@ -383,6 +383,7 @@ def poke(path: Path, offset: int, data: bytes) -> None:
     ("what", "message"),
     [
         ("an L2 table behind the end", "expected the offset of an L2 table|inside the file"),
+        ("an L2 table twice", "L1 entry 3 is .*, expected an L2 table that no entry before it names"),
         ("the refcount table as data", "expected none that holds metadata"),
         ("reserved bits in an entry", "the reserved bits 0"),
         ("a free cluster as data", "was referred to and has refcount 0"),
@@ -399,6 +400,7 @@ def test_snapshot_of_a_damaged_tree_is_refused_and_taken_back(tmp_path: Path, wh
     copied = 1 << 63
     place, entry = {
         "an L2 table behind the end": (l1_offset + 8 * 3, copied | 1 << 40),
+        "an L2 table twice": (l1_offset + 8 * 2, l2_offset),
         "the refcount table as data": (l2_offset, copied | refcount_table),
         "reserved bits in an entry": (l2_offset, copied | 1 << 57 | 4096 * 20),
         "a free cluster as data": (l2_offset, copied | 4096 * 4000),
@@ -420,6 +422,7 @@ def test_snapshot_of_a_damaged_tree_is_refused_and_taken_back(tmp_path: Path, wh
         ("the refcount table as an L2 table", "expected the offset of an L2 table"),
         ("the header as an L2 table", "expected the offset of an L2 table"),
         ("reserved bits in an L1 entry", "expected the offset of an L2 table"),
+        ("an L2 table twice", "L1 entry 1 is .*, expected an L2 table that no entry before it names"),
         ("an L1 table behind the end", "expected a place behind the header and inside the file"),
     ],
 )
@@ -427,7 +430,7 @@ def test_snapshot_of_a_damaged_tree_is_refused_and_taken_back(tmp_path: Path, wh
 def test_snapshot_whose_own_tree_is_damaged_is_neither_applied_nor_deleted(
     tmp_path: Path, what: str, message: str, action: Callable[[Qcow2Driver, str], Awaitable[Snapshot]]
 ) -> None:
-    disk = Disk.made(tmp_path / "image", "cluster_size=4k")
+    disk = Disk.made(tmp_path / "image", "cluster_size=4k", 4 * MiB)
     disk.write_qemu(1, 0, 100_000)
     disk.create_qemu("one")
     disk.write_qemu(2, 0, 100_000)
@@ -438,6 +441,7 @@ def test_snapshot_whose_own_tree_is_damaged_is_neither_applied_nor_deleted(
         "the refcount table as an L2 table": (l1_offset, struct.unpack_from(">Q", content, 48)[0]),
         "the header as an L2 table": (l1_offset, 1 << 63),
         "reserved bits in an L1 entry": (l1_offset, 0x20001),
+        "an L2 table twice": (l1_offset + 8, struct.unpack_from(">Q", content, l1_offset)[0]),
         "an L1 table behind the end": (table, 1 << 40),
     }[what]
     poke(disk.path, place, struct.pack(">Q", value))
