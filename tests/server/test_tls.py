@@ -277,6 +277,32 @@ def test_ciphertext_that_waits_counts_as_pending_and_leaves(site: Site) -> None:
     assert asyncio.run(asyncio.wait_for(main(), 20)) == sent
 
 
+def test_what_was_queued_for_a_socket_that_is_closed_meanwhile_is_not_sent(site: Site) -> None:
+    errors: list[object] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: errors.append(context))
+        near, far = socket.socketpair()
+        with near, far:
+            near.setblocking(False)
+            layer = Tls(site.tls).wrap(near)
+            far_end(site, far, layer)
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * KIB)
+            shared = Shared(loop, Registry(), Limits())
+            outbox = TlsOutbox(layer, shared, lambda: errors.append("room"), errors.append)
+            outbox.queue([b"queued"])
+            outbox.put(bytes(200 * KIB))
+            outbox.send_turn()
+            outbox.discard()
+            near.close()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert errors == []
+
+
 class FarEnd:
     """A TLS client whose ciphertext the test carries itself."""
 
