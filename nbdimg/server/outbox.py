@@ -164,8 +164,6 @@ class Outbox:
         self._all_left()
 
     def _all_left(self) -> None:
-        if self.is_broken:
-            return
         if self._is_waiting:
             self._is_waiting = False
             self.stalled_since_s = None
