@@ -7,7 +7,7 @@ import re
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, NoReturn, cast
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -246,11 +246,13 @@ def _signals_unwind(path: str) -> Iterator[None]:
     """While an image is made, SIGINT, SIGTERM and SIGHUP, unless they are ignored (nohup), end the program as an
     exception does, so that no half of it stays. The first one counts: another would end the removal of the half.
     """
+    is_ending = False
 
-    def on_signal(number: int, frame: object) -> NoReturn:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
-        raise SystemExit(128 + number)
+    def on_signal(number: int, frame: object) -> None:
+        nonlocal is_ending
+        if not is_ending:
+            is_ending = True
+            raise SystemExit(128 + number)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
