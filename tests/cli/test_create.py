@@ -259,6 +259,13 @@ def test_create_overlay_of_a_missing_file_is_refused(refused: Any) -> None:
     refused(["a.qcow2", "--backing", "absent", "--backing-format", "raw"], FAILED, "absent: No such file or directory")
 
 
+@pytest.mark.parametrize("name", ["a.qcow2", "here/a.qcow2"])
+def test_create_with_itself_as_backing_file_is_refused(refused: Any, name: str) -> None:
+    os.symlink(".", "here")
+    arguments = ["here/a.qcow2", "1M", "--backing", name, "--backing-format", "qcow2"]
+    refused(arguments, USAGE, "here/a.qcow2: the backing file is the image itself")
+
+
 def test_create_in_a_missing_directory_is_refused(refused: Any) -> None:
     refused(["absent/a.qcow2", "1M"], FAILED, "absent/a.qcow2: No such file or directory")
 

@@ -50,6 +50,10 @@ def create(
     """
     path = os.fspath(path)
     check(size, options)
+    if options.backing_name is not None:
+        backing_path = data_file_path(path, options.backing_name)
+        if os.path.realpath(backing_path) == os.path.realpath(path):
+            raise ConfigError(f"{path}: the backing file is the image itself")
     with ExitStack() as files, ExitStack() as undo:
         image = new_file(path, files, undo)
         luks_header = b"" if options.luks_passphrase is None else luks.create(path, options.luks_passphrase)
@@ -77,7 +81,7 @@ def write_undurable(image: FileIO, planned: Layout) -> None:
 
 
 def data_file_path(path: str, name: str) -> str:
-    """Where the external data file of the image at `path` is: a relative name is beside the image."""
+    """Where a file is that the image at `path` names: a relative name is beside the image."""
     return os.path.join(os.path.dirname(path), name)
 
 
