@@ -103,11 +103,14 @@ class _Bar:
         if self._update is None:
             if time.monotonic() < self._due:
                 return
-            self._update, self.stop = _started(self._unit)
+            update, start, self.stop = _made(self._unit)
+            start()
+            self._update = update
         self._update(done, total)
 
 
-def _started(unit: str) -> tuple[ProgressReport, Callable[[], None]]:
+def _made(unit: str) -> tuple[ProgressReport, Callable[[], None], Callable[[], None]]:
+    """How a bar is told of progress, started, and stopped, also where its start was interrupted."""
     from rich import progress as rich
     from rich.console import Console
 
@@ -119,13 +122,12 @@ def _started(unit: str) -> tuple[ProgressReport, Callable[[], None]]:
     columns = (rich.BarColumn(), *amount, rich.TimeRemainingColumn())
     bar = rich.Progress(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task("", rate="")
-    bar.start()
 
     def update(done: int, total: int) -> None:
         speed = bar.tasks[task].speed
         bar.update(task, completed=done, total=total, rate="" if speed is None else f"{speed:.0f} {unit}/s")
 
-    return update, bar.stop
+    return update, bar.start, bar.stop
 
 
 @contextmanager

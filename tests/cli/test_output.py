@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.progress import Progress
 
-from nbdimg.cli.output import print_table
+from nbdimg.cli import output
 
 COLUMNS = ("NAME", "SIZE", "FORMAT", "MODE")
 ROW = ("vm1", "1048576", "qcow2", "rw")
@@ -57,6 +58,27 @@ def test_table_on_a_terminal_of_any_width_keeps_every_cell(
 ) -> None:
     monkeypatch.setenv("COLUMNS", width)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    print_table(COLUMNS, [ROW], right=["SIZE"])
+    output.print_table(COLUMNS, [ROW], right=["SIZE"])
     printed = capsys.readouterr().out
     assert [cell for cell in (*COLUMNS, *ROW) if cell not in printed] == []
+
+
+def test_bar_that_is_interrupted_while_it_starts_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the cursor stays hidden, and what is printed afterwards is kept by the bar."""
+    stopped: list[Progress] = []
+
+    def start(bar: Progress) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(Progress, "start", start)
+    monkeypatch.setattr(Progress, "stop", lambda bar: stopped.append(bar))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+
+    def work() -> None:
+        with output.progress(quiet_s=0.0) as report:
+            assert report is not None
+            report(0, 1)
+
+    with pytest.raises(SystemExit):
+        work()
+    assert len(stopped) == 1
