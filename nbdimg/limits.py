@@ -29,7 +29,11 @@ OPTION_DISCARD_MAX = 2 * MiB
 """Option data that is skipped to stay in step; a longer claim ends the connection at once."""
 
 EXTENTS_MAX = 1024
-"""Extents in one BLOCK_STATUS reply; a client asks again from where the reply ends."""
+"""Extents of one context in a BLOCK_STATUS reply; a client asks again from where the reply ends."""
+
+STATUS_EXTENTS_MAX = 4096
+"""Extents of all contexts in a BLOCK_STATUS reply, 64 KiB: an image may have a thousand bitmaps, and a client has
+`requests_in_flight` replies that it need not take. Of four contexts each may have EXTENTS_MAX."""
 
 
 @dataclass(frozen=True, slots=True)

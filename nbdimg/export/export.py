@@ -268,7 +268,7 @@ class Export:
         if request.contexts is not None:
             selected = {context_id: contexts[context_id] for context_id in request.contexts}
         offset, length = request.offset, request.length
-        extents_max = limits.EXTENTS_MAX
+        extents_max = min(limits.EXTENTS_MAX, max(1, limits.STATUS_EXTENTS_MAX // max(1, len(selected))))
         entry = self.inflight.enter(offset, offset + length, is_exclusive=False)
 
         async def status() -> Status:

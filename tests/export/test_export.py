@@ -363,9 +363,11 @@ def striped_export(block_size_min: int = 1) -> Export:
     return Export("disk", image, payload_max=1 << 20, block_size_min=block_size_min)
 
 
-def status(export: Export, request: Request) -> list[tuple[int, list[tuple[int, int]]]]:
+def status(
+    export: Export, request: Request, contexts: dict[int, str] = CONTEXTS
+) -> list[tuple[int, list[tuple[int, int]]]]:
     async def main() -> Any:
-        return await start(export.submit(request, CONTEXTS))
+        return await start(export.submit(request, contexts))
 
     found: list[tuple[int, list[tuple[int, int]]]] = asyncio.run(main())
     return found
@@ -405,6 +407,16 @@ def test_block_status_is_cut_at_the_extents_limit(monkeypatch: pytest.MonkeyPatc
     found = status(striped_export(), plain(Command.BLOCK_STATUS, 0, SIZE))
     assert found[0] == (7, [(1024, 0), (1024, 3), (1024, 0), (1024, 3)])
     assert found[1] == (3, [(4096, 1)])
+
+
+def test_block_status_of_many_contexts_has_no_more_extents_than_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 replies with 1,024 extents of each of 1,000 bitmaps would take 2 GiB."""
+    monkeypatch.setattr("nbdimg.limits.STATUS_EXTENTS_MAX", 9)
+    for count, expected in ((1, 9), (2, 4), (4, 2), (20, 1)):
+        contexts = dict.fromkeys(range(count), "base:allocation")
+        found = status(striped_export(), plain(Command.BLOCK_STATUS, 0, SIZE), contexts)
+        assert [len(pairs) for _, pairs in found] == [expected] * count
+        assert {pairs[0] for _, pairs in found} == {(1024, 0)}
 
 
 def test_block_status_waits_for_an_overlapping_change() -> None:
