@@ -8,7 +8,8 @@ Storage that hangs, a network file system without its server, keeps every thread
 others wait: there are as many threads more, so that images elsewhere are still read, written and flushed.
 
 A process may be allowed fewer threads than these (a container's limit, `ulimit -u`): then those that there are do the
-work, and where there is none the loop does it itself, which holds everybody up and fails nobody.
+work, and where there is none the loop does it itself, which holds everybody up and fails nobody. While jobs wait for a
+thread, one more is tried now and then.
 """
 
 from __future__ import annotations
@@ -65,9 +66,8 @@ class Workers:
         future: asyncio.Future[T] = self._loop.create_future()
         self._active_count += 1
         if self._active_count > len(self._threads):
-            if len(self._threads) < self._threads_max:
-                self._start_thread()
-            elif self._relief is None:
+            is_started = len(self._threads) < self._threads_max and self._try_start_thread()
+            if not is_started and self._relief is None:
                 self._relief = self._loop.call_later(STUCK_S, self._relieve)
         if self._threads:
             self._jobs.put((future, function, args))
@@ -76,23 +76,24 @@ class Workers:
             self._loop.call_soon(self._deliver)
         return future
 
-    def _start_thread(self) -> None:
-        """Unless the process may have no more."""
+    def _try_start_thread(self) -> bool:
+        """False: the system, or the limit of a container or a service, has not one more. `_relieve` tries again."""
         number = len(self._threads)
         thread = threading.Thread(target=self._work, args=(number,), name=f"nbdimg-io-{number}", daemon=True)
         self._begun_s.append(None)
         try:
             thread.start()
         except RuntimeError:
-            del self._begun_s[number]
+            self._begun_s.pop()
             if not self._has_told_limit:
                 self._has_told_limit = True
                 logger.warning("no more threads are allowed: %d do the work of %d", number, self._threads_max)
-            return
+            return False
         self._threads.append(thread)
+        return True
 
     def _relieve(self) -> None:
-        """Replace threads that are stuck, as far as jobs wait for one."""
+        """Replace threads that are stuck, and start those that could not be, as far as jobs wait for one."""
         self._relief = None
         waiting_count = self._active_count - len(self._threads)
         if waiting_count <= 0:
@@ -101,7 +102,8 @@ class Workers:
         stuck_count = sum(begun_s is not None and begun_s <= begun_before_s for begun_s in self._begun_s)
         missing_count = self._threads_max + min(stuck_count, self._stuck_max) - len(self._threads)
         for _ in range(min(missing_count, waiting_count)):
-            self._start_thread()
+            if not self._try_start_thread():
+                break
         self._relief = self._loop.call_later(STUCK_S, self._relieve)
 
     def close(self) -> None:

@@ -12,6 +12,8 @@ import pytest
 
 from nbdimg.storage.workers import STUCK_S, THREADS_MAX, Workers, computers, workers
 
+WAIT_S = 30.0
+
 
 def test_run_delivers_results_and_arguments() -> None:
     async def main() -> list[int]:
@@ -115,6 +117,36 @@ def test_jobs_pass_those_that_are_stuck(stuck_max: int, done_count: int) -> None
         return count
 
     assert asyncio.run(main()) == done_count
+
+
+def test_jobs_behind_one_that_hangs_are_done_when_threads_are_allowed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = 1
+    start = threading.Thread.start
+
+    def scarce(thread: threading.Thread) -> None:
+        nonlocal left
+        if not left:
+            raise RuntimeError("can't start new thread")
+        left -= 1
+        start(thread)
+
+    async def main() -> list[int]:
+        nonlocal left
+        pool = Workers(threads_max=4)
+        release = threading.Event()
+        monkeypatch.setattr(threading.Thread, "start", scarce)
+        stuck = pool.run(release.wait, WAIT_S)
+        futures = [pool.run(pow, number, 2) for number in range(20)]
+        await asyncio.sleep(STUCK_S * 1.5)
+        assert not any(future.done() for future in futures)
+        left = 3
+        found = await asyncio.wait_for(asyncio.gather(*futures), WAIT_S)
+        release.set()
+        await stuck
+        pool.close()
+        return found
+
+    assert asyncio.run(main()) == [number**2 for number in range(20)]
 
 
 def test_run_on_an_idle_pool_starts_one_thread_only() -> None:
