@@ -12,7 +12,7 @@ from nbdimg.server.shared import Shared
 
 
 def test_send_that_is_due_behind_the_end_of_its_connection_does_nothing() -> None:
-    """Queued out of turn; then a turn filled the socket, and the connection was closed: an internal error was logged."""
+    """Queued out of turn; then a turn filled the socket, and the connection was closed: an internal error."""
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
