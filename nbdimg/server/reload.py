@@ -34,6 +34,7 @@ from nbdimg.server.listen import address_of
 from nbdimg.server.service import Service, close_exports, image_of, named, open_exports, with_names
 from nbdimg.server.systemd import Notifier
 from nbdimg.server.tls import Tls
+from nbdimg.storage.workers import workers
 from nbdimg.uri import NbdUri
 
 WATCH_INTERVAL_S = 2.0
@@ -114,7 +115,7 @@ class Reloader:
     """Applies what `load` returns to a running service.
 
     Args:
-        load: reads the configuration in `path`, and whether to watch it; runs in a thread.
+        load: reads the configuration in `path`, and whether to watch it; runs on a worker.
             Raises: NbdimgError, OSError.
         seen: the file's stamp before the service's configuration was read. TLS files are watched likewise.
     """
@@ -179,7 +180,7 @@ class Reloader:
             await asyncio.sleep(self._watch_interval_s)
             if self._is_watching:
                 seen = self._seen
-                now = await asyncio.to_thread(_stamps, list(seen))
+                now = await workers().run(_stamps, list(seen))
                 is_changed = any(now[path] not in (None, seen[path]) for path in seen)
                 if is_changed and now == last and self._seen is seen:
                     self._seen = {path: now[path] or seen[path] for path in seen}
@@ -196,9 +197,9 @@ class Reloader:
     async def _reload(self) -> bool:
         self._notifier.reloading()
         try:
-            seen = await asyncio.to_thread(stamp, self._path)
-            config, is_watching = await asyncio.to_thread(self._load)
-            self._seen = {self._path: seen, **await asyncio.to_thread(_stamps, _tls_files(config))}
+            seen = await workers().run(stamp, self._path)
+            config, is_watching = await workers().run(self._load)
+            self._seen = {self._path: seen, **await workers().run(_stamps, _tls_files(config))}
             found, failures = await self.apply(with_names(config))
         except (NbdimgError, OSError) as error:
             return self._refuse("nothing was reloaded", error)

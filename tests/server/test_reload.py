@@ -563,6 +563,32 @@ def test_reload_payload_size_is_what_new_clients_are_told(served: tuple[Configur
 # What causes it
 
 
+def test_reload_waits_where_no_thread_can_be_started(
+    images: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = ServerConfig((ExportConfig(str(images("a")), "disk", "raw"),), listeners=(NbdUri(socket=f"{tmp_path}/s"),))
+    new = replace(old, exports=(replace(old.exports[0], description="new"),))
+    start = threading.Thread.start
+    refused: list[threading.Thread] = []
+
+    def scarce(thread: threading.Thread) -> None:
+        if not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def scenario() -> None:
+        async with serving(old) as running:
+            reloader = Reloader(running, lambda: (new, False), Notifier({}), str(tmp_path / "file"))
+            monkeypatch.setattr(threading.Thread, "start", scarce)
+            assert await reloader.reload()
+            assert refused
+            assert running.config == new
+            await reloader.close()
+
+    asyncio.run(scenario())
+
+
 def test_stamp_tells_writes_exchanges_and_the_swap_of_a_directory_link(tmp_path: Path) -> None:
     file = tmp_path / "file"
     assert stamp(str(file)) is None
