@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 
-from nbdimg.limits import PIECE_SIZE
+from nbdimg.export.registry import Registry
+from nbdimg.limits import PIECE_SIZE, Limits
 from nbdimg.server.buffers import SHORT_SHARE, BufferPool
+from nbdimg.server.shared import WAKES_PER_TURN, Shared
 from nbdimg.units import MiB
 
 LIMIT = 16 * MiB
@@ -82,3 +85,34 @@ def test_what_is_longer_than_the_limit_is_lent_alone_of_the_long_ones() -> None:
     assert pool.take(512, "short") is not None
     pool.give(view)
     assert pool.take(MiB, "other") is not None
+
+
+def test_all_who_wait_for_room_have_one_try_and_few_of_them_in_a_turn() -> None:
+    waiting_count = 10 * WAKES_PER_TURN
+
+    async def scenario() -> list[int]:
+        shared = Shared(asyncio.get_running_loop(), Registry(), Limits())
+        tries: list[int] = []
+
+        def wait(number: int) -> None:
+            def try_in_vain() -> None:
+                tries.append(number)
+                wait(number)
+
+            shared.when_room(try_in_vain)
+
+        for number in range(waiting_count):
+            wait(number)
+        for _ in range(2):
+            view = shared.take(512, None)
+            assert view is not None
+            shared.give(view)
+        while len(tries) < waiting_count:
+            tried_before = len(tries)
+            await asyncio.sleep(0)
+            assert 0 < len(tries) - tried_before <= WAKES_PER_TURN
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return tries
+
+    assert asyncio.run(scenario()) == list(range(waiting_count))
