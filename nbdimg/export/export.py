@@ -1,7 +1,7 @@
 """An export: one image under a name, with the queue that orders the requests of all its connections.
 
     submit(request) ──▶ completes now: None                                  no entry, no task, no wait
-                   └──▶ a coroutine, its entry already in the queue          waits for older overlapping requests only
+                   └──▶ a coroutine, its entry already in the queue          waits for older requests in its way only
 
 The coroutine must be run, and must not be cancelled: a client that goes away does not interrupt a change.
 Every 512-byte sector is an atomic register for all clients: ranges that change are rounded out to sectors, a read
