@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 
+from nbdimg.errors import CorruptImage
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.packed import encode_offsets
 from nbdimg.storage.file import BlockFile
@@ -59,3 +60,21 @@ class L1Table:
     def written(self) -> None:
         self._writing.clear()
         self.is_moving = False
+
+
+def check_tables_differ(path: str, entries: array[int]) -> None:
+    """Before a walk of all L2 tables of an L1 table: through millions of entries that name one it takes hours, however
+    small the file is.
+
+    Raises: CorruptImage: an entry names a table that another one names.
+    """
+    tables: set[int] = set()
+    for index, entry in enumerate(entries):
+        offset = entry & s.OFFSET_MASK
+        if not offset:
+            continue
+        if offset in tables:
+            raise CorruptImage(
+                path, f"L1 entry {index} is {entry:#018x}, expected an L2 table that no entry before it names", offset
+            )
+        tables.add(offset)

@@ -26,6 +26,7 @@ from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.bitmap_store import BitmapStore
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.header import Header
+from nbdimg.formats.qcow2.l1 import check_tables_differ
 from nbdimg.image.driver import ExtentKind, Miss
 from nbdimg.image.image import Image
 from nbdimg.storage.ordering import OUT_OF_SPACE
@@ -60,12 +61,13 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
     smaller size is lost. With the size that it has, only what lies behind its end is freed.
 
     Raises: as `check`; ConfigError: an encrypted image was opened without its key, and zeroes must be written.
-        UnsupportedFeature: a bitmap is inconsistent, or too large. ImageError, OSError: the size is the old one, unless
-        the image failed: then one of both.
+        CorruptImage: as `check_tables_differ`. UnsupportedFeature: a bitmap is inconsistent, or too large. ImageError,
+        OSError: the size is the old one, unless the image failed: then one of both.
     """
     driver = image.driver
     assert isinstance(driver, Qcow2Driver)
     check(driver.file.path, driver.header, size)
+    check_tables_differ(driver.file.path, driver.mapping.l1.entries)
     _check_bitmaps(driver, size)
     if size < driver.size:
         await _shrink(image, driver, size)

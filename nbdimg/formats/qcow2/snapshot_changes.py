@@ -37,7 +37,7 @@ from typing import TypeVar
 from nbdimg.errors import ConfigError, CorruptImage, ImageError, UnsupportedFeature, escaped
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.driver import Qcow2Driver
-from nbdimg.formats.qcow2.l1 import L1Table
+from nbdimg.formats.qcow2.l1 import L1Table, check_tables_differ
 from nbdimg.formats.qcow2.paced import PacedReader
 from nbdimg.formats.qcow2.packed import compressed_clusters, decode_offsets, encode_offsets
 from nbdimg.formats.qcow2.refcount import Refcounts, Run
@@ -444,21 +444,11 @@ class _Change:
             pass
 
     def check_l1(self, l1: array[int]) -> None:
-        """Raises: CorruptImage: an entry cannot be followed, or names a table that another one names: a walk of
-        millions of those takes hours, however small the file is.
-        """
-        tables: set[int] = set()
+        """Raises: CorruptImage: an entry cannot be followed, or as `check_tables_differ`."""
         for index, entry in enumerate(l1):
-            if not entry:
-                continue
-            cluster = self._l2_cluster(index, entry)
-            if cluster in tables:
-                raise CorruptImage(
-                    self._file.path,
-                    f"L1 entry {index} is {entry:#018x}, expected an L2 table that no entry before it names",
-                    entry & OFFSET_MASK,
-                )
-            tables.add(cluster)
+            if entry:
+                self._l2_cluster(index, entry)
+        check_tables_differ(self._file.path, l1)
 
     async def raise_tree(self, l1: array[int]) -> None:
         """One reference more to all of a tree, durable."""

@@ -470,6 +470,18 @@ def test_shrink_of_malformed_tables_is_refused_and_frees_nothing_below(tmp_path:
     assert read(path)[: 128 * KiB] == b"\7" * 128 * KiB
 
 
+def test_resize_of_an_image_that_names_an_l2_table_twice_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512", path, "256k")
+    qemu_io(path, "write -q -P 7 0 64k")
+    edit = Edit(path)
+    edit.put(edit.l1 + 8 * 6, edit.l2(1))
+    before = path.read_bytes()
+    with pytest.raises(CorruptImage, match=r"L1 entry 6 is .*, expected an L2 table that no entry before it names"):
+        resized(path, 32 * KiB)
+    assert path.read_bytes() == before
+
+
 # Crashes: the campaign is in tests/crash, here is what it must find
 
 
