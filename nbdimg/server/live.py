@@ -22,6 +22,7 @@ from nbdimg.config import ExportConfig
 from nbdimg.errors import ConfigError, ImageFailed, ImageLocked, NbdimgError, NotThere, UnsupportedFeature, escaped
 from nbdimg.export.export import Export, default_name
 from nbdimg.formats import resize_image
+from nbdimg.formats.newfile import naming
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.snapshot_changes import create_snapshot, delete_snapshot
 from nbdimg.formats.qcow2.snapshots import Snapshot, find_snapshot, load_snapshots
@@ -353,13 +354,14 @@ class Control:
 
 @asynccontextmanager
 async def _overhaul(export: Export) -> AsyncIterator[None]:
-    """Around a change of an image's tables: nothing is in flight, everything is durable."""
+    """Around a change of an image's tables: nothing is in flight, everything is durable. An OSError names the image."""
     async with export.standstill():
-        await export.image.flush()
-        try:
-            yield
-        finally:
-            export.image.overhauled()
+        with naming(export.image.path):
+            await export.image.flush()
+            try:
+                yield
+            finally:
+                export.image.overhauled()
 
 
 def _qcow2_driver(export: Export) -> Qcow2Driver:

@@ -21,6 +21,7 @@ from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.limits import Limits
 from nbdimg.server import live
 from nbdimg.server.live import RemoveMode
+from nbdimg.storage.posix import PosixFile
 from nbdimg.uri import NbdUri
 from tests.server.controlled import AtWork, ControlledServer, Worker
 from tests.server.tls_live import LiveServer, client_context, tls_client
@@ -557,6 +558,26 @@ def test_snapshot_that_cannot_be_is_refused(tmp_path: Path, make: Make) -> None:
             with pytest.raises(ConfigError, match="there is no snapshot 'two'"):
                 server.ask(delete("disk", "two"))
             assert server.now(server.control.export, "disk").failure is None
+
+
+def test_snapshot_without_space_is_refused_with_the_images_name_and_clients_go_on(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(self: PosixFile, offset: int, data: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    config = make("disk", "qcow2")
+    with ControlledServer(tmp_path, config) as server, server.connect("disk") as client:
+        assert_works(client, b"1")
+        assert client.request(Command.FLUSH).error == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(PosixFile, "pwrite", full)
+            with pytest.raises(OSError, match="No space left on device") as refusal:
+                server.ask(server.control.snapshot_create("disk", "one"))
+        assert refusal.value.filename == config.path
+        assert_works(client, b"2")
+        assert client.request(Command.FLUSH).error == 0
+        server.ask(server.control.snapshot_create("disk", "one"))
 
 
 def test_snapshot_of_an_image_that_was_renamed_is_not_another_files(
