@@ -195,7 +195,6 @@ class Outbox:
         self.is_broken = True
         self.fill = 0
         if self._is_waiting:
-            self._is_waiting = False
             self._shared.loop.remove_writer(self._sock.fileno())
         waiting, self._pending = self._pending, deque()
         self.pending_bytes = 0
