@@ -41,7 +41,8 @@ class Limits:
     """Limits that an operator may change. Times in seconds, sizes in bytes."""
 
     connections: int = 1024
-    """Clients at once; each costs a file descriptor and a few KiB. The next is closed on accept."""
+    """Clients at once; each costs a file descriptor and a few KiB. The next is closed on accept, unless one of them has
+    opened no export for a while: then that one."""
 
     handshake_timeout_s: float = 10.0
     """From accept to the end of the handshake, absolute: a peer that drips bytes gains nothing (CVE-2024-7409)."""

@@ -54,6 +54,9 @@ HANDSHAKE_RECEIVE_SIZE = 64 * KiB
 TURN_OPTIONS = 16
 """Options of one client that are answered in one turn."""
 
+PLACE_KEPT_S = 1.0
+"""How long a client that has not opened an export keeps its place when all are taken and another wants one."""
+
 LEAVE_TIMEOUT_S = 0.25
 """How long a client that was told the end of output may take to close its side."""
 
@@ -560,6 +563,15 @@ class Connection:
                 self._give_up(f"the rest of a request did not come: {received} bytes in {now - watch.since_s:.1f} s")
             else:
                 self._watch = Watch(now, transmission.handled_count, self._received_bytes)
+
+    def is_dawdling(self, now: float) -> bool:
+        """Whether its place may be another's: it has had time for a handshake, and it is not the server that is late."""
+        return self._transmission is None and not self._is_entering and now - self.started_s >= PLACE_KEPT_S
+
+    def give_way(self) -> None:
+        """Close a connection that dawdles."""
+        self._refuse(Refusal.LIMIT, f"no handshake within {PLACE_KEPT_S:g} s, and another wants its place")
+        self.close()
 
     def _give_up(self, reason: str) -> None:
         self._say(logging.WARNING, f"closed: {reason}")

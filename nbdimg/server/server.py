@@ -209,7 +209,7 @@ class Server:
             sock.close()
             return None
         self._shared.audit.accept_count += 1
-        if len(self._connections) >= self._limits.connections:
+        if len(self._connections) >= self._limits.connections and not self._has_made_room():
             self._shared.audit.refused(peer, Refusal.LIMIT, f"{self._limits.connections} clients are connected already")
             sock.close()
             return None
@@ -218,6 +218,16 @@ class Server:
         self._hangups.register(connection.descriptor, 0)
         self._is_empty.clear()
         return connection
+
+    def _has_made_room(self) -> bool:
+        """Whether the eldest of those that have not opened an export has given its place away: else silent clients
+        keep all others out for as long as a handshake may take.
+        """
+        now = self._loop.time()
+        eldest = next((each for each in self._connections.values() if each.is_dawdling(now)), None)
+        if eldest is not None:
+            eldest.give_way()
+        return eldest is not None
 
     def _forget(self, connection: Connection) -> None:
         del self._connections[connection.descriptor]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,12 +16,12 @@ from cryptography import x509
 
 from nbdimg.config import AccessRule, ExportConfig, ServerConfig, TlsConfig
 from nbdimg.limits import Limits
-from nbdimg.server import audit, log
+from nbdimg.server import audit, connection, log
 from nbdimg.server.audit import Audit, Refusal
 from nbdimg.uri import NbdUri
 from tests.server.tls_live import LiveServer, asked_for_tls, client_context, files, tls_client
 from tests.support.certificates import LOOPBACK_NAMES, Authority, Identity
-from tests.support.rawclient import Client
+from tests.support.rawclient import Client, connect_negotiated
 from tests.support.rawprotocol import Command, ConnectionClosed, Info, Option, Rep, info_data, meta_data
 from tests.support.rss import wait_until
 
@@ -205,6 +206,29 @@ def test_client_beyond_the_limit_is_refused(tmp_path: Path) -> None:
         with Client(server.address) as second, pytest.raises(ConnectionClosed):
             second.greet()
         one_refusal(trail, "limit", "1 clients are connected already")
+
+
+def test_silent_client_gives_its_place_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before it has had time for a handshake; and who has opened an export keeps its place."""
+    config = served(tmp_path, connections=2)
+    with audited() as trail, LiveServer(config) as server:
+        with connect_negotiated(server.address) as attached, Client(server.address) as silent:
+            silent.greet()
+            with Client(server.address) as early, pytest.raises(ConnectionClosed):
+                early.greet()
+            monkeypatch.setattr(connection, "PLACE_KEPT_S", 0.05)
+            time.sleep(0.1)
+            with connect_negotiated(server.address) as late:
+                assert silent.wait_closed(LINE_LIMIT_S) is not None
+                with Client(server.address) as surplus, pytest.raises(ConnectionClosed):
+                    surplus.greet()
+                assert late.read(0, 512).error == attached.read(0, 512).error == 0
+        refused = [each.getMessage() for each in trail.records if fields(each)["event"] == "refuse"]
+    assert [message.partition(": refused: ")[2] for message in refused] == [
+        "2 clients are connected already",
+        "no handshake within 0.05 s, and another wants its place",
+        "2 clients are connected already",
+    ]
 
 
 def test_handshake_that_takes_too_long_is_refused(tmp_path: Path) -> None:
