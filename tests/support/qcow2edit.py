@@ -21,8 +21,10 @@ SECRET = "secret,id=s,data=key"
 OFFSET = 0x00FF_FFFF_FFFF_FE00
 
 
-LUKS_ATTEMPTS = 5
-"""On a shared machine `qemu-img create` of a LUKS image now and then ends with "Unable to get accurate CPU usage"."""
+LUKS_ATTEMPTS = 20
+"""On a shared machine `qemu-img create` of a LUKS image ends with "Unable to get accurate CPU usage" now and then, and
+five times in a row once.
+"""
 
 
 def qemu_img(*arguments: str | Path, ok: Sequence[int] = (0,)) -> subprocess.CompletedProcess[str]:
