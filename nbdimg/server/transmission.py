@@ -191,7 +191,7 @@ class Transmission:
             self._receiver.park()
             self._outbox.send_turn()
             if self._outbox.is_broken:
-                self._give_partial()
+                self.on_broken()
         self.handled_count += handled
         self._shared.spinner.handled_count += handled
         if self._streams:
@@ -552,15 +552,13 @@ class Transmission:
             self._schedule_pump()
 
     def on_broken(self) -> None:
-        """The socket is gone: streams end; tasks run to their end and are not answered."""
+        """The socket is gone: streams end; tasks run to their end and are not answered. Requests of the same turn may
+        be handled still, and this follows once more.
+        """
         self.in_flight -= len(self._streams)
         self._streams.clear()
         self._held = None
         self._shared.leave_line(self)
-        self._give_partial()
-
-    def _give_partial(self) -> None:
-        """The rest of a payload will not come."""
         payload = self._receiver.abandon()
         if payload is not None:
             self._give(payload)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from nbdimg.config import ExportConfig, ServerConfig
+from nbdimg.export.lane import WRITE_BURST
 from nbdimg.export.registry import Registry
 from nbdimg.limits import Limits
 from nbdimg.server.outbox import Outbox
@@ -137,3 +138,28 @@ def test_client_that_is_cut_off_in_the_line_for_long_payloads_lets_the_next_one_
         server.now(server.service.server.connections[1].close)
         second.send(write[64:])
         assert second.read_reply().error == 0
+
+
+@pytest.mark.parametrize("command", [Command.READ, Command.WRITE])
+def test_client_that_is_gone_before_its_long_payload_is_looked_at_does_not_line_up(
+    server: LiveServer, command: Command
+) -> None:
+    """The replies of WRITE_BURST writes are sent, in vain, before what is behind them is looked at."""
+    with ExitStack() as stack:
+        hog, leaver = (stack.enter_context(connect_negotiated(server.address, "disk")) for _ in range(2))
+        hog.send(hog.announce(hog.new_request(Command.WRITE, 0, 2 * PAYLOAD_SIZE)) + bytes(64))
+        assert wait_until(lambda: server.service.server.lent_bytes == 2 * PAYLOAD_SIZE, GONE_S)
+        writes = [leaver.new_request(Command.WRITE, 0, 512, payload=bytes(512)) for _ in range(WRITE_BURST)]
+        long = leaver.new_request(command, 0, 2 * PAYLOAD_SIZE, CommandFlag.DF if command == Command.READ else 0)
+        sent = b"".join(map(leaver.announce, writes)) + leaver.announce(long)
+
+        def send_and_leave() -> None:
+            leaver.send(sent)
+            leaver.close()
+
+        server.now(send_and_leave)
+        assert wait_until(lambda: server.service.server.connection_count == 1, GONE_S)
+        hog.close()
+        assert all_gone(server)
+        client = stack.enter_context(connect_negotiated(server.address, "disk", timeout_s=GONE_S))
+        assert client.write(0, b"z" * PAYLOAD_SIZE).error == 0
