@@ -565,7 +565,7 @@ class Connection:
                 self._watch = Watch(now, transmission.handled_count, self._received_bytes)
 
     def is_dawdling(self, now: float) -> bool:
-        """Whether its place may be another's: it has had time for a handshake, and it is not the server that is late."""
+        """Whether its place may be another's: it has had time for a handshake, and the server is not what is late."""
         return self._transmission is None and not self._is_entering and now - self.started_s >= PLACE_KEPT_S
 
     def give_way(self) -> None:
