@@ -293,8 +293,6 @@ class Connection:
             self._begin_tls()
         elif handshake.state is State.CLOSED:
             self._end_of_input()
-        else:
-            self._go_on_haggling()
 
     def _begin_tls(self) -> None:
         """Once STARTTLS is answered, which goes out in clear, and before the client's next byte."""
@@ -355,11 +353,12 @@ class Connection:
         try:
             if overlay is None:
                 self._answer(handshake, handshake.refused(refusal))
-                return
-            self.export, self._overlay = wanted.export, overlay
-            self._answer(handshake, handshake.entered(replace(info, size=overlay.info.size)))
-        except ProtocolError as error:
-            self.protocol_error(error)
+            else:
+                self.export, self._overlay = wanted.export, overlay
+                self._answer(handshake, handshake.entered(replace(info, size=overlay.info.size)))
+        except Exception as error:
+            self._on_failed(error)
+        self._go_on_haggling()
 
     async def go_on(self, left: LeftClient) -> None:
         """In place of `start`: with a session that the server before this one has begun."""

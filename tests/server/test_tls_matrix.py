@@ -372,6 +372,21 @@ def test_starttls_behind_answers_that_nobody_has_read_yet_waits_for_them(realm: 
         assert client.read(0, 4).data == b"aaaa"
 
 
+def test_starttls_in_one_piece_with_a_go_that_is_refused_later_is_answered(realm: Realm, tmp_path: Path) -> None:
+    made = selective(realm)
+    exports = tuple(replace(export, overlay="per-client", overlay_directory=str(tmp_path)) for export in made.exports)
+    with (
+        LiveServer(replace(made, exports=exports, limits=Limits(overlays=0))) as server,
+        Client(server.address, 5) as client,
+    ):
+        client.greet()
+        client.send(option_bytes(Option.GO, info_data("open")) + option_bytes(Option.STARTTLS))
+        assert [reply.type for reply in client.read_option_replies(Option.GO)] == [Rep.ERR_POLICY]
+        assert [reply.type for reply in client.read_option_replies(Option.STARTTLS)] == [Rep.ACK]
+        client.sock = client_context(realm.authority).wrap_socket(client.sock)
+        assert listed(client) == [b"a", b"open"]
+
+
 def test_starttls_after_tls_was_switched_off_closes(realm: Realm) -> None:
     with LiveServer(selective(realm)) as server, Client(server.address) as client:
         client.greet()
