@@ -54,9 +54,6 @@ HANDSHAKE_RECEIVE_SIZE = 64 * KiB
 TURN_OPTIONS = 16
 """Options of one client that are answered in one turn."""
 
-PLACE_KEPT_S = 1.0
-"""How long a client that has not opened an export keeps its place when all are taken and another wants one."""
-
 LEAVE_TIMEOUT_S = 0.25
 """How long a client that was told the end of output may take to close its side."""
 
@@ -74,7 +71,7 @@ class Watch(NamedTuple):
 
 class Connection:
     """Owns `sock`, which is non-blocking and already accepted. `peer` names the client in messages, `client` is what
-    is known of it before it says anything. `mode` is the listener's.
+    is known of it before it says anything. `mode` is the listener's. `on_opened`: it has an export from now on.
     """
 
     def __init__(
@@ -84,6 +81,7 @@ class Connection:
         client: Client,
         mode: TlsMode,
         shared: Shared,
+        on_opened: Callable[[Connection], None],
         on_closed: Callable[[Connection], None],
     ) -> None:
         self.number = next(_numbers)
@@ -94,6 +92,7 @@ class Connection:
         self.peer = peer
         self._shared = shared
         self._limits = shared.limits
+        self._on_opened = on_opened
         self._on_closed = on_closed
         self._view = View(shared.registry, client, self._on_refused)
         self._mode = mode
@@ -111,7 +110,8 @@ class Connection:
         self.export: Export | None = None
         """As it is registered; what the client works with may be an overlay of it."""
         self._overlay: Export | None = None
-        self._is_entering = False
+        self.is_entering = False
+        """Whether what the client wants to open is being made for it."""
         self._session: Session | None = None
         self._visit: Visit | None = None
         """Since the client has opened an export."""
@@ -165,7 +165,7 @@ class Connection:
             self._shared.loop.remove_reader(self.descriptor)
 
     def unpause(self) -> None:
-        if not (self._is_reading or self._is_finishing or self.is_closed or self._is_entering):
+        if not (self._is_reading or self._is_finishing or self.is_closed or self.is_entering):
             self._is_reading = True
             self._shared.loop.add_reader(self.descriptor, self._on_readable)
             self._look_inside_soon()
@@ -326,7 +326,7 @@ class Connection:
         wanted = self._view.resolve(handshake.entry.export.name)
         assert wanted is not None
         assert wanted.export.overlays is not None
-        self._is_entering = True
+        self.is_entering = True
         self.pause()
         may_make = self._view.right(wanted.export) is Right.WRITE
         work = self._enter(handshake, handshake.entry.export, wanted, wanted.export.overlays, may_make=may_make)
@@ -349,7 +349,7 @@ class Connection:
             overlay = None
         if self.is_closed:
             return
-        self._is_entering = False
+        self.is_entering = False
         try:
             if overlay is None:
                 self._answer(handshake, handshake.refused(refusal))
@@ -395,6 +395,7 @@ class Connection:
         if export is None:
             raise ProtocolError(f"export {escaped(session.export.name)} was removed during the handshake")
         self._handshake = None
+        self._on_opened(self)
         self._session = session
         self._transmission = Transmission(self, self._shared, session, export, leftover)
         self._visit = Visit(
@@ -563,13 +564,9 @@ class Connection:
             else:
                 self._watch = Watch(now, transmission.handled_count, self._received_bytes)
 
-    def is_dawdling(self, now: float) -> bool:
-        """Whether its place may be another's: it has had time for a handshake, and the server is not what is late."""
-        return self._transmission is None and not self._is_entering and now - self.started_s >= PLACE_KEPT_S
-
-    def give_way(self) -> None:
-        """Close a connection that dawdles."""
-        self._refuse(Refusal.LIMIT, f"no handshake within {PLACE_KEPT_S:g} s, and another wants its place")
+    def give_way(self, kept_s: float) -> None:
+        """Close a connection that has had its place for so long without opening an export."""
+        self._refuse(Refusal.LIMIT, f"no handshake within {kept_s:g} s, and another wants its place")
         self.close()
 
     def _give_up(self, reason: str) -> None:

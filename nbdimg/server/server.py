@@ -36,6 +36,9 @@ ACCEPTS_PER_TURN = 64
 ACCEPT_PAUSE_S = 0.2
 """How long accepting rests after an error: the process has run out of descriptors or memory."""
 
+PLACE_KEPT_S = 1.0
+"""How long a client that has not opened an export keeps its place when all are taken and another wants one."""
+
 SWEEPS_PER_TIMEOUT = 20
 """Deadlines are looked at this often within the shortest of them: 5 % late at most."""
 
@@ -78,6 +81,8 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self._shared = Shared(self._loop, registry, self._limits)
         self._connections: dict[int, Connection] = {}
+        self._newcomers: dict[Connection, None] = {}
+        """Of them, those that have not opened an export yet, the eldest first."""
         self._hangups = select.poll()
         self._is_empty = asyncio.Event()
         self._is_empty.set()
@@ -213,24 +218,29 @@ class Server:
             self._shared.audit.refused(peer, Refusal.LIMIT, f"{self._limits.connections} clients are connected already")
             sock.close()
             return None
-        connection = Connection(sock, peer, client, mode, self._shared, self._forget)
+        connection = Connection(sock, peer, client, mode, self._shared, self._newcomers.pop, self._forget)
         self._connections[connection.descriptor] = connection
+        self._newcomers[connection] = None
         self._hangups.register(connection.descriptor, 0)
         self._is_empty.clear()
         return connection
 
     def _has_made_room(self) -> bool:
         """Whether the eldest of those that have not opened an export has given its place away: else silent clients
-        keep all others out for as long as a handshake may take.
+        keep all others out for as long as a handshake may take. Who waits for an overlay is not what is late.
         """
-        now = self._loop.time()
-        eldest = next((each for each in self._connections.values() if each.is_dawdling(now)), None)
-        if eldest is not None:
-            eldest.give_way()
-        return eldest is not None
+        kept_since_s = self._loop.time() - PLACE_KEPT_S
+        for eldest in self._newcomers:
+            if eldest.started_s > kept_since_s:
+                break
+            if not eldest.is_entering:
+                eldest.give_way(PLACE_KEPT_S)
+                return True
+        return False
 
     def _forget(self, connection: Connection) -> None:
         del self._connections[connection.descriptor]
+        self._newcomers.pop(connection, None)
         self._hangups.unregister(connection.descriptor)
         for departure in self._departures:
             departure.connections.discard(connection)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import pytest
 from cryptography import x509
 
 from nbdimg.config import AccessRule, ExportConfig, ServerConfig, TlsConfig
 from nbdimg.limits import Limits
-from nbdimg.server import audit, connection, log
+from nbdimg.server import audit, log
+from nbdimg.server import server as server_module
 from nbdimg.server.audit import Audit, Refusal
 from nbdimg.uri import NbdUri
 from tests.server.tls_live import LiveServer, asked_for_tls, client_context, files, tls_client
@@ -216,7 +219,7 @@ def test_silent_client_gives_its_place_to_the_next(tmp_path: Path, monkeypatch: 
             silent.greet()
             with Client(server.address) as early, pytest.raises(ConnectionClosed):
                 early.greet()
-            monkeypatch.setattr(connection, "PLACE_KEPT_S", 0.05)
+            monkeypatch.setattr(server_module, "PLACE_KEPT_S", 0.05)
             time.sleep(0.1)
             with connect_negotiated(server.address) as late:
                 assert silent.wait_closed(LINE_LIMIT_S) is not None
@@ -229,6 +232,38 @@ def test_silent_client_gives_its_place_to_the_next(tmp_path: Path, monkeypatch: 
         "no handshake within 0.05 s, and another wants its place",
         "2 clients are connected already",
     ]
+
+
+@pytest.mark.parametrize("is_working", [True, False])
+def test_place_is_looked_for_without_a_look_at_all_who_keep_theirs(tmp_path: Path, is_working: bool) -> None:
+    """Or a flood of connections is a look at each of those for each of these."""
+    count = 50
+    calls: list[str] = []
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and "/nbdimg/server/" in frame.f_code.co_filename:
+            calls.append(frame.f_code.co_name)
+
+    path = str(tmp_path / "s")
+    with LiveServer(served(tmp_path, uri=NbdUri(socket=path), connections=count)) as server, ExitStack() as stack:
+        for _ in range(count):
+            client = stack.enter_context(Client(server.address))
+            client.greet()
+            if is_working:
+                client.negotiate()
+
+        def try_one_more() -> None:
+            with socket.socket(socket.AF_UNIX) as surplus:
+                surplus.setblocking(False)
+                surplus.connect(path)
+                sys.setprofile(profile)
+                server.service.server._accept(server.service.server._listeners[0].sockets[0], is_tls=False)
+                sys.setprofile(None)
+
+        server.now(try_one_more)
+        assert server.service.server.connection_count == count
+    assert "_adopt" in calls
+    assert len(calls) < count, calls
 
 
 def test_handshake_that_takes_too_long_is_refused(tmp_path: Path) -> None:
