@@ -13,7 +13,7 @@ overlays. What an overlay costs is a descriptor and the tables of what its clien
     (O4) Per-client overlays do not say CAN_MULTI_CONN: several connections of one client would each see another disk.
          Kept ones do: their connections share one image.
     (O5) A kept overlay whose last flush finds no space stays open, and is flushed later: who comes back finds what was
-         written. It is lost only if there is no space when the server ends either.
+         written. It is lost only if there is no space either when the export is removed or the server ends.
 
 A flush of a per-client overlay does what every flush does, though there is no crash to survive: an error of the disk
 is told where it belongs, and dirty memory stays bounded by what clients flush.
