@@ -72,7 +72,8 @@ ANSWER_BYTES_MAX = 4 * MiB
 """Once the answers of a handshake exceed this, no further option is taken."""
 
 LISTED_COST = 1 * KiB
-"""What each export in LIST's answer counts among them besides its bytes: it takes time to tell of, too."""
+"""What each export in LIST's answer counts among them besides its bytes: it takes time to tell of, too. Not in the
+first one: who has asked what there is may enter it, also where there are many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +249,7 @@ class Handshake:
         self._options_left = options_max
         self._bytes_left = option_bytes_max
         self._answer_bytes_left = ANSWER_BYTES_MAX
+        self._has_listed = False
         self._pads_export_name = True
         self._is_fixed = True
 
@@ -475,7 +477,9 @@ class Handshake:
                 name = export.name.encode()
                 entry = U32.pack(len(name)) + name + export.description.encode()
                 replies.append(self._reply(number, OptionReply.SERVER, entry))
-        self._answer_bytes_left -= LISTED_COST * len(replies)
+        if self._has_listed:
+            self._answer_bytes_left -= LISTED_COST * len(replies)
+        self._has_listed = True
         return b"".join(replies) + self._reply(number, OptionReply.ACK)
 
     def _starttls(self, number: int, data: _Data) -> bytes:

@@ -236,9 +236,15 @@ def test_options_of_one_turn_are_answered_and_the_others_wait() -> None:
 
 def test_lists_of_many_exports_end_before_their_bytes_do() -> None:
     handshake = begun(exports=Exports([replace(PLAIN, name=f"{number}") for number in range(1024)]))
-    for _ in range(4):
+    for _ in range(5):
         assert len(ask(handshake, LIST)) == 1025
     assert closes(handshake, option_bytes(LIST))
+
+
+def test_client_that_has_listed_many_exports_may_enter_one() -> None:
+    handshake = begun(exports=Exports([replace(PLAIN, name=f"{number}") for number in range(5000)]))
+    assert len(ask(handshake, LIST)) == 5001
+    assert ask(handshake, GO, info_data("4999"))[-1].type == Rep.ACK
 
 
 def test_option_bytes_at_the_limit_are_answered_and_one_more_closes() -> None:
