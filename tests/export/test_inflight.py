@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from nbdimg.export import inflight
-from nbdimg.export.inflight import CROWD_MAX, GRANULE_BITS, WIDE_GRANULES, Entry, InFlight
+from nbdimg.export.inflight import CROWD_MAX, GRANULE_BITS, READERS_MAX, WIDE_GRANULES, Entry, InFlight
 
 GRANULE = 1 << GRANULE_BITS
 WIDE = WIDE_GRANULES * GRANULE
@@ -84,8 +84,9 @@ class Model:
 
 def assert_empty(queue: InFlight) -> None:
     assert queue.count == 0
-    assert queue._buckets == {}
-    assert queue._wide == {}
+    for shelf in (queue._exclusive, queue._shared):
+        assert shelf.buckets == {}
+        assert shelf.wide == {}
 
 
 def random_range(generator: random.Random) -> tuple[int, int]:
@@ -129,7 +130,8 @@ def test_reference_catches_a_queue_that_forgets_wide_entries() -> None:
 
     class Forgetful(InFlight):
         def _conflicting(self, start: int, stop: int, is_exclusive: bool) -> object:  # type: ignore[override]
-            return (entry for entry in super()._conflicting(start, stop, is_exclusive) if entry not in self._wide)
+            wide = self._exclusive.wide
+            return (entry for entry in super()._conflicting(start, stop, is_exclusive) if entry not in wide)
 
     model = Model()
     model.queue = Forgetful()
@@ -220,10 +222,11 @@ def test_conflicts_leaves_no_trace() -> None:
     """I4: who completes at once never enters."""
     queue = InFlight()
     entry = queue.enter(0, 512, is_exclusive=True)
-    buckets = dict(queue._buckets)
+    buckets = dict(queue._exclusive.buckets)
     queue.conflicts(0, 10 * GRANULE, is_exclusive=True)
     queue.conflicts(0, 2 * WIDE, is_exclusive=True)
-    assert queue._buckets == buckets
+    assert queue._exclusive.buckets == buckets
+    assert queue._shared.buckets == {}
     queue.leave(entry)
     assert_empty(queue)
 
@@ -251,6 +254,7 @@ def test_thousands_of_entries_leave_nothing() -> None:
 def test_nobody_in_a_crowd_runs_too_early_or_never(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """With walls an entry may wait for longer than it must, so the reference is held against one side alone."""
     monkeypatch.setattr(inflight, "CROWD_MAX", 5)
+    monkeypatch.setattr(inflight, "READERS_MAX", 5 + seed % 2 * 10)
     generator = random.Random(seed)
     queue, entries, wall_count = InFlight(), list[Entry](), 0
     for step in range(400):
@@ -284,10 +288,23 @@ def test_entries_in_one_place_wait_for_few_however_many_they_are(length: int, is
     first = queue.enter(0, GRANULE, is_exclusive=True)
     step = 0 if length == 512 else 512
     entries = [queue.enter(n % 512 * step, n % 512 * step + length, is_exclusive=is_exclusive) for n in range(4096)]
-    assert max(entry._waits_for for entry in entries) <= CROWD_MAX
+    assert max(entry._waits_for for entry in entries) <= (CROWD_MAX if is_exclusive else READERS_MAX)
     for entry in (first, *entries):
         queue.leave(entry)
     assert_empty(queue)
+
+
+@pytest.mark.parametrize("length", [512, 2 * WIDE], ids=["small", "wide"])
+def test_reads_wait_for_no_crowd_of_reads_however_slow_one_of_them_is(length: int) -> None:
+    """A BLOCK_STATUS of the whole disk is held against all that others read, and would hold up whoever comes then."""
+    queue = InFlight()
+    for number in range(4 * CROWD_MAX):
+        queue.enter(number % 8 * GRANULE, number % 8 * GRANULE + length, is_exclusive=False)
+    late = queue.enter(0, 2 * WIDE, is_exclusive=False)
+    assert late.is_ready
+    assert not late.is_wall
+    assert not queue.conflicts(0, length, is_exclusive=False)
+    assert queue.conflicts(0, length, is_exclusive=True)
 
 
 def test_a_crowd_elsewhere_is_nobodys_business() -> None:
