@@ -8,9 +8,9 @@ load ──▶ difference ──▶ prepare: open images and sockets ──▶ c
 (R1) Up to the commit nothing that a client can see changes; the commit itself cannot fail.
 (R2) Exports, listeners and connections that the difference does not name are not touched.
 (R3) An image that an export which leaves holds is tried without its lock while preparing, and opened when it has
-     been given back. Should that fail, the old export is opened again: only its clients have noticed, and whoever
-     asked for the reload is told. `Service.config` names what is exported, in any case. Clients of an export that was
-     removed earlier, and hidden, are made to go when its image is wanted.
+     been given back. Should that fail, the old export is opened again, under the new rules: only its clients have
+     noticed, and whoever asked for the reload is told. `Service.config` names what is exported, in any case. Clients
+     of an export that was removed earlier, and hidden, are made to go when its image is wanted.
 (R4) One reload at a time, and none while an operation of `live` runs; what is asked for meanwhile follows once.
 (R5) Exports that were added live are not the file's: they stay, and a file that names one of them is refused.
 """
@@ -23,7 +23,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 from nbdimg.config import ExportConfig, ServerConfig
 from nbdimg.errors import ConfigError, ImageError, ListenError, NbdimgError
@@ -98,6 +98,12 @@ def difference(old: ServerConfig, new: ServerConfig) -> Difference:
 
 def _is_in_place(old: ExportConfig, new: ExportConfig) -> bool:
     return {each.name for each in fields(old) if getattr(old, each.name) != getattr(new, each.name)} <= IN_PLACE
+
+
+def _adjusted(old: ExportConfig, new: ExportConfig) -> ExportConfig:
+    """The old export with what can be new while its image stays open."""
+    fresh: dict[str, Any] = {name: getattr(new, name) for name in IN_PLACE}
+    return replace(old, **fresh)
 
 
 @dataclass(slots=True)
@@ -350,11 +356,13 @@ class Reloader:
         return list(failures.values())
 
     async def _restore(self, failed: Collection[ExportConfig], found: Difference) -> None:
-        """The exports that had the images of those that `failed`, as they were, where nothing took their names."""
+        """The exports that had the images of those that `failed`, as they were but for who may open them, where nothing
+        took their names.
+        """
         service = self._service
         exports = [each for each in service.config.exports if each not in failed]
         images = set(map(image_of, failed))
-        for old in (*found.removed, *(old for old, _ in found.reopened)):
+        for old in (*found.removed, *(_adjusted(*pair) for pair in found.reopened)):
             is_wanted = image_of(old) in images and named(old) not in service.exports
             if is_wanted and not await self._add_late(old):
                 exports.append(old)

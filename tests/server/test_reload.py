@@ -26,6 +26,7 @@ from nbdimg.server.live import Control
 from nbdimg.server.reload import Difference, Reloader, difference, stamp
 from nbdimg.server.service import serving
 from nbdimg.server.systemd import Notifier
+from nbdimg.server.terms import terms_of
 from nbdimg.uri import NbdUri
 from tests.server.live import pattern, unsent_bytes
 from tests.server.tls_live import client_context, tls_client
@@ -351,7 +352,7 @@ def test_reload_name_that_a_snapshot_of_a_reopened_image_has_is_refused_and_nobo
 def test_reload_image_lost_to_another_process_meanwhile_restores_the_old_export(
     images: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Between closing and opening an image somebody else takes it, for a moment."""
+    """Between closing and opening an image somebody else takes it, for a moment. Rights that are taken stay taken."""
     image = str(images("a"))
     calls: list[bool] = []
     real_open = service.open_exports
@@ -363,7 +364,8 @@ def test_reload_image_lost_to_another_process_meanwhile_restores_the_old_export(
         return await real_open(config, limits, is_trial=is_trial)
 
     old = ServerConfig((ExportConfig(image, "disk", "raw"),), listeners=(NbdUri(socket=f"{tmp_path}/s"),))
-    new = replace(old, exports=(replace(old.exports[0], is_read_only=True),))
+    rules = (AccessRule(uids=(1,)),)
+    new = replace(old, exports=(replace(old.exports[0], is_read_only=True, access=rules),))
 
     async def scenario() -> None:
         async with serving(old) as running:
@@ -373,7 +375,8 @@ def test_reload_image_lost_to_another_process_meanwhile_restores_the_old_export(
             assert not await reloader.reload()
             assert reloader.refusal == f"not all was reloaded: {image}: cannot be locked"
             assert reloader.refused_image == image
-            assert running.config == old
+            assert running.config == replace(old, exports=(replace(old.exports[0], access=rules),))
+            assert running.registry.terms("disk") == terms_of(new.exports[0])
             assert [export.image.is_writable for export in running.registry] == [True]
             assert await reloader.reload()
             assert reloader.refusal is None
