@@ -377,6 +377,8 @@ def test_load_contradicting_limits_are_refused_wherever_they_come_from(file: Pat
         ("[metrics]\nlisen = '[::1]:1'\n", "2: metrics.lisen: unknown key, did you mean listen"),
         ("[tls]\ncertificate_file = 3\nkey_file = 'k'\n", "2: tls.certificate_file: 3 is not allowed"),
         ("[tls]\ncertificate = 'c'\n", "2: tls.certificate: unknown key, did you mean certificate_file"),
+        ("[limits]\nconnection_bytes = '1G'\ntotal_bytes = '2GiBB'\n", "3: limits.total_bytes: '2GiBB' is not a size"),
+        ("[limits]\nconnection_bytes = '1G'\ntotal_byte = '2G'\n", "3: limits.total_byte: unknown key"),
     ],
 )
 def test_load_wrong_value_is_told_without_what_only_follows_from_it(file: Path, text: str, expected: str) -> None:

@@ -40,7 +40,7 @@ assert LIMITS.keys() == LIMIT_NAMES.keys()
 
 def limit_contradictions(limits: Limits, reader: Reader | None) -> list[str]:
     """Args: reader: of the file that has some of them; None: there is no file."""
-    if limits.connection_bytes <= limits.total_bytes:
+    if limits.connection_bytes <= limits.total_bytes or (reader is not None and not reader.is_sound("limits")):
         return []
     text = (
         f"limits.connection_bytes is {limits.connection_bytes} bytes, "

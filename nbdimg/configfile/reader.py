@@ -29,7 +29,7 @@ class Reader:
         self.name = name
         self.directory = os.path.dirname(os.path.abspath(name)) if text is not None else ""
         self.content = content
-        self._problems: list[tuple[int, str]] = []
+        self._problems: list[tuple[int, KeyPath, str]] = []
         self._text = text
 
     @cached_property
@@ -41,7 +41,11 @@ class Reader:
         line, where = self.line_of(path), self.place(path)
         key = "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in path).removeprefix(".")
         key = key if key.isprintable() else escaped(key)
-        self._problems.append((line, f"{where}: {key}: {message}" if key else f"{where}: {message}"))
+        self._problems.append((line, path, f"{where}: {key}: {message}" if key else f"{where}: {message}"))
+
+    def is_sound(self, table: str) -> bool:
+        """Nothing was wrong with a table and its keys so far."""
+        return all(path[:1] != (table,) for _, path, _ in self._problems)
 
     def has(self, *keys: str) -> bool:
         """Whether a table has a key, by the names of tables down to it."""
@@ -58,7 +62,7 @@ class Reader:
 
     def problems(self) -> list[str]:
         """In the order of lines."""
-        return [text for _, text in sorted(self._problems, key=lambda problem: problem[0])]
+        return [text for _, _, text in sorted(self._problems, key=lambda problem: problem[0])]
 
     def line_of(self, path: KeyPath) -> int:
         """Of the key, or of the innermost one around it that has a line; 1 where there are none."""
