@@ -296,11 +296,12 @@ class Reloader:
     def _open_listeners(self, found: Difference) -> None:
         """What takes the address of one that leaves, or its port at another address, takes its place at once.
 
-        Raises: ListenError: all is as it was.
+        Raises: ListenError: all is as it was, but for what `_listen_again` tells of.
         """
         server = self._service.server
         inherited = {address_of(each) for each in self._service.inherited}
         opened: list[NbdUri] = []
+        closed: list[NbdUri] = []
         try:
             for uri in found.listeners_added:
                 if address_of(uri) in inherited:
@@ -308,15 +309,25 @@ class Reloader:
                 for leaving in found.listeners_removed:
                     if _is_in_the_way(leaving, uri) and server.is_listening(leaving):
                         server.unlisten(leaving)
+                        closed.append(leaving)
                 server.listen(uri)
                 opened.append(uri)
         except ListenError:
             for uri in opened:
                 server.unlisten(uri)
-            for uri in found.listeners_removed:
-                if address_of(uri) not in inherited and not server.is_listening(uri):
-                    server.listen(uri)
+            for uri in closed:
+                self._listen_again(uri)
             raise
+
+    def _listen_again(self, uri: NbdUri) -> None:
+        """Where that fails, at an address that the machine no longer has, it is for the next reload to try."""
+        service = self._service
+        try:
+            service.server.listen(uri)
+        except ListenError as error:
+            logger.error("%s", error)
+            others = tuple(each for each in service.config.listeners if each != uri)
+            service.config = replace(service.config, listeners=others)
 
     def _commit(self, found: Difference, prepared: _Prepared, new: ServerConfig) -> list[Export]:
         """Exports out of sight, others in their place. Returns those that leave."""

@@ -18,10 +18,11 @@ import pytest
 from cryptography import x509
 
 from nbdimg.config import AccessRule, ExportConfig, ServerConfig, TlsConfig
-from nbdimg.errors import ImageLocked
+from nbdimg.errors import ImageLocked, ListenError
 from nbdimg.export.export import Export
 from nbdimg.limits import Limits
 from nbdimg.server import reload, service
+from nbdimg.server.listen import listen as real_listen
 from nbdimg.server.live import Control
 from nbdimg.server.reload import Difference, Reloader, difference, stamp
 from nbdimg.server.service import serving
@@ -538,6 +539,38 @@ def test_reload_listener_takes_its_port_to_all_addresses_and_back(
         assert_served(client, b"k")
         assert try_connect(("127.0.0.2", port)) is None
         connect_negotiated(("127.0.0.1", port), "keep").close()
+
+
+def test_reload_listener_that_cannot_be_opened_again_keeps_no_other_closed(
+    images: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The machine has lost an address; its listener was in the way of a new one, which could not be opened either."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    lost, other = (NbdUri(host=host, port=port) for host in ("127.0.0.1", "127.0.0.2"))
+    old = ServerConfig((ExportConfig(str(images("a")), "a"),), listeners=(lost, other))
+    new = replace(old, listeners=(NbdUri(host="192.0.2.1", port=port),), allows_plaintext=True)
+
+    def listen(uri: NbdUri) -> tuple[list[socket.socket], NbdUri]:
+        if uri == lost:
+            raise ListenError("the address is lost")
+        return real_listen(uri)
+
+    async def scenario() -> None:
+        async with serving(old) as running:
+            wanted = iter((new, old))
+            reloader = Reloader(running, lambda: (next(wanted), False), Notifier({}), str(tmp_path / "file"))
+            with monkeypatch.context() as patch:
+                patch.setattr("nbdimg.server.server.listen", listen)
+                assert not await reloader.reload()
+            assert "192.0.2.1" in (reloader.refusal or "")
+            assert "the address is lost" in caplog.text
+            assert running.server.listeners == [other]
+            assert await reloader.reload()
+            assert set(running.server.listeners) == {lost, other}
+            await reloader.close()
+
+    asyncio.run(scenario())
 
 
 def test_reload_limits_hold_for_connections_from_then_on(served: tuple[ConfiguredServer, str]) -> None:
