@@ -521,7 +521,7 @@ def test_reload_listener_takes_its_port_to_all_addresses_and_back(
     keep = export("keep", images("keep"))
 
     def listen(*uris: str) -> str:
-        every = ", ".join(f'"{uri}"' for uri in (f"nbd+unix:///?socket={tmp_path}/s", *uris))
+        every = ", ".join(f'"{uri}"' for uri in (*uris, f"nbd+unix:///?socket={tmp_path}/s"))
         return f"listen = [{every}]\ninsecure_plaintext = true\n{keep}"
 
     here, everywhere = f"nbd://127.0.0.1:{port}", f"nbd://0.0.0.0:{port}"
