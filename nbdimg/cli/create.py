@@ -261,7 +261,8 @@ def _signals_unwind(path: str) -> Iterator[None]:
     try:
         yield
     except SystemExit:
-        complain(f"{shown(path)}: interrupted, nothing of it was left")
+        left = "" if os.path.lexists(path) else ", nothing of it was left"  # it may have been made by then
+        complain(f"{shown(path)}: interrupted{left}")
         raise
     finally:
         for number, handler in before.items():

@@ -41,6 +41,17 @@ def pwrite(*arguments):
 os.pwrite = pwrite
 """
 
+AT_END_OF_PROGRESS = """
+import signal
+from contextlib import contextmanager
+from nbdimg.cli import output
+@contextmanager
+def progress(*arguments, **options):
+    yield None
+    signal.raise_signal(signal.SIGINT)
+output.progress = progress
+"""
+
 RUN = """
 from nbdimg.__main__ import main
 main()
@@ -125,6 +136,13 @@ def test_second_interrupt_ends_at_once() -> None:
     with_bitmaps("a.qcow2")
     ended = interrupted(at_write(1, 2, slow_s=20), "resize", "a.qcow2", "+20M")
     assert (ended.returncode, ended.stdout, ended.stderr) == (128 + signal.SIGINT, "", LINE)
+
+
+@pytest.mark.parametrize("name", ["a.qcow2", "a.vhdx"])
+def test_interrupt_when_the_image_is_made_does_not_say_that_nothing_was_left(name: str) -> None:
+    ended = interrupted(AT_END_OF_PROGRESS, "create", name, "8M")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + signal.SIGINT, "", f"nbdimg: {name}: interrupted\n")
+    assert interrupted("", "info", name).returncode == 0
 
 
 def test_interrupted_compact_is_one_line_and_can_be_taken_up_again() -> None:
