@@ -367,16 +367,19 @@ class Reloader:
         return list(failures.values())
 
     async def _restore(self, failed: Collection[ExportConfig], found: Difference) -> None:
-        """The exports that had the images of those that `failed`, as they were but for who may open them, where nothing
-        took their names.
+        """The exports that had the images of those that `failed`, as they were but for who may open them, which is as
+        it was to be for the image, where nothing took their names.
         """
         service = self._service
         exports = [each for each in service.config.exports if each not in failed]
-        images = set(map(image_of, failed))
-        for old in (*found.removed, *(_adjusted(*pair) for pair in found.reopened)):
-            is_wanted = image_of(old) in images and named(old) not in service.exports
-            if is_wanted and not await self._add_late(old):
-                exports.append(old)
+        heirs = {image_of(each): each for each in failed}
+        for old in (*found.removed, *(old for old, _ in found.reopened)):
+            heir = heirs.get(image_of(old))
+            if heir is None or named(old) in service.exports:
+                continue
+            restored = _adjusted(old, heir)
+            if not await self._add_late(restored):
+                exports.append(restored)
         service.config = replace(service.config, exports=tuple(exports))
 
     async def _add_late(self, config: ExportConfig) -> NbdimgError | OSError | None:

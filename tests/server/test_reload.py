@@ -350,8 +350,13 @@ def test_reload_name_that_a_snapshot_of_a_reopened_image_has_is_refused_and_nobo
         assert_served(client, b"\0")
 
 
+@pytest.mark.parametrize("name", ["disk", "renamed"])
 def test_reload_image_lost_to_another_process_meanwhile_restores_the_old_export(
-    images: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    images: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
 ) -> None:
     """Between closing and opening an image somebody else takes it, for a moment. Rights that are taken stay taken."""
     image = str(images("a"))
@@ -366,7 +371,7 @@ def test_reload_image_lost_to_another_process_meanwhile_restores_the_old_export(
 
     old = ServerConfig((ExportConfig(image, "disk", "raw"),), listeners=(NbdUri(socket=f"{tmp_path}/s"),))
     rules = (AccessRule(uids=(1,)),)
-    new = replace(old, exports=(replace(old.exports[0], is_read_only=True, access=rules),))
+    new = replace(old, exports=(replace(old.exports[0], name=name, is_read_only=True, access=rules),))
 
     async def scenario() -> None:
         async with serving(old) as running:
@@ -386,7 +391,7 @@ def test_reload_image_lost_to_another_process_meanwhile_restores_the_old_export(
             await reloader.close()
 
     asyncio.run(scenario())
-    assert "disk could not be opened again" in caplog.text
+    assert f"{name} could not be opened again" in caplog.text
 
 
 def test_reload_that_swaps_images_and_loses_one_knows_what_is_exported(
