@@ -363,6 +363,8 @@ def test_load_contradicting_limits_are_refused_wherever_they_come_from(file: Pat
         ("[limits]\nconnection_bytes = '1G'", {}, "2: "),
         ("\n[limits]\ntotal_bytes = '1M'", {}, "3: "),
         ("", {"NBDIMG_LIMIT_TOTAL_BYTES": "1M"}, ""),
+        ("[limits]\nconnection_bytes = '1M'\ntotal_bytes = '2M'", {"NBDIMG_LIMIT_CONNECTION_BYTES": "3M"}, "3: "),
+        ("[limits]\ntotal_bytes = '1G'", {"NBDIMG_LIMIT_TOTAL_BYTES": "1M"}, ""),
     ):
         (problem,) = problems(file, text, **environment)
         assert problem.startswith(f"{where}limits.connection_bytes is ")

@@ -154,7 +154,7 @@ def _finished(
         image_directories=given.image_directories or server.image_directories,
         log_format=given.log_format or found.log_format or server.log_format,
     )
-    problems += limit_contradictions(server.limits, reader)
+    problems += limit_contradictions(server.limits, config.server.limits, reader)
     if problems:
         raise ConfigFileError(problems)
     return FileConfig(server, found.reload or config.reload)

@@ -38,8 +38,8 @@ LIMIT_NAMES = {each.name.removesuffix("_s"): each.name for each in fields(Limits
 assert LIMITS.keys() == LIMIT_NAMES.keys()
 
 
-def limit_contradictions(limits: Limits, reader: Reader | None) -> list[str]:
-    """Args: reader: of the file that has some of them; None: there is no file."""
+def limit_contradictions(limits: Limits, read: Limits, reader: Reader | None) -> list[str]:
+    """Args: read: what `reader` has found, before environment and command line. reader: None: there is no file."""
     if limits.connection_bytes <= limits.total_bytes or (reader is not None and not reader.is_sound("limits")):
         return []
     text = (
@@ -48,6 +48,6 @@ def limit_contradictions(limits: Limits, reader: Reader | None) -> list[str]:
     )
     if reader is not None:
         for key in ("connection_bytes", "total_bytes"):
-            if reader.has("limits", key):
+            if reader.has("limits", key) and getattr(read, key) == getattr(limits, key):
                 return [f"{reader.place(('limits', key))}: {text}"]
     return [text]
