@@ -183,10 +183,10 @@ async def _forget(image: Image, driver: Qcow2Driver, progress: Progress | None) 
 
 async def _grow(image: Image, driver: Qcow2Driver, size: int, progress: Progress | None) -> None:
     old = driver.size
-    await _resize_bitmaps(driver, size)
-    await _grow_l1(driver, driver.header.l1_entries_needed(size))
-    _set_size(image, driver, size)
     try:
+        await _resize_bitmaps(driver, size)
+        await _grow_l1(driver, driver.header.l1_entries_needed(size))
+        _set_size(image, driver, size)
         await _grow_data_file(image, driver, old, size)
         stop = align_up(old, driver.cluster_size)
         if image.backing is not None:

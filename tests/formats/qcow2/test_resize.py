@@ -430,6 +430,28 @@ def test_grow_without_space_keeps_the_old_size(tmp_path: Path, monkeypatch: pyte
     assert_is(path, (b"y" * 512 + content[512:]).ljust(3 * MiB, b"\0"))
 
 
+def test_grow_without_space_for_its_l1_table_keeps_the_bitmaps_at_the_old_size(tmp_path: Path) -> None:
+    path = tmp_path / "a.qcow2"
+    content = made(path, "cluster_size=512", MiB)
+    qemu_img("bitmap", "--add", "-g", "512", path, "monday")
+
+    async def run() -> None:
+        image = await open_image(path)
+        driver = image.driver
+        assert isinstance(driver, Qcow2Driver)
+        assert driver.refcounts is not None
+        clusters_max, driver.refcounts.clusters_max = driver.refcounts.clusters_max, 0
+        with pytest.raises(OSError, match="may not grow"):
+            await resize_image(image, 64 * MiB)
+        driver.refcounts.clusters_max = clusters_max
+        assert (await image.bitmap("monday")).size == image.size == MiB
+        await image.close()
+
+    asyncio.run(run())
+    assert_is(path, content)
+    assert qemu_img("info", path).stdout.count(" name: monday") == 1
+
+
 def test_grow_with_a_failed_barrier_fails_the_image_and_leaves_a_sound_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
