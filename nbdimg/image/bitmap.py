@@ -67,12 +67,17 @@ class DirtyBitmap:
             self.set_range(start, stop)
 
     def resize(self, size: int) -> None:
-        """The disk has `size` bytes now; what is new is clean."""
+        """The disk has `size` bytes now; what is new is dirty: a copy may have other bytes there, from before the disk
+        was once shorter, and nobody knows.
+        """
+        old = self.size
         count = byte_count(size, self.granularity)
         del self.bits[count:]
         self.bits.extend(bytes(count - len(self.bits)))
         self.size = size
         self.trim_tail()
+        if old < size:
+            self.set_range(old, size)
 
     def trim_tail(self) -> None:
         """Clear the bits behind the end of the disk."""

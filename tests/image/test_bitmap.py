@@ -96,7 +96,7 @@ def test_merge_of_any_granularities_is_a_superset_rounded_out(
 
 @settings(deadline=None)
 @given(st.lists(ranges, max_size=4), st.integers(0, 3 * SIZE))
-def test_resize_keeps_what_is_left_and_is_clean_beyond(changes: list[tuple[int, int]], size: int) -> None:
+def test_resize_keeps_what_is_left_and_is_dirty_beyond(changes: list[tuple[int, int]], size: int) -> None:
     bitmap, model = DirtyBitmap("b", 1024, SIZE), Model(1024)
     for offset, stop in changes:
         bitmap.set_range(offset, stop)
@@ -104,6 +104,8 @@ def test_resize_keeps_what_is_left_and_is_clean_beyond(changes: list[tuple[int, 
     bitmap.resize(size)
     count = -(-size // 1024)
     model.dirty = (model.dirty + [False] * count)[:count]
+    if size > SIZE:
+        model.set_range(SIZE, size)
     assert bytes(bitmap.bits) == model.bits()
     assert bitmap.size == size
 

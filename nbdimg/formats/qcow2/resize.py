@@ -11,7 +11,8 @@ forget it before the header is written, as QEMU does, would show the backing fil
 mapped behind the end is no error; the next resize, to whatever size, frees it.
 
 New bytes of the disk read as zeroes, also where the last cluster, a longer backing file, a longer data file, or tables
-that were left behind have something else.
+that were left behind have something else. In all bitmaps they are dirty: where the disk was once longer, a backup may
+have what it had there.
 """
 
 from __future__ import annotations
@@ -152,16 +153,13 @@ async def _shrink(image: Image, driver: Qcow2Driver, size: int) -> None:
 
 
 async def _restore(image: Image, driver: Qcow2Driver, old: int) -> None:
-    """The new size did not reach the disk. What a bitmap had behind it is lost, so all of that counts as dirty."""
-    size = driver.size
+    """The new size did not reach the disk."""
     driver.header.size = old
     _set_size(image, driver, old)
     store = driver.bitmaps
     if isinstance(store, BitmapStore):
         with suppress(OSError, ImageError):
             await store.resize(old)
-            for name in store.names if size < old else ():
-                (await store.get(name)).set_range(size, old)
 
 
 async def _forget(image: Image, driver: Qcow2Driver, progress: Progress | None) -> None:

@@ -315,7 +315,7 @@ def test_bitmaps_stored_without_space_to_free_the_old_ones_are_stored_all_the_sa
             await image.write(offset, b"\x01" * 4096)
         crashed = bytes(memory.content)
         await image.close()
-        assert await stored(memory) == {"b0": [(0, 4096), *FIRST, (start, stop)]}
+        assert await stored(memory) == {"b0": [(0, 4096), *FIRST, (start, stop), (SIZE, 2 * SIZE)]}
         assert await checked(memory) == 0
         return calls, crashed
 

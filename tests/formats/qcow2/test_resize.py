@@ -321,6 +321,25 @@ def test_resize_with_bitmaps_keeps_them_consistent(tmp_path: Path, size: int) ->
     qemu_img("bitmap", "--merge", "idle", path, "fine")
 
 
+def test_disk_that_was_once_longer_is_dirty_in_all_bitmaps_from_where_it_ended(tmp_path: Path) -> None:
+    """They were clean there, and a backup of before would have kept what the disk no longer has."""
+    path = tmp_path / "a.qcow2"
+    made(path, "cluster_size=4k", MiB)
+    qemu_img("bitmap", "--add", "-g", "4k", path, "monday")
+    qemu_img("bitmap", "--add", "--disable", "-g", "64k", path, "idle")
+    resized(path, 256 * KiB)
+    resized(path, 512 * KiB)
+
+    async def run(name: str) -> list[tuple[int, bool]]:
+        image = await open_image(path, writable=False)
+        found = list((await image.bitmap(name)).runs(0, image.size))
+        await image.close()
+        return found
+
+    for name in ("monday", "idle"):
+        assert asyncio.run(run(name)) == [(256 * KiB, False), (256 * KiB, True)]
+
+
 def test_resize_with_an_inconsistent_bitmap_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", path, "1M")
