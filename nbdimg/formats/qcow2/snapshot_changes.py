@@ -283,6 +283,8 @@ class _Change:
         self._raised_count = 0
         """Counts raised, in the order in which `_raised` is walked."""
         self._placed: list[Run] = []
+        self._has_reached_flags = False
+        """Whether flags may not be what the former counts ask for."""
         self._progress = progress
         self._tables_done = 0
         self._table_count = table_count
@@ -347,9 +349,9 @@ class _Change:
         for placed in self._placed:
             self._counts.free(placed.cluster, placed.count)
         await self.settle()
-        active = self._driver.mapping.l1
-        await self.fix_flags(active.entries)
-        await self.fix_active_l1()
+        if self._has_reached_flags:
+            await self.fix_flags(self._driver.mapping.l1.entries)
+            await self.fix_active_l1()
 
     # Walking
 
@@ -540,6 +542,7 @@ class _Change:
 
     async def fix_flags(self, l1: array[int]) -> None:
         """Give the entries of a tree's L2 tables the flag that their counts ask for, durable."""
+        self._has_reached_flags = True
         async for cluster, start, words in self._pieces(l1):
             if await self._fix_words(words):
                 write = Write(self._file, (cluster << self._bits) + start, encode_offsets(words))
