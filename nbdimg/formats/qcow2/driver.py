@@ -213,10 +213,17 @@ class Qcow2Driver:
         return Write(self.file, s.INCOMPATIBLE_OFFSET, U64.pack(self.header.incompatible))
 
     async def set_dirty(self, is_dirty: bool) -> None:
-        """Write the dirty bit, with a barrier behind it. What it vouches for is the caller's to have flushed."""
-        bit = int(Incompatible.DIRTY)
-        self.header.incompatible = self.header.incompatible | bit if is_dirty else self.header.incompatible & ~bit
-        await run(Plan((Stage((self._incompatible_write(),), (self.file,)),)))
+        """Write the dirty bit, with a barrier behind it. What it vouches for is the caller's to have flushed.
+
+        Raises: UnwrittenError: it is as it was. OSError.
+        """
+        bit, before = int(Incompatible.DIRTY), self.header.incompatible
+        self.header.incompatible = before | bit if is_dirty else before & ~bit
+        try:
+            await run(Plan((Stage((self._incompatible_write(),), (self.file,)),)))
+        except UnwrittenError:
+            self.header.incompatible = before
+            raise
 
     async def settle(self) -> None:
         """Flush until nothing is left to do: refcounts that a flush counted down are written too. They must not lag."""
@@ -240,7 +247,6 @@ class Qcow2Driver:
         """
         self.check()
         was_closing, self._is_closing = self._is_closing, True
-        incompatible = self.header.incompatible
         has_begun = False
         try:
             await self.settle()
@@ -254,7 +260,7 @@ class Qcow2Driver:
                 await self.set_dirty(False)
         except BaseException as error:
             if not has_begun and isinstance(error, UnwrittenError) and error.errno in OUT_OF_SPACE:
-                self.header.incompatible, self._is_closing = incompatible, was_closing
+                self._is_closing = was_closing
             elif self._fault is None:
                 self._fault = ImageFailed(self.file.path, f"a change of its tables failed ({error}); open it anew")
             raise

@@ -191,6 +191,39 @@ def test_snapshot_change_for_whose_mark_there_is_no_space_is_refused_and_the_ima
     assert qemu_check(disk.path).exit_status == 0
 
 
+def test_snapshot_change_refused_for_space_at_any_write_leaves_no_dirty_bit_behind_an_orderly_end(
+    tmp_path: Path,
+) -> None:
+    """With lazy refcounts, behind changes that wait for a flush: the bit is on disk before the counts are."""
+    disk = disk_with_a_snapshot(tmp_path / "image", "cluster_size=4k,lazy_refcounts=on")
+    content, start = disk.path.read_bytes(), bytes(disk.active)
+
+    async def run(count: int) -> str:
+        disk.active[:] = start
+        memory = MemoryFile(content)
+        file = FaultFile(memory)
+        image = Image(await opened(file), writable=True)
+        await disk.guest(image, random.Random("lazy"), 8)
+        first = file.calls.count("pwrite")
+
+        async def fail_at_its_turn(method: str) -> None:
+            if method == "pwrite" and file.calls.count("pwrite") - first == count:
+                file.fail_at(0, errno.ENOSPC)
+
+        file.delay = fail_at_its_turn
+        outcome = await outcome_of(create_two(driver_of(image)), driver_of(image), errno.ENOSPC)
+        file.delay = None
+        if outcome != "failed":
+            await image.close()
+            assert not (await read_header(memory)).is_dirty, (count, outcome)
+        return outcome
+
+    outcomes = [asyncio.run(run(0))]
+    while outcomes[-1] != "done":
+        outcomes.append(asyncio.run(run(len(outcomes))))
+    assert outcomes.count("refused") > 5
+
+
 def test_snapshot_change_whose_barrier_finds_no_space_fails_for_what_was_written_is_in_doubt(tmp_path: Path) -> None:
     disk = disk_with_a_snapshot(tmp_path / "image")
 
