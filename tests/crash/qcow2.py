@@ -253,7 +253,7 @@ FIRST = (
     ),
     scenario("resize, external data file", images.data_file("cluster_size=4k", 96 * KiB), sizes(1.3, 0.4, 0.9)),
     scenario("bitmaps", _bitmaps, clients(3, 6, 8 * KiB)),
-    scenario("bitmaps of a disk that grows", _bitmaps, sizes(1.2)),
+    scenario("bitmaps of a disk that shrinks and grows", _bitmaps, sizes(0.5, 1.2)),
     scenario("bitmaps edited", _bitmaps, bitmaps_edited(_bitmaps)),
 )
 

@@ -109,7 +109,13 @@ def test_qcow2_after_a_failed_barrier_keeps_what_earlier_flushes_covered(name: s
 @pytest.mark.parametrize("numbers", [(0, 1, 2), (5, 9), (12, 13, 20, 31), tuple(range(21, 200, 5))])
 @pytest.mark.parametrize(
     "name",
-    ["4 KiB clusters", "discard and reuse", "refcount table grows", "lazy refcounts", "bitmaps of a disk that grows"],
+    [
+        "4 KiB clusters",
+        "discard and reuse",
+        "refcount table grows",
+        "lazy refcounts",
+        "bitmaps of a disk that shrinks and grows",
+    ],
 )
 def test_qcow2_out_of_space_keeps_what_was_flushed(name: str, numbers: tuple[int, ...]) -> None:
     faulty = dataclasses.replace(BY_NAME[name], failing_writes=frozenset(numbers))
