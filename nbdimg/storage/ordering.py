@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from time import perf_counter
+from typing import TypeVar
 
 from nbdimg.histogram import Histogram
 from nbdimg.storage.file import BlockFile
+
+T = TypeVar("T")
 
 OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Errors of a write that say nothing about what was written before: it may be tried again when there is space."""
@@ -23,6 +26,24 @@ class UnwrittenError(OSError):
     """A write of a plan failed before its barrier: nothing that the kernel had accepted is in doubt, and the same
     plan, or a later one that holds its writes, may be run again.
     """
+
+
+class Hindrance(OSError):
+    """What a change needs first cannot be read, or no more space be taken: nothing that was written is in doubt."""
+
+
+async def hindered(work: Awaitable[T]) -> T:
+    """Of what reads alone. Raises: Hindrance. ImageError."""
+    try:
+        return await work
+    except OSError as error:
+        raise Hindrance(error.errno, error.strerror) from None
+
+
+def leaves_no_doubt(error: BaseException) -> bool:
+    """Whether all that was written before this error is as good as before it."""
+    is_full = isinstance(error, UnwrittenError) and error.errno in OUT_OF_SPACE
+    return is_full or isinstance(error, Hindrance)
 
 
 @dataclass(frozen=True, slots=True)

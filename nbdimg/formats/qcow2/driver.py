@@ -37,7 +37,7 @@ from nbdimg.image import driver as image
 from nbdimg.image.driver import Allocation, Extent, Miss, Unmap
 from nbdimg.image.tables import TableCache
 from nbdimg.storage.file import BlockFile
-from nbdimg.storage.ordering import OUT_OF_SPACE, Plan, Stage, UnwrittenError, Write, merged, run
+from nbdimg.storage.ordering import Plan, Stage, UnwrittenError, Write, leaves_no_doubt, merged, run
 
 U64 = Struct(">Q")
 
@@ -243,7 +243,8 @@ class Qcow2Driver:
         image, and this driver changes nothing any more.
 
         Raises: ImageError: an earlier change failed, or this one's counts are corrupt. OSError: without space even for
-            the bit nothing has changed, and the driver goes on.
+            the bit, or where counts that are due to be lowered cannot be read, nothing has changed and the driver goes
+            on.
         """
         self.check()
         was_closing, self._is_closing = self._is_closing, True
@@ -259,7 +260,7 @@ class Qcow2Driver:
             if self.header.version >= 3:
                 await self.set_dirty(False)
         except BaseException as error:
-            if not has_begun and isinstance(error, UnwrittenError) and error.errno in OUT_OF_SPACE:
+            if not has_begun and leaves_no_doubt(error):
                 self._is_closing = was_closing
             elif self._fault is None:
                 self._fault = ImageFailed(self.file.path, f"a change of its tables failed ({error}); open it anew")

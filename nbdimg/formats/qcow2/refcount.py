@@ -30,7 +30,7 @@ from nbdimg.formats.qcow2.packed import RefcountCodec, decode_offsets, encode_of
 from nbdimg.image.driver import Miss
 from nbdimg.image.tables import Slice, TableCache
 from nbdimg.storage.file import BlockFile, fetch
-from nbdimg.storage.ordering import Write
+from nbdimg.storage.ordering import Write, hindered
 from nbdimg.units import align_up, div_ceil
 
 SLICES_MAX = 4096
@@ -360,7 +360,7 @@ class Refcounts:
     async def reclaim(self) -> None:
         """The captured plan is durable: what it freed may go. Space that cannot be punched is free all the same.
 
-        Raises: OSError: counts cannot be read; the rest waits for the next time. CorruptImage: a count was 0 while
+        Raises: Hindrance: counts cannot be read; the rest waits for the next time. CorruptImage: a count was 0 while
         something referred to its cluster.
         """
         while self._leaving:
@@ -377,7 +377,7 @@ class Refcounts:
     async def _lower(self, start: int, stop: int, punch: bool) -> None:
         """One reference less to each cluster of one slice."""
         while isinstance(found := self._slice(start), Miss):
-            await found.load()
+            await hindered(found.load())
         if found is None:
             raise self._underflow(start)
         first, last = start % self._slice_entries, (stop - 1) % self._slice_entries + 1

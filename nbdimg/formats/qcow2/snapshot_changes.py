@@ -54,7 +54,7 @@ from nbdimg.formats.qcow2.snapshots import (
 )
 from nbdimg.formats.qcow2.structs import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from nbdimg.image.driver import Miss
-from nbdimg.storage.ordering import OUT_OF_SPACE, Plan, Stage, UnwrittenError, Write, run
+from nbdimg.storage.ordering import Plan, Stage, Write, hindered, leaves_no_doubt, run
 from nbdimg.units import KiB, div_ceil
 
 T = TypeVar("T")
@@ -238,30 +238,13 @@ def _tables(l1: array[int]) -> int:
     return len(l1) - l1.count(0)
 
 
-class _Hindrance(OSError):
-    """A table cannot be read, or no more clusters be taken: nothing that was written is in doubt."""
-
-
-async def _hindered(work: Awaitable[T]) -> T:
-    """Of what reads alone. Raises: _Hindrance. ImageError."""
-    try:
-        return await work
-    except OSError as error:
-        raise _Hindrance(error.errno, error.strerror) from None
-
-
 async def _answer(ask: Callable[[], T | Miss]) -> T:
     async def answer() -> T:
         while isinstance(found := ask(), Miss):
             await found.load()
         return found
 
-    return await _hindered(answer())
-
-
-def _can_be_taken_back(error: OSError) -> bool:
-    is_full = isinstance(error, UnwrittenError) and error.errno in OUT_OF_SPACE
-    return is_full or isinstance(error, _Hindrance)
+    return await hindered(answer())
 
 
 class _Change:
@@ -328,7 +311,7 @@ class _Change:
             except ImageError as error:
                 refusal = error
             except OSError as error:
-                if not _can_be_taken_back(error):
+                if not leaves_no_doubt(error):
                     raise
                 refusal = error
             else:
@@ -363,7 +346,7 @@ class _Change:
                 continue
             cluster = self._l2_cluster(index, entry)
             for start in range(0, self._cluster_size, size):
-                content = await _hindered(self._reader.read((cluster << self._bits) + start, size))
+                content = await hindered(self._reader.read((cluster << self._bits) + start, size))
                 yield cluster, start, decode_offsets(content)
             self._tables_done += 1
             if self._progress is not None:

@@ -15,6 +15,7 @@ from nbdimg.errors import ImageFailed
 from nbdimg.formats import open_file
 from nbdimg.formats.gate import DenyGate
 from nbdimg.formats.options import OpenOptions
+from nbdimg.formats.qcow2 import snapshots
 from nbdimg.formats.qcow2.check import check
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.open import read_header
@@ -161,6 +162,40 @@ def test_snapshot_change_that_cannot_read_a_table_is_refused_and_the_image_goes_
         file.bad = range(0)
         assert await outcome_of(create_two(driver), driver, errno.EIO) == "done"
         image = Image(driver, writable=True)
+        assert await content_of(image) == disk.active
+        await image.close()
+        disk.path.write_bytes(memory.content)
+
+    asyncio.run(run())
+    assert qemu_check(disk.path).exit_status == 0
+
+
+def test_snapshot_change_behind_a_trim_whose_counts_cannot_be_read_is_refused_and_the_image_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a flush goes on, which leaves them for the next one."""
+    monkeypatch.setattr(snapshots, "FIRST_BYTES", 512)
+    disk = disk_with_a_snapshot(tmp_path / "image", "cluster_size=512")
+    disk.write_qemu(3, 100_000, 100_000)
+
+    async def run() -> None:
+        memory = MemoryFile(disk.path.read_bytes())
+        file = BadSectors(memory)
+        image = Image(await opened(file), writable=True)
+        driver = driver_of(image)
+        assert driver.refcounts is not None
+        (extent,) = await image.map(150_016, 512, 1)
+        start = driver.refcounts.table[extent.file_offset // 512 // 256]
+        file.bad = range(start, start + 512)
+        await image.zero(150_016, 32 * KiB, may_unmap=True, is_fast_only=False)
+        disk.active[150_016 : 150_016 + 32 * KiB] = bytes(32 * KiB)
+        await image.flush()
+        assert await outcome_of(create_two(driver), driver, errno.EIO) == "refused"
+        await image.write(110_080, b"x" * 512)
+        disk.active[110_080:110_592] = b"x" * 512
+        await image.flush()
+        file.bad = range(0)
+        assert await outcome_of(create_two(driver), driver, errno.EIO) == "done"
         assert await content_of(image) == disk.active
         await image.close()
         disk.path.write_bytes(memory.content)
