@@ -266,6 +266,14 @@ def test_create_with_itself_as_backing_file_is_refused(refused: Any, name: str) 
     refused(arguments, USAGE, "here/a.qcow2: the backing file is the image itself")
 
 
+def test_create_with_its_data_file_as_backing_file_is_refused(refused: Any) -> None:
+    """Nobody could open it: a chain holds each file once."""
+    os.symlink(".", "here")
+    arguments = ["a.qcow2", "1M", "--backing", "d", "--backing-format", "raw", "--data-file", "here/d"]
+    refused(arguments, USAGE, "a.qcow2: the backing file is the data file as well")
+    assert not Path("d").exists()
+
+
 def test_create_in_a_missing_directory_is_refused(refused: Any) -> None:
     refused(["absent/a.qcow2", "1M"], FAILED, "absent/a.qcow2: No such file or directory")
 

@@ -51,9 +51,12 @@ def create(
     path = os.fspath(path)
     check(size, options)
     if options.backing_name is not None:
-        backing_path = data_file_path(path, options.backing_name)
-        if os.path.realpath(backing_path) == os.path.realpath(path):
+        backing_path = os.path.realpath(data_file_path(path, options.backing_name))
+        if backing_path == os.path.realpath(path):
             raise ConfigError(f"{path}: the backing file is the image itself")
+        data_name = options.data_file_name
+        if data_name is not None and backing_path == os.path.realpath(data_file_path(path, data_name)):
+            raise ConfigError(f"{path}: the backing file is the data file as well")
     with ExitStack() as files, ExitStack() as undo:
         image = new_file(path, files, undo)
         luks_header = b"" if options.luks_passphrase is None else luks.create(path, options.luks_passphrase)
