@@ -40,7 +40,7 @@ assert LIMITS.keys() == LIMIT_NAMES.keys()
 
 def limit_contradictions(limits: Limits, read: Limits, reader: Reader | None) -> list[str]:
     """Args: read: what `reader` has found, before environment and command line. reader: None: there is no file."""
-    if limits.connection_bytes <= limits.total_bytes or (reader is not None and not reader.is_sound("limits")):
+    if limits.connection_bytes <= limits.total_bytes or (reader is not None and not reader.is_sound(("limits",))):
         return []
     text = (
         f"limits.connection_bytes is {limits.connection_bytes} bytes, "

@@ -43,9 +43,9 @@ class Reader:
         key = key if key.isprintable() else escaped(key)
         self._problems.append((line, path, f"{where}: {key}: {message}" if key else f"{where}: {message}"))
 
-    def is_sound(self, table: str) -> bool:
+    def is_sound(self, table: KeyPath) -> bool:
         """Nothing was wrong with a table and its keys so far."""
-        return all(path[:1] != (table,) for _, path, _ in self._problems)
+        return all(path[: len(table)] != table for _, path, _ in self._problems)
 
     def has(self, *keys: str) -> bool:
         """Whether a table has a key, by the names of tables down to it."""
@@ -101,8 +101,6 @@ class Table:
     """One table; `get` reports what is wrong and goes on with the default."""
 
     def __init__(self, reader: Reader, path: KeyPath, content: dict[str, Any]) -> None:
-        self.is_sound = True
-        """Nothing was wrong with its keys so far: what else is wrong with it is no consequence of that."""
         self._reader = reader
         self._path = path
         self._content = content
@@ -121,8 +119,12 @@ class Table:
             self.report(str(error), key)
         return default
 
+    @property
+    def is_sound(self) -> bool:
+        """Nothing was wrong with it so far: what else is wrong with it is no consequence of that."""
+        return self._reader.is_sound(self._path)
+
     def report(self, message: str, *key: str | int) -> None:
-        self.is_sound = False
         self._reader.report((*self._path, *key), message)
 
     def path(self, key: str) -> str | None:

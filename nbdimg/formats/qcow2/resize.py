@@ -20,6 +20,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 from nbdimg.errors import ConfigError, ImageError, UnsupportedFeature, escaped
@@ -134,11 +135,11 @@ async def _shrink(image: Image, driver: Qcow2Driver, size: int) -> None:
     stop = min(old, align_up(size, driver.cluster_size))
     position = size
     while position < stop:
-        start = position
-        extent = await _answer(lambda start=start: driver.map(start, stop))  # type: ignore[misc]
-        position = min(extent.stop, stop)
+        extent = await _answer(partial(driver.map, position, stop))
+        end = min(extent.stop, stop)
         if extent.kind in (ExtentKind.DATA, ExtentKind.COMPRESSED):
-            await image.zero(start, position - start, may_unmap=False, is_fast_only=False)
+            await image.zero(position, end - position, may_unmap=False, is_fast_only=False)
+        position = end
     await _resize_bitmaps(driver, size)
     _set_size(image, driver, size)
     driver.header.size = size
