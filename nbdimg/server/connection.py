@@ -74,6 +74,42 @@ class Connection:
     is known of it before it says anything. `mode` is the listener's. `on_opened`: it has an export from now on.
     """
 
+    __slots__ = (
+        "_handshake",
+        "_is_draining",
+        "_is_encrypted",
+        "_is_finishing",
+        "_is_left",
+        "_is_lined_up",
+        "_is_look_scheduled",
+        "_is_reading",
+        "_kept_from",
+        "_left_s",
+        "_limits",
+        "_mode",
+        "_on_closed",
+        "_on_opened",
+        "_overlay",
+        "_plain_sock",
+        "_received_bytes",
+        "_session",
+        "_shared",
+        "_sock",
+        "_tls",
+        "_transmission",
+        "_view",
+        "_visit",
+        "_watch",
+        "descriptor",
+        "export",
+        "is_closed",
+        "is_entering",
+        "number",
+        "outbox",
+        "peer",
+        "started_s",
+    )
+
     def __init__(
         self,
         sock: socket.socket,
