@@ -1,4 +1,4 @@
-"""One client: its socket, its handshake, its deadlines, its end.
+"""One client: its socket, its phases, its deadlines, its end.
 
      ┌─▶ TLS ──┐
      │         ▼
@@ -6,10 +6,7 @@
         │                  │      └──────────drain───────────▶ │ ──all answered──▶ LEAVING ──▶ closed
         └── ProtocolError, deadline, broken socket ────────────┴─────────────────────▶ closed at once
 
-At STARTTLS the socket and the outbox are exchanged for those of TLS; nothing else differs.
-
-An overlay is made before its client's GO is answered, in a task that goes on when the client leaves meanwhile; until it
-ends nothing is received. From there on the connection has the overlay, and gives it back when it closes.
+What is asked in HANDSHAKE is negotiation.py's, what in TRANSMISSION transmission.py's; both work through this shell.
 
 A drain refuses no request: clients that reconnect (QEMU, the kernel) hand an error, ESHUTDOWN too, to their guest as an
 I/O error, and ask again what was not answered. So nothing more is received, what has arrived is answered, and then
@@ -28,31 +25,23 @@ import itertools
 import logging
 import socket
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 from nbdimg.errors import NbdimgError, ProtocolError, TlsError, escaped
-from nbdimg.export.access import Client, Right
+from nbdimg.export.access import Client
 from nbdimg.export.export import Export, Overlays
-from nbdimg.export.registry import View, Wanted
+from nbdimg.export.registry import View
 from nbdimg.server.audit import Refusal, Visit
-from nbdimg.server.handover import LeftClient, broken_promise, files_of
+from nbdimg.server.handover import LeftClient, files_of
+from nbdimg.server.negotiation import Negotiation
 from nbdimg.server.outbox import Outbox, TlsOutbox
-from nbdimg.server.overlays import overlay_refusal
 from nbdimg.server.shared import Shared
-from nbdimg.server.tls import TlsSocket
+from nbdimg.server.tls import Tls, TlsSocket
 from nbdimg.server.transmission import Transmission
-from nbdimg.units import KiB
-from nbdimg.wire.constants import OptionReply, TransmissionFlag
-from nbdimg.wire.handshake import ExportInfo, Handshake, OptionError, Session, State, TlsMode
+from nbdimg.wire.constants import TransmissionFlag
+from nbdimg.wire.handshake import ExportInfo, Session, TlsMode
 
 logger = logging.getLogger("nbdimg")
-
-HANDSHAKE_RECEIVE_SIZE = 64 * KiB
-"""Bytes taken at once during the handshake; under TLS room for two records at least."""
-
-TURN_OPTIONS = 16
-"""Options of one client that are answered in one turn."""
 
 LEAVE_TIMEOUT_S = 0.25
 """How long a client that was told the end of output may take to close its side."""
@@ -75,18 +64,16 @@ class Connection:
     """
 
     __slots__ = (
-        "_handshake",
         "_is_draining",
-        "_is_encrypted",
         "_is_finishing",
         "_is_left",
-        "_is_lined_up",
         "_is_look_scheduled",
         "_is_reading",
         "_kept_from",
         "_left_s",
         "_limits",
         "_mode",
+        "_negotiation",
         "_on_closed",
         "_on_opened",
         "_overlay",
@@ -103,7 +90,7 @@ class Connection:
         "descriptor",
         "export",
         "is_closed",
-        "is_entering",
+        "is_encrypted",
         "number",
         "outbox",
         "peer",
@@ -133,21 +120,14 @@ class Connection:
         self._view = View(shared.registry, client, self._on_refused)
         self._mode = mode
         self._tls: TlsSocket | None = None
-        self._is_encrypted = False
+        self.is_encrypted = False
+        """Whether the TLS handshake is complete."""
         self.outbox = Outbox(sock, shared, self._on_room, self._on_broken)
-        self._handshake: Handshake | None = Handshake(
-            self._view,
-            mode,
-            options_max=self._limits.options,
-            option_bytes_max=self._limits.option_bytes,
-            turn_options=TURN_OPTIONS,
-        )
+        self._negotiation: Negotiation | None = Negotiation(self, shared, self._view, mode)
         self._transmission: Transmission | None = None
         self.export: Export | None = None
         """As it is registered; what the client works with may be an overlay of it."""
         self._overlay: Export | None = None
-        self.is_entering = False
-        """Whether what the client wants to open is being made for it."""
         self._session: Session | None = None
         self._visit: Visit | None = None
         """Since the client has opened an export."""
@@ -156,8 +136,6 @@ class Connection:
         self.is_closed = False
         self._is_reading = False
         self._is_look_scheduled = False
-        self._is_lined_up = False
-        """Whether the handshake goes on when it has its turn."""
         self._is_finishing = False
         self._is_draining = False
         self._is_left = False
@@ -175,7 +153,7 @@ class Connection:
     @property
     def tls_version(self) -> str | None:
         """As "TLSv1.3"; None: the connection is plain so far."""
-        return self._tls.version if self._tls is not None and self._is_encrypted else None
+        return self._tls.version if self._tls is not None and self.is_encrypted else None
 
     @property
     def is_read_only(self) -> bool:
@@ -187,12 +165,23 @@ class Connection:
         """Requests that wait for storage, for others, or for their client to take the reply."""
         return 0 if self._transmission is None else self._transmission.in_flight
 
+    @property
+    def is_entering(self) -> bool:
+        """Whether what the client wants to open is being made for it."""
+        return self._negotiation is not None and self._negotiation.is_entering
+
     def start(self) -> None:
         """Greet the client."""
-        assert self._handshake is not None
-        self.unpause()
-        self.outbox.put(self._handshake.greeting())
-        self.outbox.send_turn()
+        assert self._negotiation is not None
+        self._negotiation.greet()
+
+    async def take_up(self, left: LeftClient) -> None:
+        """In place of `start`: go on with a session that the server before this one has begun, or close."""
+        assert self._negotiation is not None
+        try:
+            await self._negotiation.take_up(left)
+        except (NbdimgError, OSError) as error:
+            self._give_up(f"its session on {escaped(left.session.export.name)} cannot go on: {error}")
 
     def pause(self) -> None:
         """Take no more input for now."""
@@ -204,9 +193,9 @@ class Connection:
         if not (self._is_reading or self._is_finishing or self.is_closed or self.is_entering):
             self._is_reading = True
             self._shared.loop.add_reader(self.descriptor, self._on_readable)
-            self._look_inside_soon()
+            self.look_inside_soon()
 
-    def _look_inside_soon(self) -> None:
+    def look_inside_soon(self) -> None:
         """Receive again, in a turn of its own, what TLS holds and the descriptor does not tell of."""
         if self._tls is None or not self._tls.has_more or self._left_s is not None:
             return
@@ -235,13 +224,13 @@ class Connection:
                 self._drop_input()
             elif self._transmission is not None:
                 self._receive_requests(self._transmission)
-            else:
-                self._line_up()
+            elif self._negotiation is not None:
+                self._negotiation.line_up()
         except Exception as error:
-            self._on_failed(error)
-        self._look_inside_soon()
+            self.fail(error)
+        self.look_inside_soon()
 
-    def _on_failed(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
         """What came cannot be taken, or not yet; at worst it is this connection's end and nobody else's."""
         if isinstance(error, (BlockingIOError, InterruptedError)):
             return
@@ -254,43 +243,6 @@ class Connection:
             logger.debug("the failure's traceback", exc_info=error)
             self.close()
 
-    def _line_up(self) -> None:
-        self.pause()
-        if not self._is_lined_up:
-            self._is_lined_up = True
-            self._shared.reception.line_up(self._take_turn)
-
-    def _take_turn(self) -> None:
-        self._is_lined_up = False
-        if self.is_closed:
-            return
-        try:
-            self._haggle()
-        except Exception as error:
-            self._on_failed(error)
-        self._go_on_haggling()
-
-    def _haggle(self) -> None:
-        handshake = self._handshake
-        assert handshake is not None
-        if handshake.has_more:
-            self._answer(handshake, handshake.receive(b""))
-        elif self._tls is not None and not self._is_encrypted:
-            self._advance_tls(self._tls)
-        else:
-            self._receive_options()
-
-    def _go_on_haggling(self) -> None:
-        """When the client has taken what it was answered: with what it has sent, or with what it sends then."""
-        handshake = self._handshake
-        if handshake is None or self.outbox.pending_bytes:
-            return
-        if handshake.has_more and not self.is_closed:
-            self._line_up()
-        else:
-            self.unpause()
-            self._look_inside_soon()
-
     def _receive_requests(self, transmission: Transmission) -> None:
         buffers = transmission.buffers()
         sock = self._sock
@@ -301,136 +253,37 @@ class Connection:
             return
         if not count:
             transmission.park()
-            self._end_of_input()
+            self.end_of_input()
             return
         self._received_bytes += count
         transmission.received(count)
 
-    def _receive_options(self) -> None:
-        handshake = self._handshake
-        assert handshake is not None
-        options = self._sock.recv(HANDSHAKE_RECEIVE_SIZE)
-        if not options:
-            self._end_of_input()
-            return
-        self._answer(handshake, handshake.receive(options))
+    def receive(self, size: int) -> bytes:
+        """At most `size` bytes; b"" at the end of input. Raises: BlockingIOError, OSError, TlsError."""
+        return self._sock.recv(size)
 
-    def _answer(self, handshake: Handshake, answer: bytes) -> None:
-        self.outbox.put_or_queue(answer)
-        if self.is_closed:
-            return
-        if handshake.state is State.DONE:
-            assert handshake.session is not None
-            self.unpause()
-            self._begin_transmission(handshake.session, handshake.leftover)
-        elif handshake.state is State.ENTERING:
-            self._begin_entering(handshake)
-        elif handshake.state is State.TLS:
-            self._begin_tls()
-        elif handshake.state is State.CLOSED:
-            self._end_of_input()
-
-    def _begin_tls(self) -> None:
-        """Once STARTTLS is answered, which goes out in clear, and before the client's next byte."""
-        if self.outbox.pending_bytes:
-            return
-        if self._shared.tls is None:
-            self.protocol_error(TlsError("STARTTLS, and TLS was switched off meanwhile"))
-            return
-        self._tls = self._shared.tls.wrap(self._plain_sock)
-        self._sock = self._tls
+    def start_tls(self, tls: Tls) -> TlsSocket:
+        """Exchange the socket and the outbox for those of TLS."""
+        self._sock = self._tls = tls.wrap(self._plain_sock)
         self.outbox = TlsOutbox(self._tls, self._shared, self._on_room, self._on_broken)
+        return self._tls
 
-    def _advance_tls(self, tls: TlsSocket) -> None:
-        handshake = self._handshake
-        assert handshake is not None
-        try:
-            identities = tls.advance()
-        finally:
-            self.outbox.send_pending()
-        if identities is None or self.is_closed:
-            return
-        self._is_encrypted = True
-        self._shared.audit.encrypted(tls.version or "")
-        self._view.client = replace(self._view.client, identities=identities)
-        handshake.tls_started()
-        if tls.has_input():
-            self._receive_options()
+    def own(self, export: Export, overlay: Export) -> None:
+        """Have an overlay of `export`, and give it back at the end."""
+        self.export, self._overlay = export, overlay
 
-    def _begin_entering(self, handshake: Handshake) -> None:
-        assert handshake.entry is not None
-        wanted = self._view.resolve(handshake.entry.export.name)
-        assert wanted is not None
-        assert wanted.export.overlays is not None
-        self.is_entering = True
-        self.pause()
-        may_make = self._view.right(wanted.export) is Right.WRITE
-        work = self._enter(handshake, handshake.entry.export, wanted, wanted.export.overlays, may_make=may_make)
-        self._shared.start(work, wanted.export)
+    def begin_transmission(self, session: Session, leftover: bytes) -> None:
+        """The client has opened what `session` says, or its overlay of that.
 
-    async def _enter(
-        self, handshake: Handshake, info: ExportInfo, wanted: Wanted, overlays: Overlays, *, may_make: bool
-    ) -> None:
-        """Have an overlay attached, and answer GO. From its first line on the export may have been removed."""
-        overlay = None
-        refusal = OptionError(OptionReply.ERR_UNKNOWN, "the export was removed meanwhile")
-        try:
-            overlay = await overlays.attach(wanted.overlay, self._shared.limits, may_make=may_make)
-        except (NbdimgError, OSError) as error:
-            self._refuse(Refusal.IMAGE, f"gets no overlay of export {escaped(wanted.name)}: {error}", wanted.name)
-            refusal = overlay_refusal(error)
-        is_there = self._shared.registry.lookup(wanted.export.name) is wanted.export and self._is_offered(info)
-        if overlay is not None and (self.is_closed or not is_there):
-            await overlays.detach(overlay)
-            overlay = None
-        if self.is_closed:
-            return
-        self.is_entering = False
-        try:
-            if overlay is None:
-                self._answer(handshake, handshake.refused(refusal))
-            else:
-                self.export, self._overlay = wanted.export, overlay
-                self._answer(handshake, handshake.entered(replace(info, size=overlay.info.size)))
-        except Exception as error:
-            self._on_failed(error)
-        self._go_on_haggling()
-
-    async def go_on(self, left: LeftClient) -> None:
-        """In place of `start`: with a session that the server before this one has begun."""
-        session = left.session
-        wanted, offered = self._view.resolve(session.export.name), self._view.find(session.export.name)
-        try:
-            if wanted is None or offered is None:
-                raise ProtocolError("it is not there for this client any more")
-            size, files = offered.size, files_of(wanted.export)
-            if wanted.export.overlays is not None:
-                may_make = self._view.right(wanted.export) is Right.WRITE
-                overlay = await wanted.export.overlays.attach(wanted.overlay, self._limits, may_make=may_make)
-                if self.is_closed:
-                    await wanted.export.overlays.detach(overlay)
-                    return
-                self.export, self._overlay, size = wanted.export, overlay, overlay.info.size
-                files = files_of(wanted.export, overlay)
-            reason = broken_promise(left, offered, size, files)
-            if reason is not None:
-                raise ProtocolError(reason)
-            if not self._has_the_tls_for(offered):
-                raise ProtocolError("it takes TLS now")
-            self.unpause()
-            self._begin_transmission(session, left.received)
-        except (NbdimgError, OSError) as error:
-            name = escaped(session.export.name)
-            self._say(logging.WARNING, f"closed, its session on {name} cannot go on: {error}")
-            self.close()
-
-    def _begin_transmission(self, session: Session, leftover: bytes) -> None:
+        Raises: ProtocolError: it is not there any more.
+        """
+        self.unpause()
         export = self._overlay
         if export is None:
             self.export = export = self._shared.registry.lookup(session.export.name)
         if export is None:
             raise ProtocolError(f"export {escaped(session.export.name)} was removed during the handshake")
-        self._handshake = None
+        self._negotiation = None
         self._on_opened(self)
         self._session = session
         self._transmission = Transmission(self, self._shared, session, export, leftover)
@@ -446,10 +299,10 @@ class Connection:
         if leftover:
             self._transmission.resume()
 
-    def _end_of_input(self) -> None:
+    def end_of_input(self) -> None:
         """The client has closed its side; it may still read: all that it asked is answered (rule 16)."""
-        if self._handshake is not None and self._mode is TlsMode.REQUIRED and self._tls is None:
-            self._refuse(Refusal.TLS, "left without TLS, which is required here")
+        if self._negotiation is not None and self._mode is TlsMode.REQUIRED and self._tls is None:
+            self.refuse(Refusal.TLS, "left without TLS, which is required here")
         self._is_left = False
         self.finish_input()
         self.close_if_done()
@@ -512,10 +365,8 @@ class Connection:
     def _on_room(self) -> None:
         if self._transmission is not None:
             self._transmission.on_room()
-        else:
-            if self._handshake is not None and self._handshake.state is State.TLS and self._tls is None:
-                self._begin_tls()
-            self._go_on_haggling()
+        elif self._negotiation is not None:
+            self._negotiation.on_room()
         self.close_if_done()
 
     def _on_broken(self, error: OSError) -> None:
@@ -524,16 +375,16 @@ class Connection:
 
     def protocol_error(self, error: ProtocolError) -> None:
         """The peer broke the protocol: one line in the log, and the end."""
-        self._refuse(Refusal.TLS if isinstance(error, TlsError) else Refusal.PROTOCOL, str(error))
+        self.refuse(Refusal.TLS if isinstance(error, TlsError) else Refusal.PROTOCOL, str(error))
         self.close()
 
     def _on_refused(self, export: Export, reason: str) -> None:
         """A hidden export was asked for, which the client was told is not there."""
         if export is not self._kept_from:
             self._kept_from = export
-            self._refuse(Refusal.ACCESS, f"may not open export {escaped(export.name)}: {reason}", export.name)
+            self.refuse(Refusal.ACCESS, f"may not open export {escaped(export.name)}: {reason}", export.name)
 
-    def _refuse(self, reason: Refusal, message: str, export: str | None = None) -> None:
+    def refuse(self, reason: Refusal, message: str, export: str | None = None) -> None:
         """A client that has opened an export is refused nothing: what it does then, the server's own log tells."""
         if self._visit is None:
             self._shared.audit.refused(self.peer, reason, message, export, self.identities, self.tls_version)
@@ -545,18 +396,18 @@ class Connection:
 
     def is_welcome(self) -> bool:
         """Whether a handshake now would give the client what it has; access rules change."""
-        return self._session is None or self._is_offered(self._session.export)
+        return self._session is None or self.is_offered(self._session.export)
 
-    def _is_offered(self, granted: ExportInfo) -> bool:
+    def is_offered(self, granted: ExportInfo) -> bool:
         """Whether a handshake now would give the client as much."""
         offered = self._view.find(granted.name)
         if offered is None or (offered.flags & ~granted.flags & TransmissionFlag.READ_ONLY):
             return False
-        return self._has_the_tls_for(offered)
+        return self.has_the_tls_for(offered)
 
-    def _has_the_tls_for(self, offered: ExportInfo) -> bool:
+    def has_the_tls_for(self, offered: ExportInfo) -> bool:
         needs_tls = self._mode is TlsMode.REQUIRED or (self._mode is TlsMode.SELECTIVE and offered.is_tls_only)
-        return self._is_encrypted or not needs_tls
+        return self.is_encrypted or not needs_tls
 
     def begin_drain(self) -> None:
         """Answer what has arrived, take nothing more, and part from the client, or leave it to the next server."""
@@ -579,7 +430,7 @@ class Connection:
         transmission = self._transmission
         if transmission is None:
             if now - self.started_s >= limits.handshake_timeout_s:
-                self._refuse(Refusal.TIMEOUT, f"no handshake within {limits.handshake_timeout_s:g} s")
+                self.refuse(Refusal.TIMEOUT, f"no handshake within {limits.handshake_timeout_s:g} s")
                 self.close()
             return
         if self._left_s is not None:
@@ -602,7 +453,7 @@ class Connection:
 
     def give_way(self, kept_s: float) -> None:
         """Close a connection that has had its place for so long without opening an export."""
-        self._refuse(Refusal.LIMIT, f"no handshake within {kept_s:g} s, and another wants its place")
+        self.refuse(Refusal.LIMIT, f"no handshake within {kept_s:g} s, and another wants its place")
         self.close()
 
     def _give_up(self, reason: str) -> None:

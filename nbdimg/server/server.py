@@ -199,7 +199,7 @@ class Server:
                 continue
             connection = self._adopt(client.sock, address, self._tls_mode(is_tls=False))
             if connection is not None:
-                await connection.go_on(client)
+                await connection.take_up(client)
 
     def _accept_again(self, listener: socket.socket, is_tls: bool) -> None:
         if listener.fileno() >= 0:

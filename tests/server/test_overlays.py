@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,9 +26,12 @@ from nbdimg.errors import ConfigError
 from nbdimg.export.export import Export
 from nbdimg.formats.overlay import Golden
 from nbdimg.limits import Limits
+from nbdimg.server import server as server_module
+from nbdimg.server.handover import LeftClient
 from nbdimg.server.shared import Shared
 from nbdimg.storage.posix import PosixFile
 from nbdimg.uri import NbdUri
+from nbdimg.wire.handshake import Session
 from tests.server.test_access import refusals
 from tests.server.test_tls_matrix import listed
 from tests.server.tls_live import LiveServer, client_context, tls_client
@@ -722,6 +726,33 @@ def slow_making(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threa
 
     monkeypatch.setattr(Golden, "_make_unnamed", slowly)
     return is_asked, may_go_on
+
+
+def test_client_that_is_taken_over_keeps_its_place_while_its_overlay_is_made(
+    golden: Path, overlays: Path, slow_making: tuple[threading.Event, threading.Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long that takes, and whoever wants the place: the client has not been silent."""
+    is_asked, may_go_on = slow_making
+    may_go_on.set()
+    monkeypatch.setattr(server_module, "PLACE_KEPT_S", 0)
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    with ours, LiveServer(live_config(golden, overlays, limits=Limits(connections=1))) as server:
+        export = server.service.registry.lookup("base")
+        assert export is not None
+        info = export.info
+        is_asked.clear()
+        may_go_on.clear()
+        session = Session(info, info.flags, True, False, False, {})
+        taking = server.start(server.service.server.take_up([LeftClient(theirs, session, (), b"")]))
+        assert is_asked.wait(PATIENCE_S)
+        with Client(socket_of(server)) as other, pytest.raises(ConnectionClosed):
+            other.greet()
+        ours.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            ours.recv(1)
+        may_go_on.set()
+        taking.result(PATIENCE_S)
 
 
 def test_reload_while_an_overlay_is_made_refuses_it_and_closes_the_golden_image(
