@@ -50,12 +50,14 @@ _STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (Interrupted, EXIT_INTERRUPTED),
 )
 
+_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+
 app = typer.Typer(
     name="nbdimg",
     help="An NBD server for virtual disk images.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=_SETTINGS,
 )
 app.command()(serve)
 app.command()(create)
@@ -112,7 +114,7 @@ def _command() -> Any:
     waiting = [root]
     while waiting:
         command = waiting.pop()
-        for parameter in command.params:
+        for parameter in command.get_params(typer.Context(command, **_SETTINGS)):
             if getattr(parameter, "is_flag", False):
                 parameter.metavar = ""
         waiting += getattr(command, "commands", {}).values()
