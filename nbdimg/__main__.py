@@ -3,7 +3,7 @@
 import sys
 
 from nbdimg.cli.interrupt import end_at_interrupt
-from nbdimg.cli.streams import open_standard_streams
+from nbdimg.cli.streams import exit_with, open_standard_streams
 
 
 def main() -> None:
@@ -13,7 +13,7 @@ def main() -> None:
     if sys.argv[1:2] == ["healthcheck"]:
         from nbdimg.cli.healthcheck import main as healthcheck
 
-        sys.exit(healthcheck(sys.argv[2:]))
+        exit_with(healthcheck(sys.argv[2:]))
     from nbdimg.cli.main import main as run
 
     run()

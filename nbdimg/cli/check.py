@@ -16,7 +16,8 @@ import typer
 
 from nbdimg.cli.opened import opened
 from nbdimg.cli.options import AsJson, Format
-from nbdimg.cli.output import ProgressReport, complain, print_json, progress, shown
+from nbdimg.cli.output import ProgressReport, print_json, progress, shown
+from nbdimg.cli.streams import complain
 from nbdimg.errors import ConfigError, ImageError, UnsupportedFeature, escaped
 from nbdimg.formats import check_format, probed_format
 from nbdimg.formats.findings import CheckReport

@@ -11,7 +11,8 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from nbdimg.cli.output import QUIET_S, complain, print_json, progress, shown
+from nbdimg.cli.output import QUIET_S, print_json, progress, shown
+from nbdimg.cli.streams import complain
 from nbdimg.errors import ConfigError, escaped
 from nbdimg.formats import DRIVERS, create_image, open_image, read_key_file
 from nbdimg.formats.qcow2 import create as qcow2

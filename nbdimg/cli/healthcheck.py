@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Sequence
+
+from nbdimg.cli.streams import complain
 
 DEFAULT_SOCKET = "/run/nbdimg/admin.sock"
 SOCKET_VARIABLE = "NBDIMG_ADMIN_SOCKET"
@@ -44,21 +45,25 @@ class _UsageError(Exception):
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit status."""
     if "-h" in arguments or "--help" in arguments:
-        print(HELP)
+        try:
+            print(HELP)
+        except OSError as error:
+            complain(f"the help was not printed: {error.strerror}")
+            return EXIT_UNHEALTHY
         return 0
     try:
         path, address, host = _parse(arguments)
     except _UsageError as error:
-        print(f"nbdimg: {error}; see nbdimg healthcheck --help", file=sys.stderr)
+        complain(f"{error}; see nbdimg healthcheck --help")
         return EXIT_USAGE
     try:
         status, text = _get(path, address, host)
     except (OSError, ValueError) as error:
-        print(f"nbdimg: no answer from {host or address}: {getattr(error, 'strerror', '') or error}", file=sys.stderr)
+        complain(f"no answer from {host or address}: {getattr(error, 'strerror', '') or error}")
         return EXIT_UNHEALTHY
     if status == 200:
         return 0
-    print(f"nbdimg: {path} answers {status}: {text}", file=sys.stderr)
+    complain(f"{path} answers {status}: {text}")
     return EXIT_UNHEALTHY
 
 

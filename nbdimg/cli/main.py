@@ -11,10 +11,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 
@@ -29,14 +28,13 @@ from nbdimg.cli.healthcheck import main as healthcheck
 from nbdimg.cli.info import info
 from nbdimg.cli.interrupt import EXIT_INTERRUPTED, Interrupted
 from nbdimg.cli.map import map_
-from nbdimg.cli.output import complain
 from nbdimg.cli.resize import resize
 from nbdimg.cli.serve import serve
 from nbdimg.cli.snapshot import snapshot
+from nbdimg.cli.streams import EXIT_FAILED, complain, exit_with, flushed
 from nbdimg.cli.top import top
 from nbdimg.errors import ConfigError, ImageError, ListenError, NbdimgError
 
-EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_IMAGE = 3
 EXIT_LISTEN = 4
@@ -132,11 +130,17 @@ def _report(error: Exception) -> int:
         return EXIT_USAGE
     for kind, status in _STATUSES:
         if isinstance(error, kind):
-            complain(_sentence(error))
+            if not _is_of_output(error):
+                complain(_sentence(error))
             return status
     logging.getLogger("nbdimg").debug("the failure's traceback", exc_info=error)
     complain(f"internal error: {type(error).__name__}: {error}")
     return EXIT_FAILED
+
+
+def _is_of_output(error: Exception) -> bool:
+    """Whether it comes from printing; then that has been said."""
+    return isinstance(error, OSError) and error.filename is None and not flushed(sys.stdout)
 
 
 def _sentence(error: Exception) -> str:
@@ -147,19 +151,4 @@ def _sentence(error: Exception) -> str:
 
 def main() -> None:
     """The console script."""
-    status = run(sys.argv[1:])
-    is_printed = _flush(sys.stdout)
-    _flush(sys.stderr)
-    sys.exit(status if is_printed else status or EXIT_FAILED)
-
-
-def _flush(stream: TextIO) -> bool:
-    """Whether all of the output has arrived. If not the rest is dropped: Python would change the status for it."""
-    try:
-        stream.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if not isinstance(error, BrokenPipeError):
-            complain(f"{stream.name}: {error.strerror}")
-        return False
-    return True
+    exit_with(run(sys.argv[1:]))

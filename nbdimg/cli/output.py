@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from nbdimg.units import KiB
@@ -51,12 +51,6 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right:
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     Console(width=width).print(table)
-
-
-def complain(message: str) -> None:
-    """What went wrong, in one line; where nobody can be told, the exit status is left."""
-    with suppress(OSError):
-        print(f"nbdimg: {' '.join(message.split())}", file=sys.stderr)
 
 
 def shown(text: str) -> str:

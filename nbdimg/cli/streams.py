@@ -1,10 +1,18 @@
-"""The three standard streams, also where the process was started without."""
+"""The three standard streams, also where the process was started without, and where what is printed finds no space.
+
+Imports next to nothing, for the health check.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from io import TextIOWrapper
+from typing import NoReturn, TextIO
+
+EXIT_FAILED = 1
+"""Something failed that the user did not cause."""
 
 
 def open_standard_streams() -> None:
@@ -22,3 +30,30 @@ def open_standard_streams() -> None:
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def complain(message: str) -> None:
+    """What went wrong, in one line; where nobody can be told, the exit status is left."""
+    with suppress(OSError):
+        print(f"nbdimg: {' '.join(message.split())}", file=sys.stderr)
+
+
+def exit_with(status: int) -> NoReturn:
+    """End the program; with EXIT_FAILED where its output has not arrived and nothing else was wrong."""
+    is_printed = flushed(sys.stdout)
+    flushed(sys.stderr)
+    sys.exit(status if is_printed else status or EXIT_FAILED)
+
+
+def flushed(stream: TextIO) -> bool:
+    """Whether all of the output has arrived. If not that is said, and the rest dropped: Python would change the status
+    for it.
+    """
+    try:
+        stream.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if not isinstance(error, BrokenPipeError):
+            complain(f"{stream.name}: {error.strerror}")
+        return False
+    return True

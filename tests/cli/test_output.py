@@ -19,9 +19,8 @@ ROW = ("vm1", "1048576", "qcow2", "rw")
 pytestmark = pytest.mark.usefixtures("directory")
 
 
-def nbdimg(*arguments: str, **streams: Any) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    environment.pop("PYTHONUNBUFFERED", None)
+def nbdimg(*arguments: str, is_unbuffered: bool = False, **streams: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONUNBUFFERED": "1" * is_unbuffered}
     return subprocess.run(
         [sys.executable, "-m", "nbdimg", *arguments], env=environment, text=True, timeout=60, **streams
     )
@@ -32,6 +31,15 @@ def test_output_that_finds_no_space_is_one_line() -> None:
     with open("/dev/full", "w") as full:
         ended = nbdimg("info", "a.raw", stdout=full, stderr=subprocess.PIPE)
     assert (ended.returncode, ended.stderr) == (1, "nbdimg: <stdout>: No space left on device\n")
+
+
+@pytest.mark.parametrize("is_unbuffered", [False, True])
+@pytest.mark.parametrize("verb", ["healthcheck", "info"])
+def test_help_that_finds_no_space_is_one_line(verb: str, is_unbuffered: bool) -> None:
+    with open("/dev/full", "w") as full:
+        ended = nbdimg(verb, "--help", is_unbuffered=is_unbuffered, stdout=full, stderr=subprocess.PIPE)
+    (line,) = ended.stderr.splitlines()
+    assert (ended.returncode, line[-23:]) == (1, "No space left on device")
 
 
 def test_output_that_nobody_reads_is_no_complaint() -> None:
@@ -45,7 +53,15 @@ def test_output_that_nobody_reads_is_no_complaint() -> None:
     assert (ended.returncode, ended.stderr) == (1, "")
 
 
-@pytest.mark.parametrize(("arguments", "status"), [(("info", "absent"), 3), (("check", "a.raw"), 63)])
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (("info", "absent"), 3),
+        (("check", "a.raw"), 63),
+        (("healthcheck", "ill"), 2),
+        (("healthcheck", "--socket=absent"), 1),
+    ],
+)
 def test_complaint_that_finds_no_space_leaves_the_status(arguments: tuple[str, ...], status: int) -> None:
     Path("a.raw").write_bytes(bytes(512))
     with open("/dev/full", "w") as full:
