@@ -25,12 +25,11 @@ from nbdimg.uri import NbdUri
 
 async def serve_images(config: ServerConfig, inheritance: Inheritance, *, is_verbose: bool) -> int:
     """Serve until SIGTERM or SIGINT. SIGHUP has the files of TLS read again; without TLS it is a terminal that went
-    away, and ends the server in order unless it is ignored (nohup). Returns the exit status.
+    away, and ends the server in order. Returns the exit status.
 
     Raises: as `serving`.
     """
-    is_hangup = config.tls is None and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
-    stop = _StopSignals(signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if is_hangup else []))
+    stop = _StopSignals(signal.SIGINT, *([signal.SIGHUP] if config.tls is None else []))
     notifier = _prepare(config, None, is_verbose=is_verbose)
     try:
         async with (
@@ -65,7 +64,7 @@ async def serve_file(
         config = load()
         return config.server, config.reload == "watch"
 
-    stop = _StopSignals(signal.SIGTERM, signal.SIGINT)
+    stop = _StopSignals(signal.SIGINT)
     is_reload_asked = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, is_reload_asked.set)
     seen = stamp(path)
@@ -129,12 +128,17 @@ def _serving(
 
 
 class _StopSignals:
-    """The first signal asks for a drain, the second for an end to it."""
+    """The first signal asks for a drain, the second for an end to it.
 
-    def __init__(self, *numbers: signal.Signals) -> None:
+    Args: keyboard: besides SIGTERM; those that come from a terminal, and that whoever started the process may have it
+        ignore (nohup, `&` in a script).
+    """
+
+    def __init__(self, *keyboard: signal.Signals) -> None:
         self._is_asked = asyncio.Event()
         self._is_forced = asyncio.Event()
-        for number in numbers:
+        heard = (each for each in keyboard if signal.getsignal(each) is not signal.SIG_IGN)
+        for number in (signal.SIGTERM, *heard):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
 
     def _on_signal(self) -> None:

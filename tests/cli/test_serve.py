@@ -18,7 +18,6 @@ import pytest
 
 from nbdimg import __version__
 from nbdimg.cli.main import run
-from tests.support.peers import require_program
 from tests.support.rawclient import Client, try_connect
 from tests.support.rawprotocol import Command, TransmissionFlag
 from tests.support.rss import wait_until
@@ -430,10 +429,12 @@ def test_serve_signal_exits_0_and_removes_the_socket(image: Path, number: signal
     assert image.read_bytes().startswith(b"written before the signal")
 
 
-def test_serve_that_is_to_ignore_hangups_serves_on(image: Path) -> None:
-    nohup = (require_program("nohup"), sys.executable, "-m", "nbdimg")
-    with NbdimgServer(image, program=nohup) as server:
-        server.process.send_signal(signal.SIGHUP)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_serve_serves_on_at_a_signal_that_it_was_started_to_ignore(image: Path, number: signal.Signals) -> None:
+    """As nohup has it ignore hangups, and a script's `&` Ctrl-C."""
+    ignoring = ("sh", "-c", f'trap "" {number:d}; exec "$0" "$@"', sys.executable, "-m", "nbdimg")
+    with NbdimgServer(image, program=ignoring) as server:
+        server.process.send_signal(number)
         assert size_of(server.socket_path, "disk") == image.stat().st_size
         server.terminate()
         assert server.wait(10) == 0
