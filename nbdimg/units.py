@@ -1,4 +1,4 @@
-"""Byte units, alignment arithmetic, and sizes as people write them."""
+"""Byte units, alignment arithmetic, and sizes and counts as people write them."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ def div_ceil(value: int, unit: int) -> int:
 
 def is_power_of_two(value: int) -> bool:
     return value > 0 and value & (value - 1) == 0
+
+
+def counted(count: int, one: str, more: str | None = None) -> str:
+    """A count and what is counted: `1 export`, `2 exports`. `more`: what more than one, or none, is called, unless that
+    is `one` with an s.
+    """
+    return f"{count} {one if count == 1 else more or one + 's'}"
 
 
 def parse_size(text: str) -> int:

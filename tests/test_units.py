@@ -1,11 +1,11 @@
-"""Byte units: alignment arithmetic, and sizes as people write them."""
+"""Byte units: alignment arithmetic, and sizes and counts as people write them."""
 
 from __future__ import annotations
 
 import pytest
 
 from nbdimg.errors import ConfigError
-from nbdimg.units import GiB, KiB, MiB, TiB, align_down, align_up, div_ceil, is_power_of_two, parse_size
+from nbdimg.units import GiB, KiB, MiB, TiB, align_down, align_up, counted, div_ceil, is_power_of_two, parse_size
 
 
 def test_units_are_powers_of_1024() -> None:
@@ -84,3 +84,12 @@ def test_parse_size_of_a_number_with_thousands_of_digits_is_refused() -> None:
     """Python converts at most 4300 digits, and raises ValueError beyond."""
     with pytest.raises(ConfigError):
         parse_size("9" * 5000)
+
+
+@pytest.mark.parametrize(("count", "said"), [(0, "0 exports"), (1, "1 export"), (2, "2 exports")])
+def test_count_of_one_is_of_one_thing(count: int, said: str) -> None:
+    assert counted(count, "export") == said
+
+
+def test_count_of_what_takes_no_s() -> None:
+    assert [counted(count, "entry", "entries") for count in (0, 1, 2)] == ["0 entries", "1 entry", "2 entries"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from nbdimg.admin.backend import BACKEND
+from nbdimg.units import counted
 
 
 async def livez(_: web.Request) -> web.Response:
@@ -27,7 +28,7 @@ async def readyz(request: web.Request) -> web.Response:
     exports = [each for each in backend.exports() if not each.is_hidden]
     failed = sum(each.failure is not None for each in exports)
     is_ready = backend.state == "serving" and not failed
-    verdict = "ok" if is_ready else f"{failed} of {len(exports)} exports failed" if failed else backend.state
+    verdict = "ok" if is_ready else f"{failed} of {counted(len(exports), 'export')} failed" if failed else backend.state
     lines = [verdict]
     if "verbose" in request.query:
         lines[:0] = [f"[-]{each.name} {each.failure}" if each.failure else f"[+]{each.name} ok" for each in exports]

@@ -28,6 +28,7 @@ from nbdimg.formats.vhdx.check import VhdxReport
 from nbdimg.formats.vhdx.check import check as check_vhdx
 from nbdimg.formats.vhdx.repair import repair as repair_vhdx
 from nbdimg.server.loop import run_loop
+from nbdimg.units import counted
 
 EXIT_INCOMPLETE = 1
 EXIT_UNSUPPORTED = 63
@@ -116,24 +117,26 @@ def _print(path: str, result: CheckReport) -> None:
         print(f"{finding.kind}: {shown(finding.structure)}: {shown(text)}")
     if result.findings_omitted:
         print(f"... and {result.findings_omitted} more")
+    leak = ("leaked MiB", "leaked MiB") if isinstance(result, VhdxReport) else ("leaked cluster", "leaked clusters")
     counts = (
-        (result.corruptions_fixed, "corruptions repaired"),
-        (result.leaks_fixed, "leaks repaired"),
-        (result.corruptions, "corruptions"),
-        (result.leaks, "leaked MiB" if isinstance(result, VhdxReport) else "leaked clusters"),
-        (result.check_errors, "errors that ended the check"),
+        (result.corruptions_fixed, "corruption repaired", "corruptions repaired"),
+        (result.leaks_fixed, "leak repaired", "leaks repaired"),
+        (result.corruptions, "corruption", "corruptions"),
+        (result.leaks, *leak),
+        (result.check_errors, "error that ended the check", "errors that ended the check"),
     )
-    said = [f"{count} {what}" for count, what in counts if count] or ["no errors found"]
+    said = [counted(count, one, more) for count, one, more in counts if count] or ["no errors found"]
     print(f"{shown(path)}: {', '.join(said)}")
     if isinstance(result, VhdxReport):
         print(
-            f"{result.allocated_clusters} of {result.total_clusters} blocks allocated, {result.fragmented_clusters} "
-            f"fragmented; the log is {result.log}; in use up to byte {result.image_end_offset}"
+            f"{result.allocated_clusters} of {counted(result.total_clusters, 'block')} allocated, "
+            f"{result.fragmented_clusters} fragmented; the log is {result.log}; "
+            f"in use up to byte {result.image_end_offset}"
         )
     elif result.total_clusters:
         share = 100 * result.allocated_clusters / result.total_clusters
         print(
-            f"{result.allocated_clusters} of {result.total_clusters} clusters allocated ({share:.1f} %), "
+            f"{result.allocated_clusters} of {counted(result.total_clusters, 'cluster')} allocated ({share:.1f} %), "
             f"{result.fragmented_clusters} fragmented, {result.compressed_clusters} compressed; "
             f"in use up to byte {result.image_end_offset}"
         )

@@ -14,6 +14,7 @@ from nbdimg.formats import check_format, probed_format
 from nbdimg.formats.vhdx.compact import Compacted
 from nbdimg.formats.vhdx.compact import compact as compact_vhdx
 from nbdimg.server.loop import run_loop
+from nbdimg.units import counted
 
 
 def compact(
@@ -40,7 +41,7 @@ def compact(
     else:
         print(
             f"{shown(image)}: {sized(done.size)}, before {sized(done.old_size)}; "
-            f"{done.dropped_count} blocks dropped, {done.moved_count} moved"
+            f"{counted(done.dropped_count, 'block')} dropped, {done.moved_count} moved"
         )
 
 

@@ -13,6 +13,7 @@ from nbdimg.cli.output import print_json, shown
 from nbdimg.config import ServerConfig
 from nbdimg.configfile import ConfigFileError, FileConfig, load_config
 from nbdimg.server.service import contradictions
+from nbdimg.units import counted
 
 EXIT_USAGE = 2
 
@@ -55,7 +56,7 @@ def check(
 
 def _summary(server: ServerConfig) -> str:
     listeners = ", ".join(shown(str(uri)) for uri in server.listeners)
-    return f"{len(server.exports)} exports at {listeners}"
+    return f"{counted(len(server.exports), 'export')} at {listeners}"
 
 
 def _described(loaded: FileConfig) -> dict[str, Any]:

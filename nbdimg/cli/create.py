@@ -28,7 +28,7 @@ from nbdimg.formats.qcow2.layout import (
 from nbdimg.formats.vhdx import create as vhdx
 from nbdimg.formats.vhdx.parent import read_parent
 from nbdimg.server.loop import run_loop
-from nbdimg.units import parse_size
+from nbdimg.units import counted, parse_size
 
 _FORMATS = ("raw", "qcow2", "vhdx")
 _SUFFIXES = {".qcow2": "qcow2", ".vhdx": "vhdx", ".avhdx": "vhdx", ".raw": "raw", ".img": "raw"}
@@ -326,7 +326,7 @@ def _say(report: dict[str, Any], asked: int) -> None:
     kind = f"encrypted {report['format']}" if report.get("encrypted") else report["format"]
     if "subformat" in report:
         kind = f"{report['subformat']} {kind}"
-    line = f"{shown(report['path'])}: {kind} image of {size} bytes{rounded}"
+    line = f"{shown(report['path'])}: {kind} image of {counted(size, 'byte')}{rounded}"
     if report.get("backing"):
         line += f", backed by {shown(report['backing'])} ({report['backing_format']})"
     if report.get("parent"):

@@ -12,7 +12,7 @@ from nbdimg.cli.healthcheck import DEFAULT_SOCKET, SOCKET_VARIABLE
 from nbdimg.cli.output import dated, print_json, print_table, shown, sized
 from nbdimg.errors import ConfigError
 from nbdimg.formats import DRIVERS
-from nbdimg.units import parse_size
+from nbdimg.units import counted, parse_size
 
 if TYPE_CHECKING:
     from nbdimg.cli.http import Api
@@ -227,7 +227,7 @@ def status(
         print_json(**found)
         return
     print(f"{found['state']}, pid {found['pid']}, up for {found['uptime']:.0f} s")
-    print(f"{found['exports']} exports, {found['connections']} connections")
+    print(f"{counted(found['exports'], 'export')}, {counted(found['connections'], 'connection')}")
     for name in found["failed_exports"]:
         print(f"failed: {shown(name)}")
     if not found["uris"] and found["state"] == "serving":

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
-from nbdimg.units import KiB
+from nbdimg.units import KiB, counted
 
 JSON_VERSION = 1
 """Of the output of --json; it grows when a field goes or changes its meaning."""
@@ -75,7 +75,7 @@ def dated(seconds: float) -> str:
 def sized(size: int) -> str:
     """`1.5 MiB (1572864 bytes)`, or `512 bytes`."""
     if size < KiB:
-        return f"{size} bytes"
+        return counted(size, "byte")
     value, units = size / KiB, iter(("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"))
     unit = next(units)
     while value >= KiB:

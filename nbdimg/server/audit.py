@@ -17,6 +17,7 @@ from time import monotonic
 from nbdimg.errors import escaped
 from nbdimg.export.meter import Meter, Tally
 from nbdimg.server.log import LimitedLog
+from nbdimg.units import counted
 
 ATTACH_LINES_MAX, ATTACH_PERIOD_S = 10_000, 30.0
 """Of attach and detach lines: what journald takes of a service, so that a fleet leaves its trace when it starts."""
@@ -84,7 +85,7 @@ class Audit:
         read, written = tally.read_bytes, tally.written_bytes
         message = (
             f"{visit.peer}: detached from {escaped(visit.export)} after {seconds:.1f} s, "
-            f"{read} bytes read, {written} written"
+            f"{counted(read, 'byte')} read, {written} written"
         )
         done = {"read_bytes": read, "written_bytes": written, "seconds": round(seconds, 3)}
         self._visits.say(logging.INFO, message, visit.fields("detach") | done)

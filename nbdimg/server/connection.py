@@ -38,6 +38,7 @@ from nbdimg.server.outbox import Outbox, TlsOutbox
 from nbdimg.server.shared import Shared
 from nbdimg.server.tls import Tls, TlsSocket
 from nbdimg.server.transmission import Transmission
+from nbdimg.units import counted
 from nbdimg.wire.constants import TransmissionFlag
 from nbdimg.wire.handshake import ExportInfo, Session, TlsMode
 
@@ -447,7 +448,8 @@ class Connection:
             self._watch = Watch(now, transmission.handled_count, self._received_bytes)
         elif now - watch.since_s >= limits.request_timeout_s:
             if received < limits.payload_rate * limits.request_timeout_s:
-                self._give_up(f"the rest of a request did not come: {received} bytes in {now - watch.since_s:.1f} s")
+                seconds = now - watch.since_s
+                self._give_up(f"the rest of a request did not come: {counted(received, 'byte')} in {seconds:.1f} s")
             else:
                 self._watch = Watch(now, transmission.handled_count, self._received_bytes)
 

@@ -34,6 +34,7 @@ from nbdimg.image.image import Image
 from nbdimg.limits import Limits
 from nbdimg.server import sandbox
 from nbdimg.storage.workers import workers
+from nbdimg.units import counted
 from nbdimg.wire.constants import OptionReply
 from nbdimg.wire.handshake import OptionError
 
@@ -236,7 +237,7 @@ class GoldenOverlays:
 
 
 def _too_many(limits: Limits) -> OptionError:
-    return OptionError(OptionReply.ERR_POLICY, f"there are {limits.overlays} overlays of this export already")
+    return OptionError(OptionReply.ERR_POLICY, f"this export has {counted(limits.overlays, 'overlay')} already")
 
 
 def overlay_refusal(error: NbdimgError | OSError) -> OptionError:

@@ -35,6 +35,7 @@ from nbdimg.server.service import Service, close_exports, image_of, named, open_
 from nbdimg.server.systemd import Notifier
 from nbdimg.server.tls import Tls
 from nbdimg.storage.workers import workers
+from nbdimg.units import counted
 from nbdimg.uri import NbdUri
 
 WATCH_INTERVAL_S = 2.0
@@ -67,14 +68,14 @@ class Difference:
 
     def __str__(self) -> str:
         counts = (
-            (len(self.added), "exports added"),
-            (len(self.removed), "removed"),
-            (len(self.reopened), "reopened"),
-            (len(self.adjusted), "adjusted"),
-            (len(self.listeners_added), "listeners added"),
-            (len(self.listeners_removed), "listeners removed"),
+            (len(self.added), "export added", "exports added"),
+            (len(self.removed), "removed", "removed"),
+            (len(self.reopened), "reopened", "reopened"),
+            (len(self.adjusted), "adjusted", "adjusted"),
+            (len(self.listeners_added), "listener added", "listeners added"),
+            (len(self.listeners_removed), "listener removed", "listeners removed"),
         )
-        parts = [f"{count} {what}" for count, what in counts if count]
+        parts = [counted(count, one, more) for count, one, more in counts if count]
         parts += ["new limits"] * self.has_new_limits + ["new TLS settings"] * self.has_new_tls
         return ", ".join(parts) or "nothing changed"
 
@@ -434,5 +435,4 @@ def _tls_files(config: ServerConfig) -> list[str]:
 
 def status(service: Service) -> str:
     """One line for the service manager."""
-    count = len(service.exports)
-    return f"serving {count} export{'' if count == 1 else 's'}"
+    return f"serving {counted(len(service.exports), 'export')}"

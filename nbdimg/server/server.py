@@ -25,6 +25,7 @@ from nbdimg.server.handover import Estate, LeftClient
 from nbdimg.server.listen import listen, peer_of, prepare, remove_socket
 from nbdimg.server.shared import Shared
 from nbdimg.server.tls import Tls
+from nbdimg.units import counted
 from nbdimg.uri import NbdUri
 from nbdimg.wire.handshake import TlsMode
 
@@ -215,7 +216,8 @@ class Server:
             return None
         self._shared.audit.accept_count += 1
         if len(self._connections) >= self._limits.connections and not self._has_made_room():
-            self._shared.audit.refused(peer, Refusal.LIMIT, f"{self._limits.connections} clients are connected already")
+            found = counted(self._limits.connections, "client is", "clients are")
+            self._shared.audit.refused(peer, Refusal.LIMIT, f"{found} connected already")
             sock.close()
             return None
         connection = Connection(sock, peer, client, mode, self._shared, self._newcomers.pop, self._forget)

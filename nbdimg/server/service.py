@@ -28,7 +28,7 @@ from nbdimg.server.systemd import Inherited
 from nbdimg.server.terms import as_reached, check_admin, check_identities, check_listener, exposed, terms_of
 from nbdimg.server.tls import Tls
 from nbdimg.storage.workers import workers
-from nbdimg.units import MiB
+from nbdimg.units import MiB, counted
 from nbdimg.uri import NbdUri
 
 SNAPSHOT_EXPORTS_MAX = 64
@@ -379,7 +379,7 @@ async def _open_all(
         return
     labels, count = await snapshot_labels(image, count_max=SNAPSHOT_EXPORTS_MAX, bytes_max=SNAPSHOT_TABLES_MAX)
     if len(labels) < count:
-        logger.warning("%s: %d of %d snapshots are exported", name, len(labels), count)
+        logger.warning("%s: of %s %d are exported", name, counted(count, "snapshot"), len(labels))
     for snapshot_id, label in labels.items():
         exports.append(await _open_snapshot(config, snapshot_id, label, limits, key))
 
@@ -419,9 +419,9 @@ async def _export(
         raise
     if export.info.size < image.size:
         logger.warning(
-            "%s: the last %d bytes are not served, they do not fill a block of %d",
+            "%s: the last %s not served, less than a block of %d",
             name,
-            image.size - export.info.size,
+            counted(image.size - export.info.size, "byte is", "bytes are"),
             config.block_size_min,
         )
     return export

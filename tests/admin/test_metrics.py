@@ -177,7 +177,7 @@ def test_refusals_are_counted_by_reason(tmp_path: Path) -> None:
             assert client.option(Option.GO, info_data("hidden"))[-1].type == Rep.ERR_UNKNOWN
             with Client(server.address) as second, pytest.raises(ConnectionClosed):
                 second.greet()
-        assert server.has_logged("clients are connected already")
+        assert server.has_logged("1 client is connected already")
         found = samples(server)
         by_reason = {dict(labels)["reason"]: count for (name, labels), count in found.items() if "refusals" in name}
         assert by_reason == {"access": 1, "limit": 1, "tls": 0, "timeout": 0, "protocol": 0, "image": 0}

@@ -71,8 +71,8 @@ def test_check_exit_status_is_that_of_qemu(
 @pytest.mark.parametrize(
     ("damage", "repair", "expected", "said"),
     [
-        (leak, "leaks", CLEAN, "1 leaks repaired"),
-        (leak, "all", CLEAN, "1 leaks repaired"),
+        (leak, "leaks", CLEAN, "1 leak repaired"),
+        (leak, "all", CLEAN, "1 leak repaired"),
         (corrupt, "leaks", CORRUPT, "2 corruptions"),
         (corrupt, "all", CLEAN, "2 corruptions repaired"),
     ],
@@ -182,7 +182,7 @@ def test_check_finding_with_control_characters_is_printed_without(
     verb._print("a\nb", report)
     out = capfd.readouterr().out
     assert "\x1b" not in out
-    assert r"a\nb: 1 corruptions" in out
+    assert r"a\nb: 1 corruption" in out
 
 
 # Progress

@@ -161,8 +161,10 @@ def test_reload_and_its_refusal(ctl: Ctl, served: Served) -> None:
 
 
 def test_status(ctl: Ctl, served: Served) -> None:
-    first, *_ = ctl("status").splitlines()
+    with connect_negotiated(served.socket_path, "disk"):
+        first, counts, *_ = ctl("status").splitlines()
     assert first.startswith(f"serving, pid {served.pid}, up for ")
+    assert counts.endswith(" exports, 1 connection")
     assert ctl.json("status")["pid"] == served.pid
 
 

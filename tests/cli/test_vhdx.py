@@ -169,7 +169,7 @@ def test_check_declares_a_lost_log_empty_when_told_to(said: Any, refused: Any) -
     assert "corruption: log: " in said("check", "--repair", "all", "a.vhdx", status=CORRUPT)
     assert Path("a.vhdx").read_bytes() == content
     text = said("check", "--repair", "all", accept, "a.vhdx")
-    assert "a.vhdx: 1 corruptions repaired\n" in text
+    assert "a.vhdx: 1 corruption repaired\n" in text
     assert "the log is clean: what it held was lost, and it has been declared empty; " in text
     vhdximages.judge(Path("a.vhdx"), b"\1" * 2 * MiB)
     assert "no errors found" in said("check", "--repair", "all", accept, "a.vhdx")
@@ -187,7 +187,7 @@ def test_check_says_what_is_wrong_and_repairs_it(said: Any) -> None:
     Path("a.vhdx").write_bytes(content)
     text = said("check", "a.vhdx", status=CORRUPT)
     assert re.search(r"^corruption: region table 1: .* expected the same twice \(offset 196608\)$", text, re.MULTILINE)
-    assert "a.vhdx: 1 corruptions, 8 leaked MiB\n" in text
+    assert "a.vhdx: 1 corruption, 8 leaked MiB\n" in text
     found = json.loads(said("check", "--repair", "all", "--json", "a.vhdx"))
     assert (found["corruptions_fixed"], found["leaks_fixed"], found["exit_status"]) == (1, 8, CLEAN)
     assert said("check", "a.vhdx").endswith(
@@ -207,7 +207,7 @@ def test_compact_says_what_it_did(said: Any) -> None:
     Path("a.vhdx").write_bytes(builder.content)
     Path("b.vhdx").write_bytes(builder.content)
     assert said("compact", "a.vhdx") == (
-        "a.vhdx: 6 MiB (6291456 bytes), before 7 MiB (7340032 bytes); 1 blocks dropped, 1 moved\n"
+        "a.vhdx: 6 MiB (6291456 bytes), before 7 MiB (7340032 bytes); 1 block dropped, 1 moved\n"
     )
     assert json.loads(said("compact", "--json", "b.vhdx")) == {
         "version": 1,

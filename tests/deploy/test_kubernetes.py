@@ -308,7 +308,7 @@ def probe(server: ServerProcess, container: Mapping[str, Any], port: int) -> Non
 
 def test_config_map_passes_the_programs_own_check(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_command(["config", "check", str(site.config_path)]) == 0
-    assert "1 exports at nbds://127.0.0.1" in capfd.readouterr().out
+    assert "1 export at nbds://127.0.0.1" in capfd.readouterr().out
     site.config_path.write_text(site.text.replace("drain_timeout", "drain_timeot"))
     assert run_command(["config", "check", str(site.config_path)]) == 2
     assert "limits.drain_timeot: unknown key" in capfd.readouterr().err

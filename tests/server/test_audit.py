@@ -208,7 +208,7 @@ def test_client_beyond_the_limit_is_refused(tmp_path: Path) -> None:
         first.greet()
         with Client(server.address) as second, pytest.raises(ConnectionClosed):
             second.greet()
-        one_refusal(trail, "limit", "1 clients are connected already")
+        one_refusal(trail, "limit", "1 client is connected already")
 
 
 def test_silent_client_gives_its_place_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

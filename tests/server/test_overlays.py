@@ -321,7 +321,7 @@ def test_overlays_beyond_their_number_are_refused_until_one_leaves(golden: Path,
         path = socket_of(server)
         with connect_negotiated(path, "base") as first, connect_negotiated(path, "base"), greeted(path) as third:
             (reply,) = third.option(Option.GO, info_data("base"))
-            assert (reply.type, reply.text) == (Rep.ERR_POLICY, "there are 2 overlays of this export already")
+            assert (reply.type, reply.text) == (Rep.ERR_POLICY, "this export has 2 overlays already")
             first.close()
             assert wait_until(lambda: open_overlays(os.getpid(), overlays) == 1, PATIENCE_S)
             assert go(third, "base") == Rep.ACK
@@ -705,7 +705,7 @@ def test_reload_of_overlay_options_reopens_and_removal_ends_its_clients(
             assert client.wait_closed(PATIENCE_S) is not None
         assert stayer.read(0, 512).error == 0
         assert open_overlays(server.pid, tmp_path) == 1, "only the image of the other export"
-        assert "1 exports added" in server.reload(other + kept)
+        assert "1 export added" in server.reload(other + kept)
         with connected(server, "base@vm1") as client:
             assert client.read(0, 512).data == b"y" * 512
         assert "nothing was reloaded" in server.reload(other + kept.replace(str(overlays), f"{tmp_path}/absent"))

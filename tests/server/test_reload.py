@@ -105,7 +105,7 @@ BASE = ServerConfig((A, B), listeners=(TCP,))
         (
             replace(BASE, exports=(B, ExportConfig("/a", "c"))),
             Difference(added=(ExportConfig("/a", "c"),), removed=(A,)),
-            "1 exports added, 1 removed",
+            "1 export added, 1 removed",
         ),
         (
             replace(BASE, exports=(A, replace(B, description="x"))),
@@ -125,7 +125,7 @@ BASE = ServerConfig((A, B), listeners=(TCP,))
         (
             replace(BASE, listeners=(UNIX,)),
             Difference(listeners_added=(UNIX,), listeners_removed=(TCP,)),
-            "1 listeners added, 1 listeners removed",
+            "1 listener added, 1 listener removed",
         ),
         (replace(BASE, limits=Limits(connections=3)), Difference(has_new_limits=True), "new limits"),
         (replace(BASE, tls=TlsConfig("x")), Difference(has_new_tls=True), "new TLS settings"),
@@ -203,7 +203,7 @@ def test_reload_removed_export_answers_what_it_had_and_other_clients_stay(
     server, keep = served
     leaving = tmp_path / "leaving.img"
     leaving.write_bytes(pattern(0, MIB) * 32)
-    assert "1 exports added" in server.reload(keep + export("leaving", leaving))
+    assert "1 export added" in server.reload(keep + export("leaving", leaving))
     with (
         connect_negotiated(server.socket_path, "keep") as stayer,
         connect_negotiated(server.socket_path, "leaving") as leaver,
@@ -230,7 +230,7 @@ def test_reload_added_and_removed_under_another_name_opens_the_same_image(
     image = images("disk")
     server.reload(keep + export("old", image))
     with connect_negotiated(server.socket_path, "old") as client:
-        assert "1 exports added, 1 removed" in server.reload(keep + export("new", image))
+        assert "1 export added, 1 removed" in server.reload(keep + export("new", image))
         assert client.wait_closed(5) is not None
     assert names(server) == {"keep", "new"}
     with connect_negotiated(server.socket_path, "new") as client:
@@ -311,7 +311,7 @@ def test_reload_of_what_cannot_be_changes_nothing_and_says_so(
         assert reason in said
         assert names(server) == {"keep"}
         assert_served(client, b"k")
-        assert server.reload(keep + good).endswith("reloaded: 1 exports added")
+        assert server.reload(keep + good).endswith("reloaded: 1 export added")
         assert names(server) == {"keep", "good"}
         assert_served(client, b"k")
 
@@ -493,14 +493,14 @@ def test_reload_listeners_come_and_go_and_connections_stay(
     server, keep = served
     first, second = (f"nbd+unix:///?socket={tmp_path}/{name}" for name in ("s", "t"))
     with connect_negotiated(server.socket_path, "keep") as client:
-        assert "1 listeners added" in server.reload(f'listen = ["{first}", "{second}"]\n{keep}')
+        assert "1 listener added" in server.reload(f'listen = ["{first}", "{second}"]\n{keep}')
         with connect_negotiated(str(tmp_path / "t"), "keep") as other:
-            assert "1 listeners removed" in server.reload(f'listen = ["{second}"]\n{keep}')
+            assert "1 listener removed" in server.reload(f'listen = ["{second}"]\n{keep}')
             assert try_connect(server.socket_path) is None
             assert not os.path.exists(server.socket_path)
             assert_served(client, b"k")
             assert_served(other, b"k")
-            assert "1 listeners added, 1 listeners removed" in server.reload(keep)
+            assert "1 listener added, 1 listener removed" in server.reload(keep)
             assert_served(other, b"k")
     assert names(server) == {"keep"}
 
@@ -534,10 +534,10 @@ def test_reload_listener_takes_its_port_to_all_addresses_and_back(
         ConfiguredServer(tmp_path, listen(here)) as server,
         connect_negotiated(("127.0.0.1", port), "keep") as client,
     ):
-        assert "1 listeners added, 1 listeners removed" in server.reload(listen(everywhere))
+        assert "1 listener added, 1 listener removed" in server.reload(listen(everywhere))
         assert_served(client, b"k")
         with connect_negotiated(("127.0.0.2", port), "keep") as other:
-            assert "1 listeners added, 1 listeners removed" in server.reload(listen(here))
+            assert "1 listener added, 1 listener removed" in server.reload(listen(here))
             assert_served(other, b"k")
         said = server.reload(listen(everywhere, f"nbd+unix:///?socket={tmp_path}/no/t"))
         assert "nothing was reloaded: cannot listen on" in said
@@ -674,7 +674,7 @@ def test_reload_watches_a_config_map_and_a_wrong_one_changes_nothing(
         config_map(tmp_path, 2, head + "zzz = 1\n" + keep + more)
         assert "zzz: unknown key" in server.wait_reloaded()
         config_map(tmp_path, 3, head + keep + more)
-        assert "1 exports added" in server.wait_reloaded()
+        assert "1 export added" in server.wait_reloaded()
         assert names(server) == {"keep", "more"}
         assert_served(client, b"k")
 
@@ -750,7 +750,7 @@ def test_reload_listener_begins_to_require_tls_at_its_address(
     listen = f'listen = ["nbds+unix:///?socket={tmp_path}/s"]\n'
     with connect_negotiated(server.socket_path, "keep") as client:
         said = server.reload(listen + tls + keep)
-        assert "1 listeners added, 1 listeners removed, new TLS settings" in said
+        assert "1 listener added, 1 listener removed, new TLS settings" in said
         assert_served(client, b"k")
         with Client(server.socket_path) as later:
             later.greet()

@@ -427,7 +427,7 @@ def test_reload_beyond_the_start_is_applied_as_control_with_the_sandbox_off(tmp_
     (outside / "a.img").write_bytes(b"a" * 4096)
     keep = export("keep", "keep.img")
     with ConfiguredServer(directory, keep, options=["--sandbox=off"]) as server:
-        assert "1 exports added" in server.reload(keep + export("a", outside / "a.img"))
+        assert "1 export added" in server.reload(keep + export("a", outside / "a.img"))
         with connect_negotiated(server.socket_path, "a") as client:
             assert client.read(0, 512).data == b"a" * 512
 
@@ -442,7 +442,7 @@ def test_reload_within_the_directories_of_the_start_is_applied(served: tuple[Con
     socket_uri = f"nbd+unix:///?socket={directory}/t"
     listen = f'listen = ["nbd+unix:///?socket={server.socket_path}", "{socket_uri}"]\n'
     said = server.reload(listen + keep + export("new", "sub/new.img"))
-    assert "reloaded: 1 exports added, 1 listeners added" in said
+    assert "reloaded: 1 export added, 1 listener added" in said
     with connect_negotiated(str(directory / "t"), "new") as client:
         assert client.write(0, b"w" * 512).error == 0
         assert client.request(Command.FLUSH).error == 0
@@ -461,7 +461,7 @@ def test_reload_from_an_image_directory_is_applied(tmp_path: Path) -> None:
     (later / "a.img").write_bytes(b"a" * 4096)
     keep = f'image_directories = ["{later}"]\n' + export("keep", "keep.img")
     with ConfiguredServer(directory, keep) as server:
-        assert "1 exports added" in server.reload(keep + export("a", later / "a.img"))
+        assert "1 export added" in server.reload(keep + export("a", later / "a.img"))
         with connect_negotiated(server.socket_path, "a") as client:
             assert client.write(0, b"w" * 512).error == 0
         assert "does not allow" in server.reload(keep + export("b", tmp_path / "b.img"))
@@ -485,7 +485,7 @@ def test_reload_from_a_directory_that_was_exchanged_says_what_may_be_the_reason(
         (tmp_path / "parked" / "b.img").write_bytes(b"b" * 4096)
         images.rename(tmp_path / "new")
         (tmp_path / "parked").rename(images)
-        assert "1 exports added" in server.reload(first + export("b", images / "b.img")), "control"
+        assert "1 export added" in server.reload(first + export("b", images / "b.img")), "control"
 
 
 # The policy
@@ -596,4 +596,4 @@ def test_reload_with_images_that_reach_outside_is_refused_one_after_the_other(tm
             assert field in said
             assert_serves(server)
         scene.overlay("base")
-        assert "1 exports added" in server.reload(text), "control"
+        assert "1 export added" in server.reload(text), "control"

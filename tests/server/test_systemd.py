@@ -150,7 +150,7 @@ def test_activation_sockets_outlive_reloads_that_may_not_expose_them(tmp_path: P
         assert served(address)
         file.write_text(allowed.replace(str(own), f"{own}2"))
         process.send_signal(signal.SIGHUP)
-        assert wait_until(lambda: "1 listeners added, 1 listeners removed" in log.read_text(), 20)
+        assert wait_until(lambda: "1 listener added, 1 listener removed" in log.read_text(), 20)
         assert served(address)
         assert served(f"{own}2")
         file.write_text(export("disk", image))

@@ -26,7 +26,7 @@ from nbdimg.formats.vhdx.offline import bat_pieces
 from nbdimg.formats.vhdx.parts import Parts, load_parts
 from nbdimg.formats.vhdx.replay import open_replayed
 from nbdimg.storage.file import BlockFile
-from nbdimg.units import MiB, align_up, div_ceil
+from nbdimg.units import MiB, align_up, counted, div_ceil
 
 Progress = Callable[[int, int], None]
 """(entries done, entries in all)."""
@@ -66,7 +66,7 @@ async def log_state(file: BlockFile, headers: Headers) -> tuple[str, CorruptImag
     count = sum(entry.descriptor_count for entry in active.entries)
     if not count:
         return "in use, nothing to replay", None
-    return f"to be replayed: {count} changes in {len(active.entries)} entries", None
+    return f"to be replayed: {counted(count, 'change')} in {counted(len(active.entries), 'entry', 'entries')}", None
 
 
 class Survey:
