@@ -52,6 +52,11 @@ class Audit:
         self._visits = LimitedLog(logger, ATTACH_LINES_MAX, ATTACH_PERIOD_S)
         self._refusals = LimitedLog(logger)
 
+    def tell_rest(self) -> None:
+        """Have the log say of how many there was no line. The server ends."""
+        self._visits.tell_rest()
+        self._refusals.tell_rest()
+
     def encrypted(self, version: str) -> None:
         """A TLS handshake has succeeded."""
         self.tls_counts[version] = self.tls_counts.get(version, 0) + 1

@@ -6,12 +6,15 @@ A JSON line is one object: `ts` (RFC 3339, UTC), `level`, `message`, what the li
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from time import monotonic
+
+from nbdimg.units import counted
 
 LINES_MAX = 20
 """Connection lines in one period; further ones are counted and reported when the period ends."""
@@ -45,7 +48,9 @@ def start_logging(format: str, *, is_verbose: bool) -> None:
 
 
 class LimitedLog:
-    """What connections cause: at most `lines_max` lines in `period_s`; the rest is counted and told of behind."""
+    """What connections cause: at most `lines_max` lines in `period_s`; the rest is counted, and told of when the period
+    ends. On a running loop.
+    """
 
     def __init__(self, to: logging.Logger = logger, lines_max: int = LINES_MAX, period_s: float = PERIOD_S) -> None:
         self._logger = to
@@ -53,16 +58,32 @@ class LimitedLog:
         self._period_s = period_s
         self._period_start_s = monotonic()
         self._line_count = 0
+        self._left_out_count = 0
+        self._timer: asyncio.TimerHandle | None = None
+        """Of who tells what was left out, if something was."""
 
     def say(self, level: int, message: str, fields: Mapping[str, object] | None = None) -> None:
         """`fields` are for JSON lines."""
         now = monotonic()
         if now - self._period_start_s >= self._period_s:
-            if self._line_count > self._lines_max:
-                left_out = self._line_count - self._lines_max
-                self._logger.warning("%d more lines from connections were not logged", left_out)
+            self.tell_rest()
             self._period_start_s = now
             self._line_count = 0
         self._line_count += 1
         if self._line_count <= self._lines_max:
             self._logger.log(level, "%s", message, extra={"fields": fields or {}})
+            return
+        self._left_out_count += 1
+        if self._timer is None:
+            left_s = self._period_start_s + self._period_s - now
+            self._timer = asyncio.get_running_loop().call_later(left_s, self.tell_rest)
+
+    def tell_rest(self) -> None:
+        """Tell how many lines were left out and have not been told of, if any."""
+        if self._timer is None:
+            return
+        self._timer.cancel()
+        self._timer = None
+        more = counted(self._left_out_count, "more line from connections was", "more lines from connections were")
+        self._logger.warning("%s not logged", more)
+        self._left_out_count = 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from nbdimg.limits import Limits
 from nbdimg.server import audit, log
 from nbdimg.server import server as server_module
 from nbdimg.server.audit import Audit, Refusal
+from nbdimg.server.log import LimitedLog
 from nbdimg.uri import NbdUri
 from tests.server.tls_live import LiveServer, asked_for_tls, client_context, files, tls_client
 from tests.support.certificates import LOOPBACK_NAMES, Authority, Identity
@@ -39,9 +41,11 @@ class Trail(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.records: list[logging.LogRecord] = []
+        self.on_record: Callable[[], None] = lambda: None
 
     def emit(self, record: logging.LogRecord) -> None:
         self.records.append(record)
+        self.on_record()
 
     def after(self, count: int) -> list[logging.LogRecord]:
         """The records, once there are `count`. Raises: AssertionError: fewer come, or more."""
@@ -334,13 +338,19 @@ def test_client_that_only_looks_is_no_line(tmp_path: Path) -> None:
 def test_refusals_are_logged_so_many_a_second_and_counted_all(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(log, "monotonic", lambda: now)
-    with audited() as trail:
+
+    async def scenario() -> Audit:
+        nonlocal now
         kept = Audit()
         for _ in range(log.LINES_MAX + 7):
             kept.refused("peer", Refusal.LIMIT, "too many")
         assert len(trail.records) == log.LINES_MAX
         now = 1.5
         kept.refused("peer", Refusal.TLS, "no certificate")
+        return kept
+
+    with audited() as trail:
+        kept = asyncio.run(scenario())
         assert trail.messages()[log.LINES_MAX :] == [
             "7 more lines from connections were not logged",
             "peer: refused: no certificate",
@@ -348,3 +358,28 @@ def test_refusals_are_logged_so_many_a_second_and_counted_all(monkeypatch: pytes
     assert kept.refusal_counts[Refusal.LIMIT] == log.LINES_MAX + 7
     assert kept.refusal_counts[Refusal.TLS] == 1
     assert audit.ATTACH_LINES_MAX >= 1000, "a thousand machines that start at once leave a thousand lines"
+
+
+def test_what_was_left_out_is_told_of_at_the_periods_end_though_nothing_follows() -> None:
+    async def scenario() -> None:
+        is_told = asyncio.Event()
+        trail.on_record = lambda: is_told.set() if "not logged" in trail.messages()[-1] else None
+        limited = LimitedLog(logging.getLogger("nbdimg.audit"), lines_max=1, period_s=0.02)
+        for _ in range(3):
+            limited.say(logging.INFO, "line")
+        assert trail.messages() == ["line"]
+        await asyncio.wait_for(is_told.wait(), LINE_LIMIT_S)
+        limited.say(logging.INFO, "next")
+        limited.tell_rest()
+
+    with audited() as trail:
+        asyncio.run(scenario())
+    assert trail.messages() == ["line", "2 more lines from connections were not logged", "next"]
+
+
+def test_what_was_left_out_is_told_of_when_the_server_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "ATTACH_LINES_MAX", 1)
+    with audited() as trail:
+        with LiveServer(served(tmp_path)) as server, connect_negotiated(server.address, "disk"):
+            trail.after(1)
+        assert trail.messages()[1:] == ["1 more line from connections was not logged"]
