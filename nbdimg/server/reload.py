@@ -221,11 +221,11 @@ class Reloader:
 
     def _refuse(self, what: str, error: NbdimgError | OSError) -> Literal[False]:
         reason = str(error) if isinstance(error, NbdimgError) else f"{error.filename}: {error.strerror}"
-        logger.error("%s: %s", what, reason)
-        self._service.refused_reload_count += 1
         self.refusal = f"{what}: {reason}"
+        logger.error("%s", self.refusal)
+        self._service.refused_reload_count += 1
         self.refused_image = error.path if isinstance(error, ImageError) else None
-        self._tell(f"the last reload was refused: {reason}")
+        self._tell(f"{status(self._service)}; {self.refusal}")
         return False
 
     def _tell(self, text: str) -> None:

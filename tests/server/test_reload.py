@@ -399,6 +399,8 @@ def test_reload_that_swaps_images_and_loses_one_knows_what_is_exported(
 ) -> None:
     """The image of "one" is lost for a moment. What "two" had before is not put in the place of what it has."""
     a, b = str(images("a")), str(images("b"))
+    statuses: list[str] = []
+    monkeypatch.setattr(Notifier, "ready", lambda _, text: statuses.append(text))
     is_lost = True
     real_open = service.open_exports
 
@@ -422,6 +424,7 @@ def test_reload_that_swaps_images_and_loses_one_knows_what_is_exported(
             assert not await reloader.reload()
             assert {export.name: export.image.path for export in running.registry} == {"two": a}
             assert running.config.exports == (new.exports[1],)
+            assert statuses == [f"serving 1 export; not all was reloaded: {b}: cannot be locked"]
             assert await reloader.reload()
             assert {export.name: export.image.path for export in running.registry} == {"one": b, "two": a}
             await reloader.close()

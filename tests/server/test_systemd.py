@@ -234,7 +234,7 @@ def test_notify_tells_ready_reloading_refusal_and_stopping(tmp_path: Path, image
         assert manager.next()[0] == "RELOADING=1"
         ready, status = manager.next()
         assert ready == "READY=1"
-        assert status.startswith("STATUS=the last reload was refused: ")
+        assert status.startswith("STATUS=serving 1 export; nothing was reloaded: ")
         assert "zzz: unknown key" in status
         server.terminate()
         assert manager.next() == ["STOPPING=1", "STATUS=draining"]
