@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from time import monotonic
 from typing import Any, Literal
 
@@ -41,6 +42,11 @@ class Backend:
     def exports(self) -> list[ExportState]:
         """All that are open, in every state: none while starting."""
         return [] if self._control is None else self._control.exports()
+
+    @property
+    def unserved(self) -> Mapping[str, str]:
+        """As `Control.unserved`; none while starting."""
+        return {} if self._control is None else self._control.unserved
 
     @property
     def service(self) -> Service:

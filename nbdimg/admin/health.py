@@ -2,7 +2,8 @@
 
 /livez      the loop runs: whoever reads the answer has the proof
 /startupz   200 once all exports and listeners are open
-/readyz     200 while clients can come and every export takes requests; ?verbose says which does not, and why
+/readyz     200 while clients can come and every export takes requests; ?verbose says which does not, and why. One that
+            a reload could not open again is one that does not
 """
 
 from __future__ import annotations
@@ -25,14 +26,17 @@ async def startupz(request: web.Request) -> web.Response:
 async def readyz(request: web.Request) -> web.Response:
     """`[+]` and `[-]` before each export, as Kubernetes' own servers say it."""
     backend = request.app[BACKEND]
-    exports = [each for each in backend.exports() if not each.is_hidden]
-    failed = sum(each.failure is not None for each in exports)
-    is_ready = backend.state == "serving" and not failed
-    verdict = "ok" if is_ready else f"{failed} of {counted(len(exports), 'export')} failed" if failed else backend.state
+    failures = {each.name: each.failure for each in backend.exports() if not each.is_hidden}
+    failures.update(backend.unserved)
+    is_serving = backend.state == "serving"
+    if failed := sum(each is not None for each in failures.values()):
+        verdict = f"{failed} of {counted(len(failures), 'export')} failed"
+    else:
+        verdict = "ok" if is_serving else backend.state
     lines = [verdict]
     if "verbose" in request.query:
-        lines[:0] = [f"[-]{each.name} {each.failure}" if each.failure else f"[+]{each.name} ok" for each in exports]
-    return web.Response(status=200 if is_ready else 503, text="".join(f"{line}\n" for line in lines))
+        lines[:0] = [f"[-]{name} {why}" if why else f"[+]{name} ok" for name, why in failures.items()]
+    return web.Response(status=200 if is_serving and not failed else 503, text="".join(f"{line}\n" for line in lines))
 
 
 async def metrics(request: web.Request) -> web.Response:

@@ -22,7 +22,7 @@ import contextlib
 import platform
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
@@ -59,7 +59,7 @@ def _fill(page: _Page, service: Service) -> Iterator[None]:
     exports = [(export, _label("export", export.name)) for export in service.registry]
     _add_server(page, service, len(exports))
     _add_process(page)
-    yield from _add_exports(page, exports)
+    yield from _add_exports(page, exports, list(service.unserved))
     yield from _add_requests(page, exports)
     yield from _add_storage(page, exports)
 
@@ -147,15 +147,21 @@ def _add_process(page: _Page) -> None:
         page.single("process_resident_memory_bytes", "gauge", "Memory in use.", resident)
 
 
-def _add_exports(page: _Page, exports: _Exports) -> Iterator[None]:
+def _add_exports(page: _Page, exports: _Exports, unserved: Iterable[str]) -> Iterator[None]:
     page.family("nbdimg_export_size_bytes", "gauge", "The disk's size.")
     for export, label in exports:
         page.add(export.info.size, label)
         yield
-    page.family("nbdimg_export_failed", "gauge", "1 when writes and flushes fail until the image is opened anew.")
+    page.family(
+        "nbdimg_export_failed",
+        "gauge",
+        "1 when writes and flushes fail until the image is opened anew, or a reload could not do that.",
+    )
     for export, label in exports:
         page.add(int(any(each.image.failure is not None for each in export.with_overlays)), label)
         yield
+    for name in unserved:
+        page.add(1, _label("export", name))
     page.family("nbdimg_export_connections", "gauge", "Clients attached.")
     for export, label in exports:
         page.add(export.meter.connection_count, label)

@@ -63,7 +63,7 @@ def _health_paths() -> Json:
         "/readyz": {
             "get": _operation(
                 "readyz",
-                "May clients come? Not while starting or stopping, or with a failed export.",
+                "May clients come? Not while starting or stopping, nor while an export has failed or is missing.",
                 {"200": text, "503": text},
                 parameters=[verbose],
             )
@@ -275,7 +275,10 @@ def _schemas() -> Json:
                 "pid": _COUNT,
                 "uptime": _SECONDS,
                 "exports": _COUNT,
-                "failed_exports": _STRINGS,
+                "failed_exports": {
+                    **_STRINGS,
+                    "description": "those that take no writes, and those that a reload could not open again",
+                },
                 "connections": _COUNT,
                 "uris": _STRINGS,
             }

@@ -28,7 +28,7 @@ async def show_status(request: web.Request) -> web.Response:
             "pid": os.getpid(),
             "uptime": round(monotonic() - backend.started_s, 3),
             "exports": len(states),
-            "failed_exports": [each.name for each in states if each.failure is not None],
+            "failed_exports": [*(each.name for each in states if each.failure is not None), *backend.unserved],
             "connections": sum(each.connections for each in states),
             "uris": [] if backend.state == "starting" else [str(uri) for uri in backend.service.uris],
         }

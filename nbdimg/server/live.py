@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -73,6 +73,11 @@ class Control:
         for leaving in service.leaving:
             for export in leaving.exports:
                 yield export, leaving.is_live, True
+
+    @property
+    def unserved(self) -> Mapping[str, str]:
+        """Exports that a reload has closed and could not open again, by name, and why."""
+        return self._service.unserved
 
     def export(self, name: str) -> ExportState:
         """The visible one of this name, else the hidden one."""

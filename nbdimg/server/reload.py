@@ -9,8 +9,9 @@ load ──▶ difference ──▶ prepare: open images and sockets ──▶ c
 (R2) Exports, listeners and connections that the difference does not name are not touched.
 (R3) An image that an export which leaves holds is tried without its lock while preparing, and opened when it has
      been given back. Should that fail, the old export is opened again, under the new rules: only its clients have
-     noticed, and whoever asked for the reload is told. `Service.config` names what is exported, in any case. Clients
-     of an export that was removed earlier, and hidden, are made to go when its image is wanted.
+     noticed, and whoever asked for the reload is told. Should that fail too, it is in `Service.unserved`.
+     `Service.config` names what is exported, in any case. Clients of an export that was removed earlier, and hidden,
+     are made to go when its image is wanted.
 (R4) One reload at a time, and none while an operation of `live` runs; what is asked for meanwhile follows once.
 (R5) Exports that were added live are not the file's: they stay, and a file that names one of them is refused.
 """
@@ -220,8 +221,7 @@ class Reloader:
         return True
 
     def _refuse(self, what: str, error: NbdimgError | OSError) -> Literal[False]:
-        reason = str(error) if isinstance(error, NbdimgError) else f"{error.filename}: {error.strerror}"
-        self.refusal = f"{what}: {reason}"
+        self.refusal = f"{what}: {_reason(error)}"
         logger.error("%s", self.refusal)
         self._service.refused_reload_count += 1
         self.refused_image = error.path if isinstance(error, ImageError) else None
@@ -365,6 +365,8 @@ class Reloader:
         failures = {config: failure for config in prepared.later if (failure := await self._add_late(config))}
         if failures:
             await self._restore(failures, found)
+        unserved = {named(each): _reason(why) for each, why in failures.items()}
+        self._service.unserved = {name: why for name, why in unserved.items() if name not in self._service.exports}
         return list(failures.values())
 
     async def _restore(self, failed: Collection[ExportConfig], found: Difference) -> None:
@@ -391,6 +393,10 @@ class Reloader:
             logger.error("%s could not be opened again: %s", named(config), error)
             return error
         return None
+
+
+def _reason(error: NbdimgError | OSError) -> str:
+    return str(error) if isinstance(error, NbdimgError) else f"{error.filename}: {error.strerror}"
 
 
 def _leaving_names(found: Difference) -> list[str]:

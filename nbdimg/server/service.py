@@ -57,7 +57,8 @@ class Service:
     """A running server. `failures`: what went wrong with images at the end.
 
     `config` is what the server was configured to serve, with a name for each export; `live` is what was added to that
-    while it serves. `exports` are those of a name, its snapshots too. `lock`: of who changes exports or listeners.
+    while it serves. `exports` are those of a name, its snapshots too; `unserved` are the names of others that a reload
+    has closed and could not open again, with the reason. `lock`: of who changes exports or listeners.
     `inherited`: listeners that are not of the configuration. `sandbox`: what restricts this process, in a few words.
     `started_s`: seconds since 1970 UTC.
     """
@@ -67,6 +68,7 @@ class Service:
     config: ServerConfig
     failures: list[NbdimgError] = field(default_factory=list)
     exports: dict[str, list[Export]] = field(default_factory=dict)
+    unserved: dict[str, str] = field(default_factory=dict)
     live: dict[str, ExportConfig] = field(default_factory=dict)
     leaving: list[Leaving] = field(default_factory=list)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -111,6 +113,7 @@ class Service:
                 self.registry.remove(export.name)
             raise
         self.exports[named(config)] = exports
+        self.unserved.pop(named(config), None)
 
     def reload_tls(self) -> None:
         """Read the files of TLS anew. What is wrong with them is logged, and the old ones stay in use."""

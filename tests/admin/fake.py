@@ -40,6 +40,7 @@ class FakeControl:
 
     def __init__(self) -> None:
         self.states = [state("a"), state("b")]
+        self.unserved: dict[str, str] = {}
         self.error: Exception | None = None
         self.calls: list[tuple[Any, ...]] = []
 

@@ -76,6 +76,19 @@ def test_failed_export_is_not_ready_and_verbose_names_it(server: FakeServer, add
     assert ask(address, "GET", "/v1/status").json()["failed_exports"] == ["b"]
 
 
+def test_export_that_a_reload_could_not_open_again_is_not_ready(server: FakeServer, address: str) -> None:
+    server.attach()
+    server.control.unserved = {"c": "/c.img: No such file or directory"}
+    assert health(address) == {"livez": 200, "startupz": 200, "readyz": 503}
+    assert ask(address, "GET", "/readyz?verbose").body.decode().splitlines() == [
+        "[+]a ok",
+        "[+]b ok",
+        "[-]c /c.img: No such file or directory",
+        "1 of 3 exports failed",
+    ]
+    assert ask(address, "GET", "/v1/status").json()["failed_exports"] == ["c"]
+
+
 def test_failed_export_that_was_removed_does_not_count(server: FakeServer, address: str) -> None:
     server.attach()
     server.control.states[1] = state("b", failure="it failed", is_hidden=True)

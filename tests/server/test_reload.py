@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
+from nbdimg.admin.metrics import exposition
 from nbdimg.config import AccessRule, ExportConfig, ServerConfig, TlsConfig
 from nbdimg.errors import ImageLocked, ListenError
 from nbdimg.export.export import Export
@@ -425,7 +426,11 @@ def test_reload_that_swaps_images_and_loses_one_knows_what_is_exported(
             assert {export.name: export.image.path for export in running.registry} == {"two": a}
             assert running.config.exports == (new.exports[1],)
             assert statuses == [f"serving 1 export; not all was reloaded: {b}: cannot be locked"]
+            control = Control(running, reloader)
+            assert control.unserved == {"one": f"{b}: cannot be locked"}
+            assert b'nbdimg_export_failed{export="one"} 1\n' in (await exposition(running))[0]
             assert await reloader.reload()
+            assert not control.unserved
             assert {export.name: export.image.path for export in running.registry} == {"one": b, "two": a}
             await reloader.close()
 
