@@ -64,8 +64,7 @@ def application(backend: Backend, guard: Guard, *, is_admin: bool) -> web.Applic
 async def _sending(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give up on a client that does not take its answer."""
     response = await handler(request)
-    response.headers["Server"] = "nbdimg"
-    response.headers["Cache-Control"] = "no-store"
+    sign(response)
     try:
         async with asyncio.timeout(SEND_TIMEOUT_S):
             await response.prepare(request)
@@ -74,6 +73,12 @@ async def _sending(request: web.Request, handler: Handler) -> web.StreamResponse
         if request.transport is not None:
             request.transport.abort()
     return response
+
+
+def sign(response: web.StreamResponse) -> None:
+    """An answer tells whose it is, not of which libraries and versions, and is not to be kept."""
+    response.headers["Server"] = "nbdimg"
+    response.headers["Cache-Control"] = "no-store"
 
 
 class _ChangeLog:

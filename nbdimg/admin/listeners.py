@@ -12,12 +12,14 @@ import os
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from http.client import BAD_REQUEST
 
 from aiohttp import web
 
-from nbdimg.admin.app import application
+from nbdimg.admin.app import application, sign
 from nbdimg.admin.backend import Backend
 from nbdimg.admin.guard import Guard, TokenFile
+from nbdimg.admin.problems import failed, malformed, of_aiohttp
 from nbdimg.config import AdminConfig, ServerConfig, TcpAddress
 from nbdimg.errors import ConfigError
 from nbdimg.server.listen import is_loopback, listen_private, listen_tcp, remove_socket
@@ -96,26 +98,59 @@ def _own_host(address: TcpAddress) -> str | None:
 
 
 async def _serve(stack: AsyncExitStack, app: web.Application, sockets: Sequence[socket.socket]) -> None:
-    runner = web.AppRunner(
-        app,
-        access_log=None,
-        auto_decompress=False,  # on the loop, before anybody has asked who it is: 1 MiB of gzip can hold 1 GiB
-        logger=_silent,
-        keepalive_timeout=IDLE_TIMEOUT_S,
-        lingering_time=LINGER_S,
-        shutdown_timeout=SHUTDOWN_TIMEOUT_S,
-    )
+    loop = asyncio.get_running_loop()
+    runner = web.AppRunner(app, shutdown_timeout=SHUTDOWN_TIMEOUT_S)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     server = runner.server
     assert server is not None
 
     def protocol() -> asyncio.Protocol:
-        return _Refused() if len(server.connections) >= CONNECTIONS_MAX else server()
+        if len(server.connections) >= CONNECTIONS_MAX:
+            return _Refused()
+        return _Connection(
+            server,
+            loop=loop,
+            access_log=None,  # type: ignore[arg-type]
+            auto_decompress=False,  # on the loop, before anybody has asked who it is: 1 MiB of gzip can hold 1 GiB
+            logger=_silent,
+            keepalive_timeout=IDLE_TIMEOUT_S,
+            lingering_time=LINGER_S,
+        )
 
     for sock in sockets:
-        listener = await asyncio.get_running_loop().create_server(protocol, sock=sock)
+        listener = await loop.create_server(protocol, sock=sock)
         stack.callback(listener.close)
+
+
+class _Connection(web.RequestHandler):
+    """One of HTTP. What never becomes a request is refused as requests are."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Raises: ConnectionError: an answer is under way already."""
+        if request.writer.output_size:
+            raise ConnectionError("it failed behind the beginning of its answer")
+        response = malformed(message or "") if status == BAD_REQUEST else failed(exc)
+        sign(response)
+        response.force_close()
+        return response
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Args: resp: an exception of aiohttp's where it has refused a request before the application saw it."""
+        if isinstance(resp, web.HTTPException):
+            resp = of_aiohttp(resp)
+            sign(resp)
+        return await super().finish_response(request, resp, start_time)
 
 
 class _Refused(asyncio.Protocol):

@@ -48,7 +48,7 @@ async def answering_problems(request: web.Request, handler: Handler) -> web.Stre
     try:
         return await handler(request)
     except web.HTTPException as error:
-        return _of_aiohttp(error)
+        return of_aiohttp(error)
     except Exception as error:
         return _of(error)
 
@@ -67,12 +67,24 @@ def _of(error: Exception) -> web.Response:
         status = 507 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 500
         reason = error.strerror or str(error)
         return problem(status, f"{error.filename}: {reason}" if error.filename else reason)
+    return failed(error)
+
+
+def failed(error: BaseException | None) -> web.Response:
+    """For what nobody foresaw."""
     logger.error("internal error in the admin API: %r", error)
     logger.debug("the failure's traceback", exc_info=error)
     return problem(500, "internal error; the server's log says more")
 
 
-def _of_aiohttp(error: web.HTTPException) -> web.Response:
+def malformed(reason: str) -> web.Response:
+    """For what cannot be read as a request. `reason`: aiohttp's; behind its first line it shows what was sent."""
+    first = reason.strip().partition("\n")[0].rstrip(":.")
+    return problem(400, f"this is no HTTP request: {first}" if first else "this is no HTTP request")
+
+
+def of_aiohttp(error: web.HTTPException) -> web.Response:
+    """What aiohttp refuses by itself."""
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
         return problem(405, f"{error.method} is not allowed here, expected {allowed}", {"Allow": allowed})
@@ -80,6 +92,8 @@ def _of_aiohttp(error: web.HTTPException) -> web.Response:
         return problem(404, "there is nothing at this path; GET /v1/openapi.json tells what there is")
     if isinstance(error, web.HTTPRequestEntityTooLarge):
         return problem(413, f"the body is too large, expected at most {BODY_SIZE_MAX} bytes")
+    if isinstance(error, web.HTTPExpectationFailed):
+        return problem(417, "the header Expect is not allowed here, but for 100-continue")
     return problem(error.status, error.reason)
 
 
