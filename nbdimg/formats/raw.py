@@ -114,6 +114,8 @@ class RawDriver:
                 kept.append(self._extent(ExtentKind.DATA, stop, self._runs[last - 1].stop))
         self._runs[first:last] = kept
         self._starts[first:last] = [run.offset for run in kept]
+        if len(self._runs) > RUNS_MAX:
+            self._forget_all()
 
     def flush_plan(self) -> Plan:
         return Plan((Stage((), (self.file,)),))

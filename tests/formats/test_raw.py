@@ -207,6 +207,19 @@ def test_many_runs_stay_within_the_limit() -> None:
     assert len(driver._runs) == len(driver._starts) == 10
 
 
+def test_holes_in_a_run_make_no_more_runs_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(raw, "RUNS_MAX", 4)
+    file = SparseFile()
+    file.fill(0, SIZE, True)
+    driver = RawDriver(file)
+    for offset in range(1, SIZE, 3):
+        assert mapped(driver, offset).kind is ExtentKind.DATA
+        file.fill(offset, offset + 1, False)
+        driver.unmapped(offset, 1)
+        assert len(driver._runs) == len(driver._starts) <= 4
+    assert [mapped(driver, offset).kind for offset in range(3)] == [ExtentKind.DATA, ExtentKind.ZERO, ExtentKind.DATA]
+
+
 def test_file_that_shrank_maps_its_lost_end_as_zeroes() -> None:
     file = SparseFile()
     driver = RawDriver(file)
