@@ -80,7 +80,7 @@ class Qcow2Driver:
     @property
     def is_strained(self) -> bool:
         counts = self.refcounts
-        return self.mapping.cache.is_strained or (counts is not None and counts.cache.is_strained)
+        return self.mapping.cache.is_strained or (counts is not None and counts.is_strained)
 
     @property
     def failure(self) -> str | None:

@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from nbdimg.errors import CorruptImage, UnsupportedFeature
+from nbdimg.formats import quarantine
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.packed import RefcountCodec, decode_offsets, encode_offsets
@@ -80,6 +81,8 @@ class Refcounts:
         """Clusters up to which `allocate` goes; an operator may allow less than the format does."""
         self._hint = 0
         self._freed: list[Freed] = []
+        self._freed_count = 0
+        """Clusters in it."""
         self._leaving: list[Freed] = []
         self._dirty_pieces: set[int] = set()
         self._writing_pieces: set[int] = set()
@@ -348,6 +351,7 @@ class Refcounts:
 
     def free(self, cluster: int, count: int = 1, *, punch: bool = False) -> None:
         """One reference less to each, once what has removed it is durable."""
+        self._freed_count += count
         if (
             self._freed
             and self._freed[-1].punch == punch
@@ -414,6 +418,12 @@ class Refcounts:
     # Order on disk
 
     @property
+    def is_strained(self) -> bool:
+        """Whether too much waits for a flush: counts to be written, or clusters to be free again."""
+        waiting_bytes = self._freed_count << self._bits
+        return self.cache.is_strained or quarantine.is_full(waiting_bytes, len(self._freed), self.end << self._bits)
+
+    @property
     def is_dirty(self) -> bool:
         """Whether the next plan has something of ours."""
         return self.cache.is_dirty or bool(self._dirty_pieces or self._has_moved or self._freed or self._leaving)
@@ -447,7 +457,7 @@ class Refcounts:
     def capture_freed(self) -> None:
         """What has been freed so far leaves with the plan that is being made."""
         self._leaving.extend(self._freed)
-        self._freed = []
+        self._freed, self._freed_count = [], 0
 
     def _piece_writes(self, offset: int) -> list[Write]:
         per_piece = TABLE_PIECE // 8

@@ -35,6 +35,7 @@ from itertools import chain
 from typing import TypeVar
 
 from nbdimg.errors import ConfigError, CorruptImage, ImageError, UnsupportedFeature, escaped
+from nbdimg.formats import quarantine
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.l1 import L1Table, check_tables_differ
@@ -63,9 +64,6 @@ Progress = Callable[[int, int], None]
 
 PIECE_SIZE = 64 * KiB
 """L2 tables are read in pieces of this; then the loop gets its turn. 8192 entries take 1 to 2 ms."""
-
-FREED_MAX = 16384
-"""Runs of clusters that wait to be counted down before a flush does it: a few MiB of memory."""
 
 _ID_DIGITS_MAX = 18
 
@@ -463,7 +461,7 @@ class _Change:
     async def _lower(self, cluster: int, count: int, *, punch: bool) -> None:
         self._counts.free(cluster, count, punch=punch)
         self._freed_count += 1
-        if self._freed_count % FREED_MAX == 0:
+        if self._freed_count % quarantine.RUNS_MAX == 0:
             await self.settle()
 
     def free(self, offset: int, length: int) -> None:

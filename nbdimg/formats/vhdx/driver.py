@@ -42,7 +42,7 @@ class VhdxDriver:
 
     @property
     def is_strained(self) -> bool:
-        return self.bat.pages.is_strained or self.bat.bitmaps.is_strained
+        return self.bat.pages.is_strained or self.bat.bitmaps.is_strained or self._space.is_strained
 
     @property
     def tables(self) -> dict[str, TableCache]:

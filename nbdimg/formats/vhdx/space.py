@@ -12,6 +12,7 @@ import errno
 import os
 from contextlib import suppress
 
+from nbdimg.formats import quarantine
 from nbdimg.formats.vhdx.structs import FILE_OFFSET_MAX
 from nbdimg.image.driver import Miss
 from nbdimg.storage.file import BlockFile
@@ -33,6 +34,7 @@ class Space:
         self._growth = GROWTH
         self._free: list[tuple[int, int]] = []
         self._freed: list[tuple[int, int]] = []
+        self._freed_bytes = 0
         self._leaving: list[tuple[int, int]] = []
         self._growing = asyncio.Lock()
 
@@ -63,11 +65,17 @@ class Space:
         """
         start = self._freed.pop()[0] if self._freed and self._freed[-1][1] == offset else offset
         self._freed.append((start, offset + length))
+        self._freed_bytes += length
+
+    @property
+    def is_strained(self) -> bool:
+        """Whether too much waits for a flush to be free again."""
+        return quarantine.is_full(self._freed_bytes, len(self._freed), self.end)
 
     def capture(self) -> None:
         """What has been freed so far leaves with the plan that is being made."""
         self._leaving += self._freed
-        self._freed = []
+        self._freed, self._freed_bytes = [], 0
 
     async def reclaim(self) -> None:
         """The captured plan is durable. What cannot be made to read as zeroes stays unused."""

@@ -1,0 +1,68 @@
+"""Space that was freed, and waits for a flush that no client asks for."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from nbdimg.formats import create_image, open_image, quarantine
+from nbdimg.formats.qcow2.driver import Qcow2Driver
+from nbdimg.image.image import Image
+from nbdimg.units import MiB
+
+SIZE = 64 * MiB
+WAITING_MIN = 64 * MiB
+FORMATS = ("qcow2", "vhdx")
+
+
+@pytest.fixture(params=FORMATS)
+def path(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(quarantine, "WAITING_MIN", WAITING_MIN)
+    made = tmp_path / f"disk.{request.param}"
+    create_image(made, SIZE, format=request.param)
+    return made
+
+
+async def write_and_trim(image: Image, offset: int) -> None:
+    unit = image.driver.cluster_size
+    data = memoryview(b"x" * 4096)
+    if not image.try_write(offset, data):
+        await image.write(offset, data)
+    await image.trim(offset, unit)
+
+
+def test_write_and_trim_again_and_again_without_a_flush_reuses_the_space(path: Path) -> None:
+    async def main() -> int:
+        image = await open_image(path)
+        unit = image.driver.cluster_size
+        for index in range(4 * (SIZE + WAITING_MIN) // unit):
+            await write_and_trim(image, index * unit % SIZE)
+        size = os.stat(path).st_size
+        await image.close()
+        return size
+
+    assert asyncio.run(main()) <= SIZE + WAITING_MIN + 2 * 64 * MiB
+
+
+def test_runs_that_wait_are_not_more_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quarantine, "RUNS_MAX", 8)
+    create_image(tmp_path / "disk", SIZE, format="qcow2")
+
+    async def main() -> int:
+        image = await open_image(tmp_path / "disk")
+        driver = image.driver
+        assert isinstance(driver, Qcow2Driver)
+        assert driver.refcounts is not None
+        unit = driver.cluster_size
+        await image.write(0, bytes(range(1, 256)) * (100 * unit // 255 + 1))
+        waiting_max = 0
+        for offset in range(0, 100 * unit, 2 * unit):
+            await image.trim(offset, unit)
+            waiting_max = max(waiting_max, len(driver.refcounts._freed))
+        await image.close()
+        return waiting_max
+
+    assert asyncio.run(main()) <= 8 + 1
