@@ -128,6 +128,7 @@ class RawDriver:
 
     async def abandon(self) -> None:
         await self.file.close()
+        self._forget_all()
 
 
 async def resize(image: Image, size: int, *, progress: object = None) -> None:

@@ -618,6 +618,8 @@ class Image:
         """Close the files and write nothing: what is not flushed is not wanted."""
         self.gate.close()
         await self.driver.abandon()
+        if self._seen_through is not None:
+            self._seen_through.extents.clear()
         if self.backing is not None and not self._shares_backing:
             await self.backing.close()
 

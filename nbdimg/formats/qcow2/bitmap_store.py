@@ -77,6 +77,11 @@ class BitmapStore:
         self._marked: set[str] = set()
         self._failure: OSError | None = None
 
+    def forget(self) -> None:
+        """See `TableCache.forget`."""
+        self._loaded.clear()
+        self.recording = ()
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(entry.name for entry in self.entries if entry.is_consistent or entry.name in self._marked)

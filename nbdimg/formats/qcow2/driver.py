@@ -285,3 +285,5 @@ class Qcow2Driver:
             await file.close()
         if self.refcounts is not None:
             self.refcounts.forget()
+        if self._bitmaps is not None:
+            self._bitmaps.forget()

@@ -85,3 +85,5 @@ class VhdxDriver:
 
     async def abandon(self) -> None:
         await self.file.close()
+        self.bat.pages.forget()
+        self.bat.bitmaps.forget()
