@@ -31,12 +31,17 @@ class Slice:
         self.offset = offset
         self.entries = entries
         self.use_count = 0
-        """Look-ups that found what they asked for here."""
-        self.seen_count = -1
+        """Look-ups that found what they asked for here; from -1 on where one had to wait for it, and is made again."""
+        self.seen_count = -2
         """What that was when eviction last came by: a slice that is new then counts as used."""
         self.is_dirty = False
         self.is_writing = False
         self.pin_count = 0
+
+    @property
+    def hit_count(self) -> int:
+        """Look-ups that did not have to wait."""
+        return max(0, self.use_count)
 
 
 class TableCache:
@@ -70,13 +75,12 @@ class TableCache:
         """Plans that have become durable: what was read from disk before the last of them may be old."""
         self.load_count = 0
         """Look-ups that had to read from disk; who waits for a load that is under way is not counted again."""
-        self._gone_use_count = 0
+        self._gone_hit_count = 0
 
     @property
     def hit_count(self) -> int:
-        """Look-ups that memory answered. Behind a load the same look-up is made again, and counts as that."""
-        used_count = self._gone_use_count + sum(slice_.use_count for slice_ in self.slices.values())
-        return max(0, used_count - self.load_count)
+        """Look-ups that memory answered; it never falls."""
+        return self._gone_hit_count + sum(slice_.hit_count for slice_ in self.slices.values())
 
     async def load(self, key: int) -> None:
         """Bring a slice in. Raises: OSError, ImageError, for everybody who waits for it."""
@@ -102,6 +106,8 @@ class TableCache:
         if len(self.slices) >= self._slices_max:
             self._evict()
         added = self.slices[key] = Slice(key, offset, entries)
+        if key in self._loading:
+            added.use_count = -1
         self._order[key] = None
         return added
 
@@ -112,7 +118,7 @@ class TableCache:
             oldest = self.slices[key]
             is_used = oldest.use_count != oldest.seen_count
             if not (is_used or oldest.is_dirty or oldest.is_writing or oldest.pin_count):
-                self._gone_use_count += oldest.use_count
+                self._gone_hit_count += oldest.hit_count
                 del self.slices[key], self._order[key]
                 return
             oldest.seen_count = oldest.use_count
@@ -159,6 +165,6 @@ class TableCache:
         dropped = self.slices.pop(key, None)
         if dropped is not None:
             del self._order[key]
-            self._gone_use_count += dropped.use_count
+            self._gone_hit_count += dropped.hit_count
             self._dirty.pop(key, None)
             self._writing = [slice_ for slice_ in self._writing if slice_ is not dropped]

@@ -141,6 +141,28 @@ def test_eviction_that_finds_every_slice_used_is_no_standstill() -> None:
     assert sum(of_one_round() for _ in range(4)) < 0.08
 
 
+def test_hits_are_look_ups_that_did_not_wait_and_never_fall() -> None:
+    tables = Tables(slices_max=1)
+
+    def look_up(key: int, count: int) -> None:
+        tables.cache.slices[key].use_count += count
+
+    tables.load(0)
+    look_up(0, 6)
+    assert tables.cache.hit_count == 5
+    tables.failure = OSError(errno.EIO, "Input/output error")
+    with pytest.raises(OSError, match="Input/output"):
+        tables.load(1)
+    tables.failure = None
+    tables.load(1)
+    assert tables.cache.hit_count == 5, "the look-up that waited for it is still to be made again"
+    look_up(1, 3)
+    assert tables.cache.hit_count == 7
+    tables.load(2, 3)
+    tables.cache.drop(3)
+    assert (tables.cache.hit_count, tables.cache.load_count) == (7, 5)
+
+
 def test_capture_holds_what_changed_and_written_makes_it_clean() -> None:
     tables = Tables()
     tables.load(0, 3)
