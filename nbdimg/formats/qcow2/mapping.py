@@ -7,7 +7,8 @@ goes straight from the guest offset to the slice. An L1 entry is asked only when
          table is copied first, whole.
     (M2) An L1 entry changes together with its table's slices; on disk it follows them (Q3).
     (M3) A cluster that an entry no longer names goes to the quarantine, never straight to the free ones (Q4, Q5).
-    (M4) What is written in place is COPIED, inside the file, and no metadata.
+    (M4) What is written in place is COPIED, inside the file, and no metadata. An external data file is the image's
+         alone, whatever the flag says.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ class Mapping:
         self.l1 = l1
         self._store = store
         self._is_external = store.is_external
+        self._own_min = 0 if store.is_external else COPIED
+        """The least entry of data that is the image's alone (M4)."""
         self._counts = refcounts
         self.size = size
         self._bits = header.cluster_bits
@@ -181,7 +184,8 @@ class Mapping:
             index += 1
         if end > self.size:
             end = self.size
-        return Extent(_DATA, start, end - start, self._store.file, host, entry >= COPIED and self._counts is not None)
+        is_own = entry >= self._own_min and self._counts is not None
+        return Extent(_DATA, start, end - start, self._store.file, host, is_own)
 
     def _map_unloaded(self, cluster: int, stop: int) -> Extent | Miss:
         key = cluster >> self._slice_bits
@@ -293,7 +297,7 @@ class Mapping:
                 return Miss(self.cache, cluster >> self._slice_bits)
             return self._elsewhere
         entry = slice_.entries[cluster & (self._slice_clusters - 1)]
-        if entry < COPIED or entry & self._odd:
+        if entry < self._own_min or entry & self._odd:
             return self._elsewhere
         return self._checked(self.map(offset, stop))
 
@@ -426,7 +430,7 @@ class Mapping:
             return True
         if self._keeps_place(entry):
             return False
-        return self._kind(slice_, index) is not _DATA or entry < COPIED
+        return self._kind(slice_, index) is not _DATA or entry < self._own_min
 
     def commit(self, allocation: Allocation) -> None:
         token = allocation.token

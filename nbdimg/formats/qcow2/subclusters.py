@@ -95,7 +95,7 @@ class SubclusterMapping(Mapping):
             return Extent(kind, start, end - start, self._store.inflated, inflated_offset(host, start), False)
         start += subcluster << self._subcluster_bits
         host_start = host + (subcluster << self._subcluster_bits)
-        is_own = slice_.entries[2 * index] >= COPIED
+        is_own = slice_.entries[2 * index] >= self._own_min
         run = _run_length(mask, subcluster)
         end = start + (run << self._subcluster_bits)
         reaches_end = subcluster + run == SUBCLUSTERS
@@ -104,7 +104,7 @@ class SubclusterMapping(Mapping):
             host += self._cluster_size
             next_kind, mask, next_host = self._masks(slice_, index, 0)
             if next_kind is not kind or (
-                kind is _DATA and (next_host != host or (slice_.entries[2 * index] >= COPIED) != is_own)
+                kind is _DATA and (next_host != host or (slice_.entries[2 * index] >= self._own_min) != is_own)
             ):
                 break
             run = _run_length(mask, 0)
@@ -128,8 +128,7 @@ class SubclusterMapping(Mapping):
         index = cluster & (self._slice_clusters - 1)
         entry = self._entry(slice_, index)[0]
         first = offset >> self._subcluster_bits & (SUBCLUSTERS - 1)
-        in_place = entry >= COPIED or self._store.is_external
-        if in_place:
+        if entry >= self._own_min:
             found = self._within(slice_, index, cluster, first, stop)
         else:
             answer = self._anew(slice_, index, cluster, first, stop)

@@ -24,7 +24,9 @@ from nbdimg.formats.gate import DenyGate
 from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.mapping import Mapping
+from nbdimg.image.driver import Extent
 from nbdimg.image.image import Image
+from tests.support.qcow2edit import Edit, qemu_img, qemu_io
 from tests.support.qcow2mutants import AnyGate, BoundedFile
 from tests.support.reading import bytes_of
 
@@ -449,6 +451,29 @@ def test_external_data_at_another_than_its_guest_offset_is_refused(tmp_path: Pat
         for work in (bytes_of(image, 4096, 1), image.write(4096, b"x")):
             with pytest.raises(CorruptImage, match="expected the guest offset 0x1000 in an external data file"):
                 await work
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("options", "entry_size"), [("cluster_size=16k", 8), ("cluster_size=16k,extended_l2=on", 16)])
+def test_external_data_without_its_flag_is_written_in_place(tmp_path: Path, options: str, entry_size: int) -> None:
+    """Nobody else can have it, so there is no other place for it."""
+    path, data_path = tmp_path / "image.qcow2", tmp_path / "data"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", f"{options},data_file={data_path}", path, str(SIZE))
+    qemu_io(path, "write -q -P 7 0 48k")
+    content, data = path.read_bytes(), data_path.read_bytes()
+    entry = Edit(path).l2() + entry_size
+    assert content[entry : entry + 8] == u64(COPIED | 0x4000)
+
+    async def main() -> None:
+        image, _ = await opened(poked(content, (entry, u64(0x4000))), writable=True, external=data)
+        assert await bytes_of(image, 0x4000, 1) == b"\7"
+        placed = image.driver.place(0x4000, SIZE)
+        assert isinstance(placed, Extent)
+        assert placed.writable
+        await image.write(0x4000 + 700, b"x" * 300)
+        expected = b"\7" * 700 + b"x" * 300 + b"\7" * (0x4000 - 1000)
+        assert await bytes_of(image, 0x4000, 0x4000) == expected
 
     asyncio.run(main())
 
