@@ -190,6 +190,8 @@ async def _grow(image: Image, driver: Qcow2Driver, size: int, progress: Progress
         stop = align_up(old, driver.cluster_size)
         if image.backing is not None:
             stop = max(stop, align_up(image.backing.size, driver.cluster_size))
+        if driver.header.is_data_file_raw and driver.header.crypt_method != s.Crypt.NONE:
+            stop = size  # all of it is mapped, and what is not written decrypts to noise
         stop = min(stop, size)
         for position in range(old, stop, ZERO_SIZE):
             length = min(ZERO_SIZE, stop - position)

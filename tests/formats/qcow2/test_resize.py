@@ -417,6 +417,18 @@ def test_grow_with_a_longer_data_file_hides_what_it_has(tmp_path: Path) -> None:
     assert_is(path, bytes(192 * KiB))
 
 
+def test_grow_of_an_encrypted_raw_data_file_adds_zeroes_and_no_noise(tmp_path: Path) -> None:
+    path, data, raw = tmp_path / "a.qcow2", tmp_path / "d", tmp_path / "raw"
+    options = f"cluster_size=4k,data_file={data},data_file_raw=on"
+    image = make_luks(path, 64 * KiB, "write -q -P 5 0 64k", options=options)
+    with pytest.raises(ConfigError, match="it is encrypted, and no key file was given"):
+        resized(path, 128 * KiB)
+    resized(path, 128 * KiB, key=b"key")
+    qemu_img("convert", "-O", "raw", *image, raw)
+    assert raw.read_bytes() == b"\5" * 64 * KiB + bytes(64 * KiB)
+    assert qemu_check(path).exit_status == 0
+
+
 # Failures
 
 
