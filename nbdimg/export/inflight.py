@@ -85,7 +85,7 @@ class _Shelf:
             self.buckets.setdefault(index, {})[entry] = None
 
     def take(self, entry: Entry) -> None:
-        """From wherever it stands still: walls have cleared what they stand for."""
+        """From wherever it stands still: walls have cleared what they stand for, and left the empty bucket to us."""
         if _is_wide(entry):
             self.wide.pop(entry, None)
             return
@@ -95,9 +95,6 @@ class _Shelf:
                 bucket.pop(entry, None)
                 if not bucket:
                     del self.buckets[index]
-
-    def tidy(self) -> None:
-        self.buckets = {index: bucket for index, bucket in self.buckets.items() if bucket}
 
 
 class InFlight:
@@ -160,8 +157,6 @@ class InFlight:
         crowd = set(chain(*pools))
         for pool in pools:
             pool.clear()
-        for shelf in shelves:
-            shelf.tidy()
         return crowd
 
     def leave(self, entry: Entry) -> None:

@@ -214,6 +214,16 @@ def test_wide_entry_leaves_no_bucket_of_its_neighbours_behind() -> None:
     assert_empty(model.queue)
 
 
+def test_wide_entry_behind_a_crowd_leaves_no_bucket_of_the_crowd_behind() -> None:
+    queue = InFlight()
+    entries = [queue.enter(0, 512, is_exclusive=False) for _ in range(CROWD_MAX)]
+    entries.append(queue.enter(0, 2 * WIDE, is_exclusive=True))
+    assert entries[-1].is_wall
+    for entry in entries:
+        queue.leave(entry)
+    assert_empty(queue)
+
+
 def test_conflicts_of_an_empty_queue_is_false_for_any_range() -> None:
     assert not InFlight().conflicts(0, 1 << 64, is_exclusive=True)
 
