@@ -10,6 +10,7 @@ import pytest
 
 from nbdimg.errors import ImageFailed
 from nbdimg.image.flush import FlushGate
+from nbdimg.storage.ordering import UnwrittenError
 
 
 class Barrier:
@@ -211,6 +212,71 @@ def test_failed_barrier_with_nothing_new_to_cover_poisons_the_gate() -> None:
         with pytest.raises(ImageFailed):
             await second
         assert not gate.is_clean
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("error", "is_poison"),
+    [
+        (UnwrittenError(errno.ENOSPC, "No space left on device"), False),
+        (UnwrittenError(errno.EDQUOT, "Disk quota exceeded"), False),
+        (UnwrittenError(errno.EIO, "Input/output error"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+    ],
+    ids=["write, no space", "write, quota", "write, other error", "barrier, no space"],
+)
+def test_plan_that_found_no_space_for_a_write_alone_is_tried_again(error: OSError, is_poison: bool) -> None:
+    """F2."""
+
+    async def main() -> None:
+        barrier = Barrier()
+        gate = FlushGate("disk.img", barrier)
+        barrier.failure = error
+        first = asyncio.create_task(gate.flush())
+        await settle()
+        barrier.finish()
+        with pytest.raises(ImageFailed if is_poison else UnwrittenError):
+            await first
+        assert not gate.is_clean
+        assert (gate.failure is not None) == is_poison
+        if not is_poison:
+            barrier.failure = None
+            again = asyncio.create_task(gate.flush())
+            await settle()
+            barrier.finish()
+            await again
+            assert gate.is_clean
+
+    asyncio.run(main())
+
+
+def test_close_fails_flushes_that_come_too_late_and_keeps_an_earlier_reason() -> None:
+    async def main() -> None:
+        barrier = Barrier()
+        gate = FlushGate("disk.img", barrier)
+        gate.close()
+        with pytest.raises(ImageFailed, match="it was closed before it was flushed"):
+            await gate.flush()
+        gate.failure = "the first reason"
+        gate.close()
+        assert gate.failure == "the first reason"
+        assert barrier.started == 0
+
+    asyncio.run(main())
+
+
+def test_close_behind_the_last_flush_leaves_nothing_to_fail() -> None:
+    async def main() -> None:
+        barrier = Barrier()
+        gate = FlushGate("disk.img", barrier)
+        first = asyncio.create_task(gate.flush())
+        await settle()
+        barrier.finish()
+        await first
+        gate.close()
+        await gate.flush()
+        assert gate.failure is None
 
     asyncio.run(main())
 

@@ -178,6 +178,17 @@ def test_capture_holds_what_changed_and_written_makes_it_clean() -> None:
     assert tables.cache.capture() == []
 
 
+def test_slice_that_was_written_makes_room_again() -> None:
+    tables = Tables(slices_max=2)
+    tables.load(0)
+    tables.change(0, 99)
+    tables.cache.capture()
+    tables.cache.written()
+    tables.load(*range(1, 12))
+    assert 0 not in tables.cache.slices
+    assert len(tables.cache.slices) == 2
+
+
 def test_change_while_a_plan_runs_is_in_the_next_one() -> None:
     tables = Tables()
     tables.load(3)
@@ -227,3 +238,33 @@ def test_drop_forgets_a_slice_changed_or_under_way() -> None:
     assert tables.cache.slices == {}
     assert not tables.cache.is_dirty
     assert tables.cache.capture() == []
+
+
+def test_drop_leaves_the_others_that_are_under_way_to_the_next_plan() -> None:
+    """C3."""
+    tables = Tables()
+    tables.load(1, 3)
+    tables.change(1, 44)
+    tables.change(3, 99)
+    tables.cache.capture()
+    tables.cache.drop(1)
+    assert tables.cache.capture() == [Write(tables.file, 6, b"\x63\x07")]
+
+
+def test_drop_leaves_nothing_for_an_eviction_to_stumble_over() -> None:
+    tables = Tables(slices_max=3)
+    tables.load(0, 1, 2)
+    tables.cache.drop(0)
+    tables.load(*range(3, 12))
+    assert len(tables.cache.slices) == 3
+
+
+def test_forget_keeps_no_slice() -> None:
+    tables = Tables()
+    tables.load(0, 1, 2)
+    tables.change(0, 99)
+    tables.cache.capture()
+    tables.change(1, 44)
+    tables.cache.forget()
+    assert tables.cache.slices == {}
+    assert not tables.cache.is_dirty

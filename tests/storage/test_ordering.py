@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from functools import partial
 
 import pytest
 
@@ -144,6 +145,20 @@ def test_merged_joins_neighbours_of_one_file_and_sorts() -> None:
 def test_merged_keeps_files_apart_that_have_one_path() -> None:
     one, other = MemoryFile(path="a"), MemoryFile(path="a")
     assert merged([Write(one, 0, b"ab"), Write(other, 2, b"cd")]) == (Write(one, 0, b"ab"), Write(other, 2, b"cd"))
+
+
+def test_merged_joins_neighbours_that_come_last() -> None:
+    file = MemoryFile()
+    writes = [Write(file, 9, b"x"), Write(file, 0, b"ab"), Write(file, 10, b"yz")]
+    assert merged(writes) == (Write(file, 0, b"ab"), Write(file, 9, b"xyz"))
+
+
+def test_run_tells_of_a_stage_only_behind_its_barrier() -> None:
+    file = RecordingFile(fail_sync=2)
+    stages = (Stage((Write(file, at, b"x"),), (file,), partial(file.events.append, f"done {at}")) for at in (1, 2))
+    with pytest.raises(OSError, match="Input/output error"):
+        asyncio.run(run(Plan(tuple(stages))))
+    assert file.events == ["begin 1", "end 1", "sync", "synced", "done 1", "begin 2", "end 2", "sync"]
 
 
 def test_merged_of_nothing_is_nothing() -> None:
