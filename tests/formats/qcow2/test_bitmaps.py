@@ -326,6 +326,24 @@ def test_bitmaps_stored_without_space_to_free_the_old_ones_are_stored_all_the_sa
     assert asyncio.run(stored(MemoryFile(crashed))) == {"b0": None}
 
 
+def test_bitmaps_that_were_stored_together_are_marked_each_at_its_place_by_the_next_change(tmp_path: Path) -> None:
+    """B1: where the new directory has them."""
+    content = made(tmp_path / "disk", "cluster_size=4k", bitmaps=("b0", "b1", "frozen"))
+
+    async def run() -> None:
+        memory = MemoryFile(content)
+        image = await opened(memory)
+        await resize(image, 2 * SIZE)
+        await image.write(0, b"x" * 4096)
+        grown = (SIZE, 2 * SIZE)
+        assert await stored(MemoryFile(memory.content)) == {"b0": None, "b1": None, "frozen": [*FIRST, grown]}
+        await image.close()
+        ours = [(0, 4096), *FIRST, grown]
+        assert await stored(memory) == {"b0": ours, "b1": ours, "frozen": [*FIRST, grown]}
+
+    asyncio.run(run())
+
+
 async def _read(image: Image) -> bytes:
     content = bytearray(image.size)
     await image.read(0, memoryview(content))

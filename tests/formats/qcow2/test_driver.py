@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdimg.errors import ImageFailed
+from nbdimg.errors import CorruptImage, ImageFailed
 from nbdimg.formats import open_file
 from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.qcow2.driver import Qcow2Driver
@@ -191,6 +191,33 @@ def test_metadata_that_fails_otherwise_poisons_the_image_and_close_writes_nothin
             await image.close()
         assert inner.content == before
         assert check(tmp_path / "after", before) in (0, 3)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("options", "order"),
+    [
+        ("cluster_size=4k,compat=0.10", ["space", "|"]),
+        ("cluster_size=4k,compat=1.1", ["space", "|", "header", "|"]),
+    ],
+    ids=["version 2", "version 3"],
+)
+def test_flush_behind_corruption_makes_writes_in_place_durable_before_the_mark(
+    tmp_path: Path, options: str, order: list[str]
+) -> None:
+    """No metadata is written any more, but what has its place still gets there."""
+    content = bytearray(image_bytes(tmp_path / "a", options))
+    struct.pack_into(">Q", content, 0x4010, 0xF00)
+
+    async def main() -> None:
+        file = LoggedFile(bytes(content))
+        image = await opened(file)
+        with pytest.raises(CorruptImage):
+            await image.write(8192, b"x" * 4096)
+        await image.write(0, b"y" * 4096)
+        await image.flush()
+        assert file.log == order
 
     asyncio.run(main())
 
