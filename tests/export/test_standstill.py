@@ -85,6 +85,26 @@ def test_standstill_waits_for_what_is_in_flight(kind: str) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.timeout(30)
+def test_standstill_waits_for_a_flush_that_is_not_the_first_without_holding_up_the_loop() -> None:
+    async def main() -> None:
+        export, file = held_export()
+        await finish(file, start(IN_FLIGHT["flush"](export)))
+        export.image.gate.changed()
+        flush = start(IN_FLIGHT["flush"](export))
+        await settle()
+        still = Standstill(export)
+        await settle()
+        assert not still.has_begun
+        await finish(file, flush)
+        await settle()
+        assert still.has_begun
+        still.end()
+        await still.task
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("kind", [*IN_FLIGHT, "block status", "cache"])
 def test_what_comes_during_a_standstill_waits_for_its_end(kind: str) -> None:
     more: dict[str, Callable[[Export], Awaitable[Any] | None]] = {

@@ -482,6 +482,15 @@ def test_close_flushes_what_is_dirty_and_closes_the_file() -> None:
     assert file.calls.count("fdatasync") == 1
 
 
+def test_flush_of_a_read_only_image_is_one_barrier_after_opening() -> None:
+    """What an earlier server wrote may still be in the page cache."""
+    file = FaultFile(MemoryFile(PATTERN, writable=False))
+    image = Image(RawDriver(file), writable=False)
+    run(image.flush())
+    run(image.flush())
+    assert file.calls == ["fdatasync"]
+
+
 def test_close_of_a_read_only_image_does_not_flush() -> None:
     file = FaultFile(MemoryFile(PATTERN, writable=False))
     run(Image(RawDriver(file), writable=False).close())

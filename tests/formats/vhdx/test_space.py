@@ -25,6 +25,7 @@ class SparseFile(MemoryFile):
         self.length = size
         self.sizes: list[int] = []
         self.punched: list[tuple[int, int]] = []
+        self.zeroed: list[tuple[int, int]] = []
 
     @property
     def size(self) -> int:
@@ -37,6 +38,10 @@ class SparseFile(MemoryFile):
 
     async def punch(self, offset: int, length: int) -> bool:
         self.punched.append((offset, length))
+        return True
+
+    async def zero(self, offset: int, length: int) -> bool:
+        self.zeroed.append((offset, length))
         return True
 
 
@@ -126,6 +131,21 @@ def test_space_that_cannot_be_made_to_read_as_zeroes_stays_unused() -> None:
         space.capture()
         await space.reclaim()
         assert await take(space, M) == 8 * M
+
+    asyncio.run(main())
+
+
+def test_space_that_cannot_be_punched_is_zeroed_and_used_again() -> None:
+    async def main() -> None:
+        inner = SparseFile(8 * M)
+        file = FaultFile(inner)
+        file.unsupported.add("punch")
+        space = Space(file, START)
+        space.free(5 * M, M)
+        space.capture()
+        await space.reclaim()
+        assert inner.zeroed == [(5 * M, M)]
+        assert await take(space, M) == 5 * M
 
     asyncio.run(main())
 
