@@ -7,7 +7,7 @@ from collections import deque
 
 from nbdimg.export.registry import Registry
 from nbdimg.limits import PIECE_SIZE, Limits
-from nbdimg.server.buffers import SHORT_SHARE, BufferPool
+from nbdimg.server.buffers import KEPT_BYTES_MAX, SHORT_SHARE, BufferPool
 from nbdimg.server.shared import WAKES_PER_TURN, Shared
 from nbdimg.units import MiB
 
@@ -85,6 +85,75 @@ def test_what_is_longer_than_the_limit_is_lent_alone_of_the_long_ones() -> None:
     assert pool.take(512, "short") is not None
     pool.give(view)
     assert pool.take(MiB, "other") is not None
+
+
+def test_short_ones_that_were_given_back_count_no_more() -> None:
+    pool = BufferPool(LIMIT)
+    for view in filled(pool, PIECE_SIZE):
+        pool.give(view)
+    assert pool.lent_bytes == 0
+    filled(pool, MiB)
+    assert pool.lent_bytes == LIMIT - SHARE
+    assert pool.take(MiB, "long") is None
+    assert len(filled(pool, PIECE_SIZE)) == SHARE // PIECE_SIZE
+
+
+def test_buffers_are_kept_for_the_next_and_given_back_when_nobody_wants_them() -> None:
+    """Again and again: what is given back makes room for others that are kept."""
+    pool = BufferPool(4 * KEPT_BYTES_MAX)
+
+    def used_again(length: int) -> object:
+        view = pool.take(length, "asker")
+        assert view is not None
+        pool.give(view)
+        return view.obj
+
+    for _ in range(2):
+        kept = used_again(KEPT_BYTES_MAX)
+        pool.tidy()
+        for _ in range(2):
+            assert used_again(KEPT_BYTES_MAX - 1) is kept
+        assert used_again(KEPT_BYTES_MAX // 2) is not used_again(KEPT_BYTES_MAX // 2), "no more than so much is kept"
+        pool.tidy()
+        pool.tidy()
+        assert used_again(KEPT_BYTES_MAX) is not kept
+        pool.tidy()
+        pool.tidy()
+
+
+def test_who_asks_in_vain_wakes_nobody() -> None:
+    """Or those who wait would wake each other without end."""
+
+    async def scenario() -> int:
+        shared = Shared(asyncio.get_running_loop(), Registry(), Limits(total_bytes=LIMIT))
+        held = shared.take(LIMIT - SHARE, "holder")
+        short = shared.take(512, "holder")
+        assert held is not None
+        assert short is not None
+        try_count = 0
+
+        def wait(asker: str) -> None:
+            def try_again() -> None:
+                nonlocal try_count
+                try_count += 1
+                if shared.take(MiB, asker) is None:
+                    wait(asker)
+
+            shared.when_room(try_again)
+
+        for asker in ("first", "second"):
+            assert shared.take(MiB, asker) is None
+            wait(asker)
+        shared.give(short)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert try_count == 2
+        shared.give(held)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        return try_count
+
+    assert asyncio.run(scenario()) == 4
 
 
 def test_all_who_wait_for_room_have_one_try_and_few_of_them_in_a_turn() -> None:
