@@ -368,6 +368,8 @@ def test_load_contradicting_limits_are_refused_wherever_they_come_from(file: Pat
     ):
         (problem,) = problems(file, text, **environment)
         assert problem.startswith(f"{where}limits.connection_bytes is ")
+    with pytest.raises(ConfigFileError, match=r"^limits\.connection_bytes is "):
+        config_without_file((), environment={"NBDIMG_LIMIT_TOTAL_BYTES": "1M"})
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def token_file(tmp_path: Path) -> Path:
 def write_token(path: Path, text: str, mode: int = 0o600) -> None:
     """Exchange the file, as who renews a token does."""
     new = path.with_suffix(".new")
-    new.write_text(text)
+    new.write_text(text, errors="surrogateescape")
     new.chmod(mode)
     new.replace(path)
 
@@ -68,6 +68,7 @@ def test_token_right_is_let_in(server: FakeServer, header: str) -> None:
         f"Bearer x{TOKEN}",
         f"Bearer {TOKEN} {TOKEN}",
         "Bearer ünïcode-0123456789",
+        "Bearer no-utf-8-\udcff-0123456789",
         f"Bearer {'x' * 4000}",
     ],
 )
@@ -77,6 +78,13 @@ def test_token_wrong_or_none_is_401_whatever_was_asked(server: FakeServer, heade
     assert answer.status == 401
     assert answer.headers["www-authenticate"].startswith("Bearer")
     assert TOKEN not in answer.detail + server.log
+
+
+def test_token_wrong_is_logged_and_none_is_not(server: FakeServer) -> None:
+    authorized(server, None)
+    assert "wrong token" not in server.log
+    authorized(server, f"Bearer {TOKEN}x")
+    assert server.log.count("127.0.0.1: a wrong token for the admin API") == 1
 
 
 def test_token_is_not_needed_at_the_socket_nor_for_metrics(server: FakeServer, tmp_path: Path) -> None:
@@ -91,7 +99,9 @@ def test_token_renewed_is_taken_at_once_and_the_old_one_is_not(server: FakeServe
     assert authorized(server, "Bearer another-token-of-this-server").status == 200
 
 
-@pytest.mark.parametrize("text", ["", "short", "two tokens-in-one-line", "ünïcode-0123456789", "x" * 5000])
+@pytest.mark.parametrize(
+    "text", ["", "short", "two tokens-in-one-line", "ünïcode-0123456789", "no-utf-8-\udcff-0123456789", "x" * 5000]
+)
 def test_token_file_that_went_wrong_lets_nobody_in_until_it_is_right(
     server: FakeServer, token_file: Path, text: str
 ) -> None:

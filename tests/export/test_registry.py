@@ -95,6 +95,17 @@ def test_remove_takes_the_export_out_and_frees_its_name() -> None:
         exports.remove("c")
 
 
+def test_terms_of_an_export_go_with_it() -> None:
+    exports, others = Registry(), Terms((Rule(uids=frozenset({1})),), is_tls_only=True)
+    exports.add(export("a"), others)
+    assert exports.terms("a") is others
+    exports.remove("a")
+    with pytest.raises(KeyError):
+        exports.terms("a")
+    exports.add(export("a"))
+    assert exports.terms("a") == Terms()
+
+
 def test_listed_keeps_the_order_of_adding_and_iteration_survives_a_removal() -> None:
     exports = registry("b", "a", "c")
     assert [info.name for info in view(exports).listed()] == ["b", "a", "c"]

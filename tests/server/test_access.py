@@ -72,6 +72,17 @@ def test_networks_are_compared_as_numbers(address: str, network: str, is_in: boo
     assert right_of(Who(address=ip_address(address)), [within(network)]) is expected
 
 
+def test_one_of_several_networks_is_enough() -> None:
+    rule = within("10.0.0.0/8", "192.168.1.0/24", "2001:db8::/32")
+    for address, expected in (
+        ("10.1.2.3", Right.WRITE),
+        ("192.168.1.9", Right.WRITE),
+        ("2001:db8::9", Right.WRITE),
+        ("192.168.2.9", Right.NONE),
+    ):
+        assert right_of(Who(address=ip_address(address)), [rule]) is expected
+
+
 @pytest.mark.parametrize(
     ("rules", "expected"),
     [

@@ -540,6 +540,7 @@ def test_reload_serves_the_new_certificate_and_leaves_who_is_connected_alone(sit
             assert peer_serial(after) == new.certificate.serial_number
         assert before.read(0, SIZE).data == site.content
         assert peer_serial(before) == own.certificate.serial_number
+        assert (server.service.reload_count, server.service.refused_reload_count) == (1, 0)
 
 
 def test_reload_of_files_that_do_not_fit_keeps_the_old_ones(site: Site, copy: Path) -> None:
@@ -550,6 +551,7 @@ def test_reload_of_files_that_do_not_fit_keeps_the_old_ones(site: Site, copy: Pa
         os.replace(new.certificate_path, own.certificate_path)
         server.now(server.service.reload_tls)
         assert server.has_logged("the TLS files were not reloaded")
+        assert (server.service.reload_count, server.service.refused_reload_count) == (0, 1)
         with site.connect(server) as client:
             assert peer_serial(client) == own.certificate.serial_number
 
@@ -644,9 +646,11 @@ def test_settings_that_do_not_go_together_are_refused(fields: dict[str, str], me
 def test_listener_that_would_give_data_out_in_clear_is_refused(
     site: Site, uri: str, mode: str | None, message: str
 ) -> None:
+    """Also where only one of its exports may be reached without TLS."""
     tls = None if mode is None else replace(site.tls, mode=mode)  # type: ignore[arg-type]
-    export = ExportConfig(str(site.image), "disk", "raw", is_read_only=True, is_tls_only=False)
-    config = ServerConfig((export,), (NbdUri.parse(uri),), tls=tls)
+    plain = ExportConfig(str(site.image), "disk", "raw", is_read_only=True, is_tls_only=False)
+    exports = (plain, replace(plain, name="secret", is_tls_only=True))
+    config = ServerConfig(exports, (NbdUri.parse(uri),), tls=tls)
     with pytest.raises(ConfigError, match=message):
         LiveServer(config).__enter__()
 

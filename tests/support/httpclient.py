@@ -73,14 +73,16 @@ def ask(
     body: object = None,
     headers: Mapping[str, str] | None = None,
 ) -> Answer:
-    """`body`: bytes as they are, anything else as JSON; a body is said to be JSON unless `headers` say otherwise."""
+    """`body`: bytes as they are, anything else as JSON; a body is said to be JSON unless `headers` say otherwise. Bytes
+    that are no UTF-8 stand in headers as `surrogateescape` has them.
+    """
     raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     given = {"Host": "localhost", "Connection": "close"}
     if body is not None:
         given |= {"Content-Type": "application/json", "Content-Length": str(len(raw))}
     given |= headers or {}
     lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in given.items())]
-    return exchanged(address, "\r\n".join([*lines, "", ""]).encode() + raw)
+    return exchanged(address, "\r\n".join([*lines, "", ""]).encode(errors="surrogateescape") + raw)
 
 
 def http_address(log: str) -> list[tuple[str, int]]:
