@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import sys
+import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from time import monotonic
@@ -38,13 +39,32 @@ class JsonFormatter(logging.Formatter):
 
 
 def start_logging(format: str, *, is_verbose: bool) -> None:
-    """Log to standard error from now on. `format`: one of LOG_FORMATS; "auto" is text at a terminal, else JSON."""
+    """Log to standard error from now on, also what Python would write there itself. `format`: one of LOG_FORMATS; "auto"
+    is text at a terminal, else JSON.
+    """
     if format == "auto":
         format = "text" if sys.stderr.isatty() else "json"
     handler = logging.StreamHandler(sys.stderr)
     is_text = format == "text"
     handler.setFormatter(logging.Formatter("nbdimg: %(levelname)s: %(message)s") if is_text else JsonFormatter())
     logging.basicConfig(level=logging.DEBUG if is_verbose else logging.INFO, handlers=[handler])
+    logging.captureWarnings(True)
+    threading.excepthook = _on_thread_failure
+    sys.unraisablehook = _on_unraisable
+
+
+def _on_thread_failure(found: threading.ExceptHookArgs) -> None:
+    if found.exc_type is not SystemExit:
+        _tell_failure("in a thread", found.exc_value)
+
+
+def _on_unraisable(found: sys.UnraisableHookArgs) -> None:
+    _tell_failure(found.err_msg or "in a destructor", found.exc_value)
+
+
+def _tell_failure(where: str, error: BaseException | None) -> None:
+    logger.error("internal error: %s: %r", where, error)
+    logger.debug("the failure's traceback", exc_info=error)
 
 
 class LimitedLog:

@@ -25,6 +25,21 @@ from tests.support.server import NbdimgServer
 
 LINE_LIMIT_S = 30
 
+STRAY = """
+import threading, warnings
+from nbdimg.server.log import start_logging
+class Fragile:
+    def __del__(self):
+        raise ValueError("destroyed")
+start_logging("json", is_verbose=False)
+warnings.warn("of two\\nlines")
+thread = threading.Thread(target=lambda: 1 / 0)
+thread.start()
+thread.join()
+Fragile()
+"""
+"""What Python itself says on standard error."""
+
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
@@ -107,6 +122,17 @@ def test_traceback_and_line_breaks_stay_within_the_line() -> None:
     found = json.loads(line)
     assert found["message"] == "it broke\n"
     assert found["traceback"].endswith("ValueError: two\nlines")
+
+
+def test_what_python_itself_complains_of_is_one_object_a_line_too() -> None:
+    done = subprocess.run([sys.executable, "-c", STRAY], capture_output=True, text=True, timeout=60, check=True)
+    warning, thread, destructor = parsed(done.stderr)
+    assert (warning["level"], "UserWarning: of two\nlines" in warning["message"]) == ("WARNING", True)
+    assert (thread["level"], thread["message"]) == (
+        "ERROR",
+        "internal error: in a thread: ZeroDivisionError('division by zero')",
+    )
+    assert destructor["message"] == "internal error: in a destructor: ValueError('destroyed')"
 
 
 def test_control_text_is_no_json(image: Path) -> None:
