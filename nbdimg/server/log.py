@@ -39,8 +39,9 @@ class JsonFormatter(logging.Formatter):
 
 
 def start_logging(format: str, *, is_verbose: bool) -> None:
-    """Log to standard error from now on, also what Python would write there itself. `format`: one of LOG_FORMATS; "auto"
-    is text at a terminal, else JSON.
+    """Log to standard error from now on, also what Python would write there itself.
+
+    Args: format: one of LOG_FORMATS; "auto" is text at a terminal, else JSON.
     """
     if format == "auto":
         format = "text" if sys.stderr.isatty() else "json"
