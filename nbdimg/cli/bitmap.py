@@ -10,6 +10,7 @@ import typer
 
 from nbdimg.cli.interrupt import interrupted_between
 from nbdimg.cli.opened import opened_qcow2
+from nbdimg.cli.options import parsed
 from nbdimg.cli.output import print_json, print_table, shown
 from nbdimg.errors import escaped
 from nbdimg.formats.qcow2.bitmap_edit import BitmapEditor, open_editor
@@ -48,7 +49,7 @@ def add(
     as_json: AsJson = False,
 ) -> None:
     """Add a clean bitmap; from now on it follows every change."""
-    size = None if granularity is None else parse_size(granularity)
+    size = None if granularity is None else parsed("--granularity", parse_size, granularity)
     _change(image, as_json, f"added {escaped(name)}", lambda editor: editor.add(name, size, is_enabled=not disabled))
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from nbdimg.cli.options import parsed
 from nbdimg.cli.output import QUIET_S, print_json, progress, shown
 from nbdimg.cli.streams import complain
 from nbdimg.errors import ConfigError, escaped
@@ -155,8 +156,8 @@ def create(
     if format == "vhdx":
         vhdx_options = vhdx.CreateOptions(
             subformat=cast(vhdx.Subformat, subformat or ("differencing" if parent else "dynamic")),
-            block_size=None if block_size is None else parse_size(block_size),
-            log_size=vhdx.LOG_SIZE if log_size is None else parse_size(log_size),
+            block_size=None if block_size is None else parsed("--block-size", parse_size, block_size),
+            log_size=vhdx.LOG_SIZE if log_size is None else parsed("--log-size", parse_size, log_size),
             logical_sector_size=logical_sector_size,
             physical_sector_size=physical_sector_size,
             parent=None if parent is None else run_loop(read_parent(parent)),
@@ -165,7 +166,9 @@ def create(
         return
     options = CreateOptions(
         version=_version(compat),
-        cluster_size=_DEFAULTS.cluster_size if cluster_size is None else parse_size(cluster_size),
+        cluster_size=(
+            _DEFAULTS.cluster_size if cluster_size is None else parsed("--cluster-size", parse_size, cluster_size)
+        ),
         refcount_bits=_DEFAULTS.refcount_bits if refcount_bits is None else refcount_bits,
         has_extended_l2=extended_l2,
         compression=cast(CompressionName, compression_type or _DEFAULTS.compression),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nbdimg.cli.healthcheck import DEFAULT_SOCKET, SOCKET_VARIABLE
+from nbdimg.cli.options import parsed
 from nbdimg.cli.output import dated, print_json, print_table, shown, sized
 from nbdimg.errors import ConfigError
 from nbdimg.formats import DRIVERS
@@ -65,7 +66,7 @@ def _export_row(export: dict[str, Any]) -> tuple[str, ...]:
 
 @ctl.command()
 def clients(
-    export: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Only those of this export.")] = None,
+    export: Annotated[str | None, typer.Argument(metavar="NAME", help="Only those of this export.")] = None,
     socket: SocketPath = DEFAULT_SOCKET,
     url: Url = None,
     token_file: TokenFile = None,
@@ -134,7 +135,7 @@ def add(
         "format": format,
         "read_only": read_only or None,
         "description": description,
-        "min_block_size": None if min_block_size is None else parse_size(min_block_size),
+        "min_block_size": None if min_block_size is None else parsed("--min-block-size", parse_size, min_block_size),
         "key_file": None if key_file is None else whole(key_file),
         "allow_references": None if allow_references is None else [whole(each) for each in allow_references],
     }

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from nbdimg.cli.opened import opening
-from nbdimg.cli.options import AllowReferences, Format, Parent
+from nbdimg.cli.options import AllowReferences, Format, Parent, parsed
 from nbdimg.cli.output import JSON_VERSION, shown
 from nbdimg.errors import ConfigError
 from nbdimg.formats import open_image
@@ -41,8 +41,8 @@ def map_(
 
     An encrypted image needs no key. A part that no file has reads as zeroes.
     """
-    first = parse_size(start)
-    count = None if length is None else parse_size(length)
+    first = parsed("--start", parse_size, start)
+    count = None if length is None else parsed("--length", parse_size, length)
     run_loop(_map(image, format, tuple(allow_references or ()), parent, first, count, as_json))
 
 

@@ -1,12 +1,16 @@
-"""Options that several verbs have."""
+"""Options that several verbs have, and what the values of options mean."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, TypeVar
 
 import typer
 
+from nbdimg.errors import ConfigError
 from nbdimg.formats import DRIVERS
+
+T = TypeVar("T")
 
 Format = Annotated[
     str | None, typer.Option(metavar="|".join(DRIVERS), help="The image's format (default: by its magic number).")
@@ -26,3 +30,11 @@ KeyFile = Annotated[
     str | None, typer.Option("--key-file", metavar="FILE", help="The passphrase of an encrypted image, from a file.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def parsed(option: str, parse: Callable[[str], T], text: str) -> T:
+    """What `text` means as the value of `option`. Raises: ConfigError: naming the option besides what `parse` says."""
+    try:
+        return parse(text)
+    except ConfigError as error:
+        raise ConfigError(f"{option}: {error}") from None

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nbdimg.cli.options import parsed
 from nbdimg.cli.running import serve_file, serve_images
 from nbdimg.config import DEFAULT_LISTENER, LOG_FORMATS, SANDBOX_MODES, AdminConfig, ExportConfig, TlsConfig
 from nbdimg.configfile import Overrides, config_without_file
@@ -209,10 +210,10 @@ def serve(
         allows_plaintext=insecure_plaintext or None,
         tls=_tls(tls_certificate, tls_psk_file, key=tls_key, client_ca=tls_client_ca, crl=tls_crl, **tls_choices),
         admin=_admin(admin_socket, admin_listen, admin_token_file),
-        metrics_address=tcp_address(metrics_listen) if metrics_listen is not None else None,
-        sandbox=None if sandbox is None else one_of(*SANDBOX_MODES)(sandbox),
+        metrics_address=parsed("--metrics-listen", tcp_address, metrics_listen) if metrics_listen is not None else None,
+        sandbox=None if sandbox is None else parsed("--sandbox", one_of(*SANDBOX_MODES), sandbox),
         image_directories=tuple(image_directory) if image_directory else None,
-        log_format=None if log_format is None else one_of(*LOG_FORMATS)(log_format),
+        log_format=None if log_format is None else parsed("--log-format", one_of(*LOG_FORMATS), log_format),
     )
     inheritance = inherit()
     default_listeners = () if any(map(is_for_clients, inheritance.listeners)) else (DEFAULT_LISTENER,)
@@ -225,7 +226,7 @@ def serve(
             raise ConfigError(f"with --config images and their options stand in {config}, not on the command line")
         return run_loop(serve_file(config, overrides, default_listeners, inheritance, is_verbose=verbose))
     check_format(format)
-    block_size_min = parse_size(min_block_size)
+    block_size_min = parsed("--min-block-size", parse_size, min_block_size)
     exports = tuple(
         replace(
             _export(argument),
@@ -260,7 +261,7 @@ def _admin(socket: str | None, listen: str | None, token: str | None) -> AdminCo
     """None when no option of the API is given. Raises: ConfigError: some do not go together."""
     if socket is None and listen is None and token is None:
         return None
-    return AdminConfig(socket, None if listen is None else tcp_address(listen), token)
+    return AdminConfig(socket, None if listen is None else parsed("--admin-listen", tcp_address, listen), token)
 
 
 def _export(argument: str) -> ExportConfig:

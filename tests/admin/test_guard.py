@@ -181,10 +181,16 @@ def test_preflight_of_a_browser_is_not_granted(server: FakeServer, tmp_path: Pat
     [
         (["--admin-listen=127.0.0.1:0"], "the admin API at 127.0.0.1:0 needs a token file"),
         (["--admin-token-file=TOKEN"], "a token file is for an admin API that listens on TCP"),
-        (["--admin-listen=9808", "--admin-token-file=TOKEN"], "'9808' is not allowed, expected HOST:PORT"),
-        (["--metrics-listen=[::1]"], "'[::1]' is not allowed, expected HOST:PORT"),
-        (["--metrics-listen=::1:9809"], "'::1:9809' is not allowed, expected HOST:PORT"),
-        (["--metrics-listen=127.0.0.1:65536"], "'127.0.0.1:65536' is not allowed, expected HOST:PORT"),
+        (
+            ["--admin-listen=9808", "--admin-token-file=TOKEN"],
+            "--admin-listen: '9808' is not allowed, expected HOST",
+        ),
+        (["--metrics-listen=[::1]"], "--metrics-listen: '[::1]' is not allowed, expected HOST:PORT"),
+        (["--metrics-listen=::1:9809"], "--metrics-listen: '::1:9809' is not allowed, expected HOST:PORT"),
+        (
+            ["--metrics-listen=127.0.0.1:65536"],
+            "--metrics-listen: '127.0.0.1:65536' is not allowed, expected HOST:PORT",
+        ),
         (["--admin-listen=127.0.0.1:0", "--admin-token-file=/nope"], "token file /nope: No such file or directory"),
         (
             ["--admin-listen=0.0.0.0:0", "--admin-token-file=TOKEN"],

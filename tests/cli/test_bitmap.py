@@ -197,7 +197,7 @@ def test_refusals_are_one_line_and_change_nothing(refused: Any) -> None:
     refused(["add", "old.qcow2", "b0"], IMAGE, "old.qcow2: images of version 2 cannot store bitmaps, version 3 can")
     refused(["add", "empty.qcow2", "b0"], IMAGE, "empty.qcow2: a disk of size 0 has no bitmaps")
     refused(["add", "disk.qcow2", "b0", "-g", "1000"], USAGE, "granularity is 1000, expected a power of two from .*")
-    refused(["add", "disk.qcow2", "b0", "-g", "x"], USAGE, "'x' is not a size: .*")
+    refused(["add", "disk.qcow2", "b0", "-g", "x"], USAGE, "--granularity: 'x' is not a size: .*")
     refused(["add", "disk.qcow2", ""], USAGE, "bitmap name '': expected 1 to 1023 bytes .*")
     refused(["remove", "disk.qcow2", "b0"], USAGE, "disk.qcow2: there is no bitmap 'b0', known are none")
     refused(["merge", "disk.qcow2", "b0"], USAGE, "Missing argument 'SOURCE...'; see nbdimg bitmap merge --help")

@@ -110,7 +110,7 @@ def test_add_that_is_refused_says_why_in_the_servers_words(ctl: Ctl, served: Ser
     assert said == "there is an export 'disk' already, expected another name"
     said = ctl("add", "--format=vmdk", missing, status=USAGE)
     assert said.startswith("request body: format: 'vmdk' is not allowed, expected raw, qcow2 or vhdx")
-    assert ctl("add", "--min-block-size=x", missing, status=USAGE).startswith("'x' is not a size")
+    assert ctl("add", "--min-block-size=x", missing, status=USAGE).startswith("--min-block-size: 'x'")
 
 
 def test_resize_and_shrink(ctl: Ctl, served: Served) -> None:

@@ -96,6 +96,8 @@ def size_of(address: str | tuple[str, int], name: str) -> int:
         (["--request-timeout", "soon"], "--request-timeout"),
         (["--drain-timeout", "-1"], "--drain-timeout"),
         (["--drain-timeout", "nan"], "--drain-timeout"),
+        (["--log-format", "xml"], "--log-format: 'xml' is not allowed, expected auto, text or json"),
+        (["--min-block-size", "x"], "--min-block-size: 'x' is not a size"),
         (["--description", "x" * 4097], "description must be at most 4096"),
         (["--listen"], "--listen"),
         (["--listen", ""], "scheme must be"),

@@ -250,7 +250,7 @@ def test_serve_unknown_mode_names_the_known_ones() -> None:
     argv = [sys.executable, "-m", "nbdimg", "serve", "--sandbox=maybe"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=PROBE_LIMIT_S)
     assert done.returncode == USAGE
-    assert done.stderr == "nbdimg: 'maybe' is not allowed, expected auto, require or off\n"
+    assert done.stderr == "nbdimg: --sandbox: 'maybe' is not allowed, expected auto, require or off\n"
 
 
 # The server's process
