@@ -46,6 +46,9 @@ change is taken up when it has stayed as it is for so long."""
 IN_PLACE = frozenset({"description", "access", "is_tls_only"})
 """Fields of ExportConfig that change while the image stays open."""
 
+LASTING = frozenset({"admin", "metrics_address", "log_format"})
+"""Fields of ServerConfig that stay what they were at the start."""
+
 Stamp = tuple[str, int, int, int, int, int]
 
 logger = logging.getLogger("nbdimg")
@@ -245,7 +248,8 @@ class Reloader:
             if each.name in service.live:
                 raise ConfigError(f"export {each.name} was added live: remove that one, or give this one another name")
         service.check(new)
-        asked, new = new, replace(new, admin=service.config.admin, metrics_address=service.config.metrics_address)
+        lasting: dict[str, Any] = {name: getattr(service.config, name) for name in LASTING}
+        asked, new = new, replace(new, **lasting)
         sandbox.check(new)
         tls = None if new.tls is None else Tls(new.tls)
         found = difference(service.config, new)
@@ -259,7 +263,7 @@ class Reloader:
                 await _discard(prepared)
                 raise
             if new != asked:
-                logger.warning("what is new in [admin] and [metrics] takes a restart")
+                logger.warning("what is new in [admin], [metrics] and log_format takes a restart")
             leaving = self._commit(found, prepared, new)
         service.server.set_tls(tls)
         return found, await self._settle(found, prepared, leaving)

@@ -394,7 +394,7 @@ def test_reload_of_a_wrong_file_is_422_with_its_problem_and_changes_nothing(serv
 
 def test_reload_that_changes_the_listeners_of_http_says_that_it_takes_a_restart(served: Served) -> None:
     """Another port, which the sandbox keeps closed, keeps nothing else from being reloaded."""
-    warning = "what is new in [admin] and [metrics] takes a restart"
+    warning = "what is new in [admin], [metrics] and log_format takes a restart"
     new = '[admin]\nsocket = "other.sock"\n[metrics]\nlisten="127.0.0.1:1"\n'
     served.write(served.text.replace(ADMIN, new))
     try:
