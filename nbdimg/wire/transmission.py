@@ -251,9 +251,12 @@ class Receiver:
             )
 
     def abandon(self) -> memoryview | None:
-        """The buffer of a payload that has not come whole, for its owner to have again. Its request is forgotten."""
+        """The buffer of a payload that has not come whole, for its owner to have again. Its request is forgotten, and
+        what `park` has kept.
+        """
         payload, self._payload, self._partial = self._payload, None, None
         self._filled = 0
+        self._carry = b""
         return payload
 
     def park(self) -> None:

@@ -394,6 +394,15 @@ def test_feed_puts_bytes_in_front_of_what_comes(is_extended: bool, cut: int) -> 
     assert owner.seen == [was_read(1), written(content(80), 2), was_read(3)]
 
 
+def test_abandoned_receiver_keeps_nothing_of_what_has_come() -> None:
+    owner = Owner()
+    owner.receiver.feed(read(False) * 9)
+    assert owner.receiver.is_mid_request()
+    assert owner.receiver.abandon() is None
+    assert not owner.receiver.carried
+    assert not owner.receiver.is_mid_request()
+
+
 def test_feed_fills_the_buffer_and_not_more() -> None:
     Owner().receiver.feed(bytes(SCRATCH_SIZE))
     with pytest.raises(ProtocolError, match=str(SCRATCH_SIZE + 1)):
