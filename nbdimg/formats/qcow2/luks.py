@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from struct import Struct
+from weakref import WeakValueDictionary
 
 from nbdimg.errors import ConfigError, CorruptImage, ImageError, UnsupportedFeature, escaped
 from nbdimg.formats.qcow2.crypt import CIPHER, SECTOR_SIZE, SectorCipher, check_algorithm, sector_cipher
@@ -226,8 +227,16 @@ def _text(field: bytes) -> str:
     return field.partition(b"\0")[0].decode("utf-8", "backslashreplace")
 
 
+_unlocked: WeakValueDictionary[bytes, SectorCipher] = WeakValueDictionary()
+"""By a digest of header and passphrase: the ciphers of images that are open, and of nothing else."""
+
+_DIGEST_KEY = os.urandom(SALT_SIZE)
+"""Of this process: what is remembered says nothing of a passphrase to anybody who does not read its memory."""
+
+
 def unlock(path: str | os.PathLike[str], area: bytes, passphrase: bytes) -> SectorCipher:
-    """The cipher of the guest's data. Takes seconds of processor time: for a worker thread.
+    """The cipher of the guest's data. Takes seconds of processor time: for a worker thread. An image that is open has
+    paid for those of its snapshots, which are opened one by one beside it: they get the same.
 
     Raises:
         ConfigError: the passphrase opens no slot.
@@ -235,7 +244,12 @@ def unlock(path: str | os.PathLike[str], area: bytes, passphrase: bytes) -> Sect
         ImageError: no slot is active, so no passphrase can.
     """
     header = parse(path, area)
-    return sector_cipher(path, header.cipher, header.mode, master_key(path, header, area, passphrase))
+    digest = hmac.digest(_DIGEST_KEY, area[:HEADER_SIZE] + passphrase, "sha256")
+    cipher = _unlocked.get(digest)
+    if cipher is None:
+        cipher = sector_cipher(path, header.cipher, header.mode, master_key(path, header, area, passphrase))
+        _unlocked[digest] = cipher
+    return cipher
 
 
 def master_key(path: str | os.PathLike[str], header: LuksHeader, area: bytes, passphrase: bytes) -> bytes:

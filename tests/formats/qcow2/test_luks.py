@@ -7,12 +7,14 @@ to make a LUKS image, however few rounds it is told to spend, so few are made; a
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import random
 import struct
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -236,6 +238,25 @@ def test_header_with_the_qemu_default_of_two_seconds_is_within_the_bounds(create
 def test_wrong_passphrase_is_one_clear_error(created: bytes, passphrase: bytes) -> None:
     with pytest.raises(ConfigError, match=r"^disk\.qcow2: the passphrase is wrong: it opens none of 1 active LUKS"):
         luks.unlock("disk.qcow2", created, passphrase)
+
+
+def test_image_that_is_open_is_not_unlocked_a_second_time(created: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, paid = luks.master_key, []
+
+    def master_key(*arguments: Any) -> bytes:
+        paid.append(arguments[-1])
+        return real(*arguments)
+
+    monkeypatch.setattr(luks, "master_key", master_key)
+    first = luks.unlock("x", created, PASSPHRASE)
+    assert luks.unlock("x", created, PASSPHRASE) is first
+    assert paid == [PASSPHRASE]
+    with pytest.raises(ConfigError, match="the passphrase is wrong"):
+        luks.unlock("x", created, b"other")
+    del first
+    gc.collect()
+    luks.unlock("x", created, PASSPHRASE)
+    assert paid == [PASSPHRASE, b"other", PASSPHRASE]
 
 
 def test_second_slot_opens_with_its_own_passphrase(created: bytes) -> None:
