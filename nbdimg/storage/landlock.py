@@ -14,19 +14,19 @@ keep what they could do; stat, readlink and O_PATH are never restricted.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Collection, Iterable, Mapping
 from enum import IntFlag
-from functools import lru_cache
 from struct import Struct
+
+from nbdimg.storage.system import PR_SET_NO_NEW_PRIVS, set_process_option, system_call
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 """System calls; the same numbers on every architecture that Python runs on."""
 
 _CREATE_RULESET_VERSION = 1
 _RULE_PATH_BENEATH, _RULE_NET_PORT = 1, 2
-_PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
+_PR_SET_DUMPABLE = 4
 
 _RULESET = Struct("=QQQ")  # struct landlock_ruleset_attr: handled_access_fs, handled_access_net, scoped
 _PATH_BENEATH = Struct("=Qi")  # struct landlock_path_beneath_attr, packed: allowed_access, parent_fd
@@ -68,27 +68,10 @@ _ACCESS_COUNTS = {1: 13, 2: 14, 3: 15, 4: 15}
 """How many of `Access` a version knows; all from 5 on."""
 
 
-@lru_cache(maxsize=1)
-def _libc() -> ctypes.CDLL:
-    """An instance of its own: `system` gives its `syscall` the arguments of openat2."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.syscall.restype = ctypes.c_long
-    return libc
-
-
-def _call(number: int, *arguments: int | bytes | None) -> int:
-    """Raises: OSError."""
-    words = [ctypes.c_long(each) if isinstance(each, int) else each for each in arguments]
-    result: int = _libc().syscall(ctypes.c_long(number), *words)
-    if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return result
-
-
 def version() -> int:
     """Of the kernel's Landlock; 0: it has none, it was switched off at boot, or a filter of system calls forbids it."""
     try:
-        return _call(_CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION)
+        return system_call(_CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION)
     except OSError:
         return 0
 
@@ -112,12 +95,12 @@ def restrict(rules: Mapping[str, Access], ports: Iterable[int]) -> Mapping[str, 
         tcp = _BIND_TCP | _CONNECT_TCP
     if known >= VERSION_OF_SCOPES:
         scopes = _SCOPE_ABSTRACT_UNIX | _SCOPE_SIGNAL
-    ruleset = _call(_CREATE_RULESET, _RULESET.pack(files, tcp, scopes), _RULESET.size, 0)
+    ruleset = system_call(_CREATE_RULESET, _RULESET.pack(files, tcp, scopes), _RULESET.size, 0)
     try:
         added = {path: access for path, access in rules.items() if _add_path(ruleset, path, access & files)}
         if tcp:
             _add_ports(ruleset, frozenset(ports))
-        _call(_RESTRICT_SELF, ruleset, 0)
+        system_call(_RESTRICT_SELF, ruleset, 0)
     finally:
         os.close(ruleset)
     return added
@@ -130,7 +113,7 @@ def _add_path(ruleset: int, path: str, access: Access) -> bool:
         return False
     if not os.path.isdir(path):
         access &= _OF_FILES
-    _call(_ADD_RULE, ruleset, _RULE_PATH_BENEATH, _PATH_BENEATH.pack(access, descriptor), 0)
+    system_call(_ADD_RULE, ruleset, _RULE_PATH_BENEATH, _PATH_BENEATH.pack(access, descriptor), 0)
     # A directory of procfs that nobody holds open gets a new inode when memory is short, which would have no rule.
     if not path.startswith("/proc/"):
         os.close(descriptor)
@@ -139,13 +122,12 @@ def _add_path(ruleset: int, path: str, access: Access) -> bool:
 
 def _add_ports(ruleset: int, ports: Collection[int]) -> None:
     for port in ports:
-        _call(_ADD_RULE, ruleset, _RULE_NET_PORT, _NET_PORT.pack(_BIND_TCP, port), 0)
+        system_call(_ADD_RULE, ruleset, _RULE_NET_PORT, _NET_PORT.pack(_BIND_TCP, port), 0)
 
 
 def give_up_privileges() -> None:
     """No program that this process starts gains rights by its mode, which Landlock asks for; nobody but root may look
     into its memory, which holds keys. Raises: OSError.
     """
-    for option, value in ((_PR_SET_NO_NEW_PRIVS, 1), (_PR_SET_DUMPABLE, 0)):
-        if _libc().prctl(option, *(ctypes.c_ulong(each) for each in (value, 0, 0, 0))) != 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    set_process_option(PR_SET_NO_NEW_PRIVS, 1)
+    set_process_option(_PR_SET_DUMPABLE, 0)

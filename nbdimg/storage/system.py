@@ -1,11 +1,15 @@
-"""Linux calls that Python's `os` lacks: fallocate with modes, sync_file_range, openat2, the file system's type."""
+"""Linux calls that Python's `os` lacks: fallocate with modes, sync_file_range, openat2, prctl, any by its number; the
+file system's type.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 from functools import lru_cache
+from struct import Struct
 
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
@@ -27,13 +31,11 @@ RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_BENEATH = 0x08
 
 
-class OpenHow(ctypes.Structure):
-    """struct open_how: flags, mode, resolve; each a u64."""
+PR_SET_NO_NEW_PRIVS = 38
+"""Of a thread, and what it starts."""
 
-    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
-
-
-assert ctypes.sizeof(OpenHow) == 24
+_OPEN_HOW = Struct("=QQQ")  # struct open_how: flags, mode, resolve
+assert _OPEN_HOW.size == 24
 
 
 @lru_cache(maxsize=1)
@@ -41,15 +43,26 @@ def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    libc.syscall.argtypes = [
-        ctypes.c_long,
-        ctypes.c_int,
-        ctypes.c_char_p,
-        ctypes.POINTER(OpenHow),
-        ctypes.c_size_t,
-    ]
     libc.syscall.restype = ctypes.c_long
     return libc
+
+
+def system_call(number: int, *arguments: int | bytes | None) -> int:
+    """syscall(2), with integers as words, and bytes as the address of what they hold.
+
+    Raises: OSError.
+    """
+    words = [ctypes.c_long(each) if isinstance(each, int) else each for each in arguments]
+    result: int = _libc().syscall(ctypes.c_long(number), *words)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def set_process_option(option: int, value: int) -> None:
+    """prctl(2): some options are the thread's. Raises: OSError."""
+    if _libc().prctl(option, *(ctypes.c_ulong(each) for each in (value, 0, 0, 0))) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def fallocate(descriptor: int, mode: int, offset: int, length: int) -> bool:
@@ -78,14 +91,10 @@ def openat2(directory: int, path: bytes, flags: int, resolve: int) -> int:
 
     Raises: OSError: the call failed; ENOSYS where the kernel lacks it, EPERM also where a sandbox forbids it.
     """
-    how = OpenHow(flags=flags, resolve=resolve)
+    how = _OPEN_HOW.pack(flags, 0, resolve)
     while True:
-        descriptor: int = _libc().syscall(SYS_OPENAT2, directory, path, ctypes.byref(how), ctypes.sizeof(how))
-        if descriptor >= 0:
-            return descriptor
-        number = ctypes.get_errno()
-        if number != errno.EINTR:
-            raise OSError(number, os.strerror(number))
+        with contextlib.suppress(InterruptedError):
+            return system_call(SYS_OPENAT2, directory, path, how, len(how))
 
 
 def is_memory_file_system(device: int) -> bool:
