@@ -30,7 +30,7 @@ async def serve_images(config: ServerConfig, inheritance: Inheritance, *, is_ver
     Raises: as `serving`.
     """
     stop = _StopSignals(signal.SIGINT, *([signal.SIGHUP] if config.tls is None else []))
-    notifier = _prepare(config, None, is_verbose=is_verbose)
+    notifier = _prepare(config, None, inheritance, is_verbose=is_verbose)
     try:
         async with (
             _administered(config, inheritance.listeners) as attach,
@@ -69,7 +69,7 @@ async def serve_file(
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, is_reload_asked.set)
     seen = stamp(path)
     config = load()
-    notifier = _prepare(config.server, path, is_verbose=is_verbose)
+    notifier = _prepare(config.server, path, inheritance, is_verbose=is_verbose)
     try:
         server = config.server
         async with (
@@ -92,13 +92,13 @@ async def serve_file(
     return _exit_status(service)
 
 
-def _prepare(config: ServerConfig, path: str | None, *, is_verbose: bool) -> Notifier:
+def _prepare(config: ServerConfig, path: str | None, inheritance: Inheritance, *, is_verbose: bool) -> Notifier:
     """What comes before images and threads. Each image and each client takes descriptors: as many as are allowed."""
     start_logging(config.log_format, is_verbose=is_verbose)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     notifier = Notifier()
-    sandbox.confine(config, path)
+    sandbox.confine(config, path, [each.uri for each in inheritance.listeners])
     return notifier
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import logging
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from struct import Struct
+from typing import Any
 
-from nbdimg.config import TcpAddress
+from nbdimg.config import ServerConfig, TcpAddress
 from nbdimg.errors import ListenError
 from nbdimg.export.access import Client
 from nbdimg.uri import NbdUri
@@ -30,11 +32,19 @@ USER_TIMEOUT_MS = 120_000
 
 logger = logging.getLogger("nbdimg")
 
+_MAYBE_LEFT_OVER = "Address already in use, or the file was left over: the sandbox lets nobody ask, except at the start"
+
 _PEER_CREDENTIALS = Struct("=iII")
 """Linux's struct ucred: pid, uid, gid."""
 
 _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
+
+_Found = list[tuple[Any, ...]]
+"""What getaddrinfo returns."""
+
+_found: dict[str, _Found] = {}
+"""By host, what `ask_before_listening` was told. It is the process's, as the sandbox is."""
 
 
 def address_of(uri: NbdUri) -> tuple[str, int]:
@@ -55,6 +65,43 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def is_name(host: str) -> bool:
+    """Whether others must be asked for its addresses, or for its zone's number (`fe80::1%eth0`). All know localhost."""
+    try:
+        return "%" in str(ipaddress.ip_address(host))
+    except ValueError:
+        return host != "localhost"
+
+
+def ask_before_listening(config: ServerConfig, inherited: Collection[NbdUri]) -> None:
+    """Ask others what listening takes to know of them, for a process that will not be able to ask: the addresses of
+    hosts, whether anybody answers at the files of Unix sockets.
+
+    Args: inherited: listeners that are open already.
+
+    Raises: ListenError.
+    """
+    taken = {address_of(each) for each in inherited}
+    for uri in config.listeners:
+        if address_of(uri) not in taken:
+            with _named(str(uri)):
+                _ask(uri.socket, uri.host)
+    if config.admin is not None and config.admin.socket_path is not None:
+        with _named(config.admin.socket_path):
+            _ask(config.admin.socket_path, None)
+    for address in (config.admin.address if config.admin else None, config.metrics_address):
+        if address is not None:
+            with _named(str(address)):
+                _ask(None, address.host)
+
+
+def _ask(path: str | None, host: str | None) -> None:
+    if path is not None:
+        _remove_left_over(path)
+    elif host is not None and is_name(host):
+        _found[host] = _look_up(host)
+
+
 def listen(uri: NbdUri) -> tuple[list[socket.socket], NbdUri]:
     """Bind and listen, non-blocking. Returns the sockets and the URI with the real port.
 
@@ -71,7 +118,7 @@ def listen(uri: NbdUri) -> tuple[list[socket.socket], NbdUri]:
 def listen_private(path: str) -> socket.socket:
     """As `listen`, at a Unix socket that only this process's user, and root, may connect to."""
     with _named(path):
-        return _listen_unix(path, mode=0o600)
+        return _listen_unix(path, is_private=True)
 
 
 def listen_tcp(address: TcpAddress) -> tuple[list[socket.socket], TcpAddress]:
@@ -106,25 +153,37 @@ def remove_socket(path: str, inode: int) -> None:
         logger.warning("socket %s cannot be removed: %s", path, error.strerror)
 
 
-def _listen_unix(path: str, mode: int | None = None) -> socket.socket:
+def _listen_unix(path: str, *, is_private: bool = False) -> socket.socket:
     """A socket file that nobody answers at is left over from a server that died, and is replaced.
 
-    Args: mode: the file's permissions, before anybody can connect.
+    Args: is_private: nobody but its owner gets permissions, by the process's umask: as long as no thread makes files.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with contextlib.suppress(FileNotFoundError):
-            if stat.S_ISSOCK(os.stat(path).st_mode) and not _answers(path):
-                os.unlink(path)
-        sock.bind(path)
-        if mode is not None:
-            os.chmod(path, mode)
+        _remove_left_over(path)
+        if is_private:
+            mask = os.umask(0o177)
+            try:
+                sock.bind(path)
+            finally:
+                os.umask(mask)
+        else:
+            sock.bind(path)
         sock.listen(BACKLOG)
         sock.setblocking(False)
     except OSError:
         sock.close()
         raise
     return sock
+
+
+def _remove_left_over(path: str) -> None:
+    """Raises: OSError: somebody answers at the file, or that cannot be found out."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            if _answers(path):
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            os.unlink(path)
 
 
 def _answers(path: str) -> bool:
@@ -134,12 +193,16 @@ def _answers(path: str) -> bool:
             probe.connect(path)
         except ConnectionRefusedError:
             return False
+        except PermissionError as error:
+            if error.errno != errno.EPERM:
+                raise
+            raise OSError(errno.EADDRINUSE, _MAYBE_LEFT_OVER) from None
         return True
 
 
 def _listen_tcp(host: str, port: int) -> list[socket.socket]:
     """One socket for each address that the host name has, on one port; 0 picks a free one."""
-    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    addresses = _found[host] if host in _found else _look_up(host)
     sockets: list[socket.socket] = []
     try:
         for family, kind, protocol, _, address in addresses:
@@ -157,6 +220,10 @@ def _listen_tcp(host: str, port: int) -> list[socket.socket]:
             sock.close()
         raise
     return sockets
+
+
+def _look_up(host: str) -> _Found:
+    return list(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE))
 
 
 def prepare(sock: socket.socket) -> None:

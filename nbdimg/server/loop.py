@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any, TypeVar
+
+from nbdimg.server.seccomp import without_rings
 
 T = TypeVar("T")
 
@@ -15,5 +18,5 @@ def run_loop(main: Coroutine[Any, Any, T]) -> T:
         from uvloop import new_event_loop
     except ImportError:
         return asyncio.run(main)
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=partial(without_rings, new_event_loop)) as runner:
         return runner.run(main)

@@ -1,10 +1,12 @@
 """What the server's process gives up for good before it opens an image or a socket of its configuration.
 
 Landlock then holds all of the process to the directories that the configuration names, whoever asks: a reference in an
-image, a symlink, or a fault of the server's own. It executes nothing, connects no TCP socket, binds none to another
-port. What Landlock does not know is left: Unix sockets with a name, UDP, MPTCP, TCP Fast Open, attributes of files.
-It comes before the images because those are what cannot be trusted, and because it holds for the threads that are
-started behind it.
+image, a symlink, or a fault of the server's own. It binds no TCP socket to another port. What Landlock does not know a
+filter of system calls refuses: to connect, to send elsewhere, to execute what is in memory, to change attributes of
+files, to reach for other processes. What must be asked of others to listen is asked between the two.
+
+Both come before the images because those are what cannot be trusted, and because Landlock holds for the threads that
+are started behind it.
 
 Directories and not files, so that images may be added, and files be exchanged, in them: a certificate that is renewed,
 a configuration behind Kubernetes' `..data`. What they are cannot be changed any more. So what a reload or an added
@@ -19,14 +21,17 @@ import os
 import resource
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nbdimg.config import ExportConfig, ServerConfig
 from nbdimg.errors import ConfigError
+from nbdimg.server import seccomp
+from nbdimg.server.listen import ask_before_listening, is_name
 from nbdimg.storage import landlock
 from nbdimg.storage.landlock import Access
+from nbdimg.uri import NbdUri
 
 READ = Access.READ_FILE | Access.READ_DIR
 WRITE = READ | Access.WRITE_FILE | Access.TRUNCATE
@@ -50,10 +55,11 @@ logger = logging.getLogger("nbdimg")
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """Directories and files by their real paths, and TCP ports to listen at."""
+    """Directories and files by their real paths, TCP ports to listen at, and names of hosts to look up for that."""
 
     paths: Mapping[str, Access]
     ports: frozenset[int]
+    hosts: frozenset[str] = frozenset()
 
     def missing(self, path: str, access: Access) -> Access:
         """What of `access` is not allowed at `path`."""
@@ -68,53 +74,62 @@ class Allowance:
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """What holds since the start. `version` is Landlock's, 0 when it restricts nothing; `config_path` the file's."""
+    """What holds since the start. `version` is Landlock's, 0 when it restricts nothing; `is_filtered`: system calls
+    are; `config_path` is the file's.
+    """
 
     mode: str
     version: int
+    is_filtered: bool
     allowed: Allowance
     config_path: str | None
 
     def __str__(self) -> str:
         if self.mode == "off":
             return "off"
+        calls = "system calls" if self.is_filtered else "no filter of system calls"
         if not self.version:
-            return "no Landlock"
+            return f"no Landlock; {calls}"
         parts = ["files"]
         if self.version >= landlock.VERSION_OF_TCP:
             parts.append("TCP")
         if self.version >= landlock.VERSION_OF_SCOPES:
             parts += ["abstract sockets", "signals"]
-        return f"Landlock {self.version}: {', '.join(parts)}"
+        return f"Landlock {self.version}: {', '.join(parts)}; {calls}"
 
     def check(self, needed: Allowance) -> None:
         """Raises: ConfigError: the kernel would refuse some of it, other than by saying that it is not there."""
-        if not self.version:
-            return
-        for path, access in needed.paths.items():
+        for path, access in needed.paths.items() if self.version else ():
             missing = self.allowed.missing(path, access)
             if missing and os.path.exists(path):
                 what = next((word for kind, word in _WORDS.items() if missing in kind), _WORDS[WRITE])
                 hint = "; image_directories (--image-directory) are for images to come" if missing in WRITE else ""
                 raise ConfigError(_refusal(f"{path} for {what}") + hint)
-        if self.version >= landlock.VERSION_OF_TCP:
+        if self.version >= landlock.VERSION_OF_TCP or (self.is_filtered and not self.allowed.ports):
             for port in sorted(needed.ports - self.allowed.ports):
                 raise ConfigError(_refusal(f"TCP port {port}"))
+        if self.is_filtered:
+            for host in sorted(needed.hosts - self.allowed.hosts):
+                raise ConfigError(_refusal(f"looking up {host}"))
 
 
 _current: Sandbox | None = None
 """None: nobody has confined this process. It is the process's, as what it describes is."""
 
 
-def confine(config: ServerConfig, config_path: str | None = None) -> None:
+def confine(config: ServerConfig, config_path: str | None = None, inherited: Collection[NbdUri] = ()) -> None:
     """Give up what serving `config` does not need, as far as the kernel can; only the mode "require" insists.
 
     Must be called before the process starts threads, for which it would not hold.
 
-    Raises: ConfigError: the mode is "require" and the kernel cannot.
+    Args: inherited: listeners that are open already.
+
+    Raises:
+        ConfigError: the mode is "require" and the kernel cannot.
+        ListenError: one of `config`'s listeners cannot be opened.
     """
     global _current
-    allowed, version = allowance(config, config_path), 0
+    allowed, version, is_filtered = allowance(config, config_path), 0, False
     if config.sandbox != "off":
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         landlock.give_up_privileges()
@@ -127,7 +142,16 @@ def confine(config: ServerConfig, config_path: str | None = None) -> None:
             if config.sandbox == "require":
                 raise ConfigError(f"sandbox is require and Landlock does not work here: {error.strerror}") from None
             version = 0
-    _current = Sandbox(config.sandbox, version, allowed, config_path)
+        ask_before_listening(config, inherited)
+        try:
+            seccomp.install(has_tcp=bool(allowed.ports))
+            is_filtered = True
+        except OSError as error:
+            if config.sandbox == "require":
+                raise ConfigError(
+                    f"sandbox is require and system calls cannot be filtered here: {error.strerror}"
+                ) from None
+    _current = Sandbox(config.sandbox, version, is_filtered, allowed, config_path)
 
 
 def _check_version(version: int) -> None:
@@ -143,12 +167,12 @@ def _check_version(version: int) -> None:
 def _restricted(wanted: Allowance) -> Allowance:
     """What is allowed from now on. Raises: OSError."""
     wanted = _with_program(wanted)
-    return Allowance(landlock.restrict(wanted.paths, wanted.ports), wanted.ports)
+    return replace(wanted, paths=landlock.restrict(wanted.paths, wanted.ports))
 
 
 def announce() -> None:
     """Log what restricts this process."""
-    is_missed = _current is not None and _current.mode != "off" and not _current.version
+    is_missed = _current is not None and _current.mode != "off" and not (_current.version and _current.is_filtered)
     logger.log(logging.WARNING if is_missed else logging.INFO, "sandbox: %s", summary())
     if os.geteuid() == 0:
         logger.warning("this runs as root, which serving does not need")
@@ -172,7 +196,7 @@ def check(config: ServerConfig) -> None:
 
 def check_export(config: ExportConfig) -> None:
     """As `check`, of one export."""
-    if _current is not None and _current.version:
+    if _current is not None:
         _current.check(Allowance(_merged(_export_needs(config)), frozenset()))
 
 
@@ -186,9 +210,14 @@ def reason(error: OSError) -> str:
 
 def allowance(config: ServerConfig, config_path: str | None = None) -> Allowance:
     """What serving `config` needs, and reading it again from `config_path`."""
-    ports = {uri.port for uri in config.listeners if uri.socket is None}
-    ports |= {each.port for each in (config.admin and config.admin.address, config.metrics_address) if each}
-    return Allowance(_merged(_needs(config, config_path)), frozenset(ports))
+    tcp = [(uri.host or "", uri.port) for uri in config.listeners if uri.socket is None]
+    for_http = (config.admin.address if config.admin else None, config.metrics_address)
+    tcp += [(each.host, each.port) for each in for_http if each is not None]
+    return Allowance(
+        _merged(_needs(config, config_path)),
+        frozenset(port for _, port in tcp),
+        frozenset(host for host, _ in tcp if is_name(host)),
+    )
 
 
 def _refusal(what: str) -> str:
@@ -267,4 +296,4 @@ def _with_program(allowed: Allowance) -> Allowance:
     modules = {os.path.abspath(each) for each in sys.path} - {os.getcwd()}
     read = {*modules, package, sys.prefix, sys.base_prefix, *LIBRARIES, *NAMES, *CLOCK, *MIME_TYPES, "/proc/self"}
     needs = [(os.path.realpath(path), READ) for path in read]
-    return Allowance(_merged([*allowed.paths.items(), *needs, (os.devnull, WRITE)]), allowed.ports)
+    return replace(allowed, paths=_merged([*allowed.paths.items(), *needs, (os.devnull, WRITE)]))

@@ -120,17 +120,15 @@ class Notifier:
             environment.pop(name, "") for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "FDSTORE")
         )
         self._loop = asyncio.get_running_loop()
-        self._address = "\0" + address[1:] if address.startswith("@") else address
         self._socket: socket.socket | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.keeps_descriptors = False
         """Whether `keep` has a meaning here."""
         if address.startswith(("@", "/")):
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-            if address.startswith("@"):
-                # The sandbox does not reach it later. At a path, each message goes to whoever is there by then.
-                with contextlib.suppress(OSError):
-                    self._socket.connect(self._address)
+            # Later the sandbox lets nobody connect, or name where a datagram goes.
+            with contextlib.suppress(OSError):
+                self._socket.connect("\0" + address[1:] if address.startswith("@") else address)
             self.keeps_descriptors = kept_max.isdecimal() and int(kept_max) > 0
             is_mine = pid in ("", str(os.getpid()))
             if is_mine and period.isdecimal() and int(period):
@@ -173,7 +171,7 @@ class Notifier:
         passed = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))] if descriptors else []
         self._socket.settimeout(KEEP_TIMEOUT_S)
         try:
-            self._socket.sendmsg([message.encode()], passed, 0, self._address)
+            self._socket.sendmsg([message.encode()], passed)
         finally:
             self._socket.setblocking(False)
 
@@ -207,6 +205,6 @@ class Notifier:
         if self._socket is None:
             return
         try:
-            self._socket.sendto("\n".join(" ".join(line.split()) for line in lines).encode(), self._address)
+            self._socket.send("\n".join(" ".join(line.split()) for line in lines).encode())
         except OSError as error:
             logger.warning("the service manager was not told %s: %s", lines[0], error.strerror)

@@ -208,7 +208,7 @@ def restrictions(status: str) -> set[str]:
         "another's files": len(uids) == 1 and uids <= set(DYNAMIC_USERS),
         "capabilities": capabilities == {0},
         "new privileges": fields["NoNewPrivs"] == "1",
-        "system calls": fields["Seccomp"] == "2",
+        "system calls": int(fields["Seccomp_filters"]) > 1,
     }
     return {name for name, holds in found.items() if holds}
 
@@ -217,6 +217,7 @@ def test_service_is_a_dynamic_user_without_privileges_behind_a_filter(story: Sto
     everything = {"another's files", "capabilities", "new privileges", "system calls"}
     assert restrictions(story.values["status"]) == everything
     assert restrictions(story.values["control_status"]) == {"new privileges"}, "which the program itself renounces"
+    assert "Seccomp_filters::1;" in story.values["control_status"], "its own"
 
 
 def test_service_writes_in_its_state_directory_alone(story: Story) -> None:

@@ -1,32 +1,40 @@
 """A process that confines itself as the server does, and then tries what it should not be able to do.
 
-`sandbox_probe.py JSON`: {"mode", "version" (of the Landlock to pretend, or null), "exports": [[path, is_read_only]],
-"ports": [...], "attempts": {name: [what, argument...]}}. Prints {"summary", "main": {name: outcome}, "thread": ...}
+`sandbox_probe.py JSON`: {"mode", "version" (of the Landlock to pretend, or null), "filters" (false: pretend that no
+system calls can be filtered), "exports": [[path, is_read_only]], "ports": [...], "attempts": {name: [what,
+argument...]}}. Prints {"summary", "main": {name: outcome}, "thread": ...}
 with an outcome of "ok" or the name of the errno or exception; the thread is started once the process is confined.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import importlib
 import json
 import os
+import resource
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from nbdimg import ConfigError, ExportConfig, NbdUri, ServerConfig, formats
 from nbdimg.image.gate import Reference
-from nbdimg.server import sandbox
+from nbdimg.server import sandbox, seccomp
 from nbdimg.storage import landlock
 from nbdimg.storage.posix import PosixFile
 
 SECRET = b"\x5a"
+IPPROTO_MPTCP = 262
+PROGRAM = Path(shutil.which("true") or "").read_bytes()
 
 
 class OpenGate:
@@ -82,6 +90,20 @@ def execute(path: str) -> None:
     subprocess.run([path], check=True)
 
 
+def execute_memory(_: str) -> None:
+    """A program that is in no directory."""
+    descriptor = os.memfd_create("program", 0)
+    os.write(descriptor, PROGRAM)
+    child = os.fork()
+    if not child:
+        try:
+            os.execve(descriptor, ["true"], {})
+        except OSError as error:
+            os._exit(error.errno or 1)
+    if number := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        raise OSError(number, os.strerror(number))
+
+
 def connect(port: int) -> None:
     socket.create_connection(("127.0.0.1", port), timeout=30).close()
 
@@ -92,9 +114,59 @@ def bind(port: int) -> None:
         sock.bind(("127.0.0.1", port))
 
 
-def connect_abstract(name: str) -> None:
+def connect_unix(name: str) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.connect("\0" + name)
+        sock.connect(name)
+
+
+def send_to_unix(name: str) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.sendto(b"x", name)
+
+
+def send_from_pair(name: str) -> None:
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with here, there:
+        here.sendmsg([b"x"], [], 0, name)
+
+
+def send_by_udp(port: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.sendto(b"x", ("127.0.0.1", port))
+
+
+def connect_mptcp(port: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, IPPROTO_MPTCP) as sock:
+        sock.connect(("127.0.0.1", port))
+
+
+def send_fast_open(port: int) -> None:
+    with socket.socket() as sock:
+        sock.sendto(b"x", socket.MSG_FASTOPEN, ("127.0.0.1", port))
+
+
+def send_message_fast_open(port: int) -> None:
+    with socket.socket() as sock:
+        sock.sendmsg([b"x"], [], socket.MSG_FASTOPEN, ("127.0.0.1", port))
+
+
+def listen_anywhere(_: int) -> None:
+    with socket.socket() as sock:
+        sock.listen()
+
+
+def read_memory(pid: int) -> None:
+    """Of a process, here this one: what is asked first is whether one may at all."""
+    source = ctypes.create_string_buffer(b"x", 8)
+    target = ctypes.create_string_buffer(8)
+    vectors = [struct.pack("@PN", ctypes.addressof(each), 8) for each in (target, source)]
+    if ctypes.CDLL(None, use_errno=True).process_vm_readv(pid or os.getpid(), vectors[0], 1, vectors[1], 1, 0) < 0:
+        raise OSError(ctypes.get_errno(), "process_vm_readv")
+
+
+def unshare(flags: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).unshare(flags) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
 
 
 def send_signal(pid: int) -> None:
@@ -130,8 +202,23 @@ ATTEMPTS: dict[str, Any] = {
     "execute": execute,
     "connect": connect,
     "bind": bind,
-    "abstract": connect_abstract,
+    "execute memory": execute_memory,
+    "unix": connect_unix,
+    "send to unix": send_to_unix,
+    "send from pair": send_from_pair,
+    "udp": send_by_udp,
+    "mptcp": connect_mptcp,
+    "fast open": send_fast_open,
+    "message fast open": send_message_fast_open,
+    "listen": listen_anywhere,
+    "chmod": lambda path: os.chmod(path, 0o666),
+    "chown": lambda path: os.chown(path, -1, os.getgid()),
+    "touch": os.utime,
     "signal": send_signal,
+    "limits": lambda pid: resource.prlimit(pid, resource.RLIMIT_NOFILE),
+    "priority": lambda pid: os.setpriority(os.PRIO_PROCESS, pid, os.getpriority(os.PRIO_PROCESS, pid)),
+    "memory": read_memory,
+    "unshare": unshare,
     "import": importlib.import_module,
     "image": open_image,
 }
@@ -153,6 +240,8 @@ def main() -> int:
     attempts = asked["attempts"]
     if asked["version"] is not None:
         landlock.version = lambda: asked["version"]
+    if not asked["filters"]:
+        seccomp.ARCHITECTURES = {}
     config = ServerConfig(
         tuple(ExportConfig(path, is_read_only=is_read_only) for path, is_read_only in asked["exports"]),
         listeners=tuple(NbdUri(host="127.0.0.1", port=port) for port in asked["ports"]),

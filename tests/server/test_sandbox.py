@@ -25,7 +25,7 @@ import pytest
 from nbdimg.config import ExportConfig, ServerConfig, TlsConfig
 from nbdimg.configfile import Overrides, load_config
 from nbdimg.errors import ConfigError
-from nbdimg.server import sandbox
+from nbdimg.server import sandbox, seccomp
 from nbdimg.server.sandbox import READ, SOCKETS, WRITE, Allowance, Sandbox, allowance
 from nbdimg.storage import landlock
 from nbdimg.uri import NbdUri
@@ -41,11 +41,34 @@ KERNEL = landlock.version()
 NOBODY = 65534
 USAGE = 2
 
+CLONE_SYSVSEM = 0x40000
+IPPROTO_MPTCP = 262
+
+
+def has_mptcp() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_STREAM, IPPROTO_MPTCP):
+        return True
+    return False
+
+
+HAS_MPTCP = has_mptcp()
+
+HAS_FILTER = os.uname().machine in seccomp.ARCHITECTURES
+
+needs_filter = pytest.mark.skipif(not HAS_FILTER, reason="no filter for this machine")
 needs_landlock = pytest.mark.skipif(KERNEL < landlock.VERSION_OF_SCOPES, reason="this kernel's Landlock is too old")
 
 
 def probe(attempts: dict[str, list[Any]], *, mode: str = "auto", **settings: Any) -> dict[str, Any]:
-    asked = {"mode": mode, "version": None, "exports": [], "ports": [], "attempts": attempts, **settings}
+    asked = {
+        "mode": mode,
+        "version": None,
+        "filters": True,
+        "exports": [],
+        "ports": [],
+        "attempts": attempts,
+        **settings,
+    }
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     done = subprocess.run(
         [sys.executable, str(PROBE), json.dumps(asked)],
@@ -60,15 +83,18 @@ def probe(attempts: dict[str, list[Any]], *, mode: str = "auto", **settings: Any
 
 
 class World:
-    """`mine` holds images, `theirs` a victim; a listener at `port`, and one at an abstract name."""
+    """`mine` holds images, `theirs` a victim; listeners at `port`, at an abstract name and at a file; at another one
+    datagrams are received, and at `udp_port`.
+    """
 
-    def __init__(self, directory: Path, port: int, free_port: int, abstract: str) -> None:
+    def __init__(self, directory: Path, port: int, free_port: int, abstract: str, udp_port: int) -> None:
         self.mine, self.theirs = directory / "mine", directory / "theirs"
         for each in (self.mine, self.theirs):
             each.mkdir()
             (each / "a").write_bytes(b"x" * 4096)
         (self.mine / "link").symlink_to(self.theirs / "a")
-        self.port, self.free_port, self.abstract = port, free_port, abstract
+        self.port, self.free_port, self.abstract, self.udp_port = port, free_port, abstract, udp_port
+        self.stream, self.datagrams = str(self.theirs / "stream"), str(self.theirs / "datagrams")
         self.exports = [[str(self.mine / "a"), False]]
 
     def attempts(self) -> dict[str, list[Any]]:
@@ -86,25 +112,48 @@ class World:
             "rename": ["rename", victim],
             "socket": ["socket", str(self.theirs / "socket")],
             "execute": ["execute", shutil.which("true")],
+            "execute what is in memory": ["execute memory", ""],
             "connect": ["connect", self.port],
             "bind": ["bind", self.free_port],
-            "abstract": ["abstract", self.abstract],
+            "abstract": ["unix", "\0" + self.abstract],
+            "named": ["unix", self.stream],
+            "datagram to a named socket": ["send to unix", self.datagrams],
+            "datagram from a pair": ["send from pair", self.datagrams],
+            "UDP": ["udp", self.udp_port],
+            "fast open": ["fast open", self.port],
+            "fast open of a message": ["message fast open", self.port],
+            "listen at any port": ["listen", 0],
+            "mode": ["chmod", victim],
+            "owner": ["chown", victim],
+            "times": ["touch", victim],
             "signal": ["signal", os.getpid()],
+            "limits of a process": ["limits", os.getpid()],
+            "priority of a process": ["priority", os.getpid()],
+            "memory of a process": ["memory", 0],
+            "unshare": ["unshare", CLONE_SYSVSEM],
+            **({"MPTCP": ["mptcp", self.port]} if HAS_MPTCP else {}),
         }
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
-    with socket.socket() as tcp, socket.socket() as free, socket.socket(socket.AF_UNIX) as abstract:
-        tcp.bind(("127.0.0.1", 0))
-        tcp.listen(64)
-        free.bind(("127.0.0.1", 0))
-        free_port = free.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        tcp, free = (stack.enter_context(socket.socket()) for _ in range(2))
+        abstract, stream = (stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(2))
+        datagrams = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        udp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        for each in (tcp, free, udp):
+            each.bind(("127.0.0.1", 0))
+        port, free_port, udp_port = (each.getsockname()[1] for each in (tcp, free, udp))
         free.close()
         name = f"nbdimg-test-{os.getpid()}"
         abstract.bind("\0" + name)
-        abstract.listen(64)
-        yield World(tmp_path, tcp.getsockname()[1], free_port, name)
+        world = World(tmp_path, port, free_port, name, udp_port)
+        stream.bind(world.stream)
+        datagrams.bind(world.datagrams)
+        for listener in (tcp, abstract, stream):
+            listener.listen(64)
+        yield world
 
 
 # What is given up
@@ -117,23 +166,55 @@ def test_control_everything_that_a_confined_process_may_not_do_works_without_the
 
 
 REFUSED_FROM = {"truncate": 3, "connect": 4, "bind": 4, "abstract": 6, "signal": 6}
-"""The version of Landlock that refuses it; others, 1."""
+"""The version of Landlock that refuses it; others of BY_LANDLOCK, 1."""
+
+BY_LANDLOCK = {
+    *("read", "read by a link", "read of another process", "write", "truncate", "list", "make", "make beside an image"),
+    *("remove", "rename", "socket", "execute", "execute what is in memory", "connect", "bind", "abstract", "signal"),
+}
+
+
+def refused_by_landlock(world: World, version: int) -> dict[str, str]:
+    """What comes of each attempt without a filter."""
+    refusals = {name: "EPERM" if name in ("abstract", "signal") else "EACCES" for name in BY_LANDLOCK}
+    known = {name: each for name, each in refusals.items() if version >= REFUSED_FROM.get(name, 1)}
+    return {**dict.fromkeys(world.attempts(), "ok"), **(known if version else {})}
 
 
 @needs_landlock
 @pytest.mark.parametrize("version", [1, 2, 3, 4, 5, 6, None])
 def test_confined_process_is_refused_what_its_kernel_can_refuse(world: World, version: int | None) -> None:
-    found = probe(world.attempts(), version=version, exports=world.exports)
+    found = probe(world.attempts(), version=version, filters=False, exports=world.exports)
     number = KERNEL if version is None else version
-    expected = {
-        name: "ok" if number < REFUSED_FROM.get(name, 1) else "EPERM" if name in ("abstract", "signal") else "EACCES"
-        for name in world.attempts()
-    }
+    expected = refused_by_landlock(world, number)
     assert found["main"] == expected
     assert found["thread"] == expected
     assert found["summary"].startswith(f"Landlock {number}: files")
+    assert found["summary"].endswith("; no filter of system calls")
     assert ("TCP" in found["summary"]) == (number >= 4)
     assert ("signals" in found["summary"]) == (number >= 6)
+
+
+AS_LANDLOCK_SAYS = BY_LANDLOCK - {"execute", "execute what is in memory", "connect", "abstract", "signal"}
+"""What the filter lets pass; it comes first."""
+
+
+@needs_filter
+@pytest.mark.parametrize("has_tcp", [True, False])
+@pytest.mark.parametrize("version", [0, pytest.param(None, marks=needs_landlock)])
+def test_filtered_process_is_refused_all_ways_out(world: World, version: int | None, has_tcp: bool) -> None:
+    """With TCP listeners of its own it can make TCP sockets, and listen where the kernel pleases."""
+    ports = [world.free_port + 1] if has_tcp else []
+    found = probe(world.attempts(), version=version, exports=world.exports, ports=ports)
+    by_landlock = refused_by_landlock(world, KERNEL if version is None else version)
+    expected = {
+        **dict.fromkeys(world.attempts(), "EPERM"),
+        **{name: by_landlock[name] for name in AS_LANDLOCK_SAYS},
+        **({"listen at any port": "ok"} if has_tcp else {"bind": "EPERM"}),
+    }
+    assert found["main"] == expected
+    assert found["thread"] == expected
+    assert found["summary"].endswith("; system calls")
 
 
 @needs_landlock
@@ -196,9 +277,9 @@ def test_require_on_a_kernel_that_cannot_is_refused(version: int, found: str) ->
     )
 
 
-def test_auto_on_a_kernel_without_landlock_goes_on(world: World) -> None:
-    found = probe(world.attempts(), version=0, exports=world.exports)
-    assert found["summary"] == "no Landlock"
+def test_auto_on_a_kernel_that_can_nothing_goes_on(world: World) -> None:
+    found = probe(world.attempts(), version=0, filters=False, exports=world.exports)
+    assert found["summary"] == "no Landlock; no filter of system calls"
     assert found["main"] == dict.fromkeys(world.attempts(), "ok")
 
 
@@ -256,12 +337,20 @@ def test_serve_unknown_mode_names_the_known_ones() -> None:
 # The server's process
 
 
-def states(pid: int) -> list[str]:
-    """NoNewPrivs of each thread."""
-    found: list[str] = []
+def states(pid: int) -> set[tuple[str, ...]]:
+    """NoNewPrivs and Seccomp of each thread."""
+    found: set[tuple[str, ...]] = set()
     for task in Path(f"/proc/{pid}/task").iterdir():
-        found += re.findall(r"^NoNewPrivs:\t(\d)$", (task / "status").read_text(), re.MULTILINE)
+        found.add(tuple(re.findall(r"^(?:NoNewPrivs|Seccomp):\t(\d)$", (task / "status").read_text(), re.MULTILINE)))
     return found
+
+
+def thread_count(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
+
+
+def opened(pid: int) -> list[str]:
+    return [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()]
 
 
 def core_limit(pid: int) -> list[str]:
@@ -278,12 +367,14 @@ def test_serve_confines_all_of_its_threads_and_dumps_no_core(tmp_path: Path) -> 
         with connect_negotiated(server.socket_path, "a") as client:
             assert client.write(0, b"b" * 4096).error == 0
             assert client.request(Command.FLUSH).error == 0
-        assert len(states(server.pid)) > 1, "a worker has flushed"
-        assert set(states(server.pid)) == {"1"}
+        assert thread_count(server.pid) > 1, "a worker has flushed"
+        assert states(server.pid) == {("1", "2" if HAS_FILTER else "0")}
+        assert "anon_inode:[io_uring]" not in opened(server.pid), "by which all could be done"
         assert core_limit(server.pid) == ["0", "0"]
-        assert f"sandbox: Landlock {KERNEL}: files, TCP, abstract sockets, signals" in server.stderr()
+        assert f"sandbox: Landlock {KERNEL}: files, TCP, abstract sockets, signals; " in server.stderr()
+        assert ("; system calls\n" in server.stderr()) == HAS_FILTER
     with NbdimgServer(path, options=["--format=raw", "--sandbox=off"]) as server:
-        assert set(states(server.pid)) == {"0"}, "control"
+        assert states(server.pid) == states(os.getpid()), "control"
         assert "sandbox: off" in server.stderr()
 
 
@@ -432,6 +523,89 @@ def test_reload_beyond_the_start_is_applied_as_control_with_the_sandbox_off(tmp_
             assert client.read(0, 512).data == b"a" * 512
 
 
+@needs_filter
+def test_reload_that_would_ask_others_is_refused(served: tuple[ConfiguredServer, str]) -> None:
+    """For a host's addresses, or whether anybody answers at a socket's file; at the start both are asked."""
+    server, keep = served
+    left_over = server.file.parent / "t"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(left_over))
+    said = server.reload(f'listen = ["nbd+unix:///?socket={server.socket_path}", "nbd+unix:///?socket=t"]\n{keep}')
+    assert "t: Address already in use, or the file was left over: the sandbox lets nobody ask" in said
+    assert left_over.exists()
+    assert_serves(server)
+    left_over.unlink()
+    said = server.reload(f'listen = ["nbd+unix:///?socket={server.socket_path}", "nbd://127.0.0.1:0"]\n{keep}')
+    assert f"the sandbox does not allow TCP port 0, {RESTART}" in said
+
+
+@needs_filter
+def test_reload_with_another_host_to_look_up_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "keep.img").write_bytes(b"k" * 4096)
+    keep = "insecure_plaintext = true\n" + export("keep", "keep.img")
+    listen = f'listen = ["nbd+unix:///?socket={tmp_path}/s", "nbd://HOST:0"]\n'
+    with ConfiguredServer(tmp_path, listen.replace("HOST", "127.0.0.1") + keep) as server:
+        said = server.reload(listen.replace("HOST", "nbd.test") + keep)
+        assert f"the sandbox does not allow looking up nbd.test, {RESTART}" in said
+        assert "1 listeners added, 1 listeners removed" in server.reload(listen.replace("HOST", "localhost") + keep)
+        assert_serves(server)
+
+
+NAME_SERVICE = """
+import socket, sys
+from nbdimg.cli.main import run
+
+def look_up(host, *arguments, **settings):
+    if host == "nbd.test":
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as resolver:
+            resolver.connect(("127.0.0.1", 53))
+        host = "127.0.0.1"
+    return real(host, *arguments, **settings)
+
+real, socket.getaddrinfo = socket.getaddrinfo, look_up
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+@needs_filter
+def test_serve_looks_up_its_hosts_and_replaces_left_over_sockets_before_it_cannot(tmp_path: Path) -> None:
+    (tmp_path / "a.img").write_bytes(b"a" * 4096)
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / "t"))
+    listen = ["nbd://nbd.test:0", f"nbd+unix:///?socket={tmp_path}/t"]
+    options = ["--format=raw", "--insecure-plaintext"]
+    program = (sys.executable, "-c", NAME_SERVICE)
+    with NbdimgServer(tmp_path / "a.img", options=options, listen=listen, program=program) as server:
+        port = int(re.findall(r"nbd://nbd.test:(\d+)/a", server.uri)[0])
+        for address in (("127.0.0.1", port), str(tmp_path / "t")):
+            with connect_negotiated(address, "a") as client:
+                assert client.read(0, 512).data == b"a" * 512
+
+
+@needs_filter
+def test_serve_at_what_cannot_be_listened_at_says_the_same_as_without_the_sandbox(tmp_path: Path) -> None:
+    (tmp_path / "a.img").write_bytes(b"a" * 4096)
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(path)
+        other.listen()
+        for options in (
+            [f"--listen=nbd+unix:///?socket={path}"],
+            ["--listen=nbd://a..b", "--insecure-plaintext"],
+            [f"--admin-socket={path}"],
+            ["--metrics-listen=a..b:1", "--insecure-plaintext"],
+        ):
+            said = []
+            for mode in ("auto", "off"):
+                argv = ["serve", f"--sandbox={mode}", "--format=raw", *options, str(tmp_path / "a.img")]
+                done = subprocess.run(
+                    [sys.executable, "-m", "nbdimg", *argv], capture_output=True, text=True, timeout=PROBE_LIMIT_S
+                )
+                said.append((done.returncode, done.stderr))
+            assert said[0] == said[1]
+            assert "cannot listen on " in said[0][1]
+
+
 @needs_landlock
 def test_reload_within_the_directories_of_the_start_is_applied(served: tuple[ConfiguredServer, str]) -> None:
     """Below them too, and for what is a new file behind an old name."""
@@ -533,7 +707,7 @@ def test_allowance_of_a_file_at_the_root_and_of_a_device_is_the_file_alone(monke
 def test_check_compares_with_every_directory_above(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     granted = Allowance({str(tmp_path): READ, f"{tmp_path}/a": SOCKETS}, frozenset({1}))
-    held = Sandbox("auto", 7, granted, None)
+    held = Sandbox("auto", 7, True, granted, None)
     held.check(Allowance({f"{tmp_path}/a/b": READ | SOCKETS, str(tmp_path): READ}, frozenset({1})))
     held.check(Allowance({f"{tmp_path}/missing/x": WRITE}, frozenset()))
     with pytest.raises(ConfigError, match=f"{tmp_path}/a/b for writing"):
@@ -550,11 +724,11 @@ def test_library_use_confines_nothing() -> None:
     assert sandbox.summary() == "off"
 
 
-def test_units_allow_the_system_calls_of_landlock() -> None:
+def test_units_allow_the_system_calls_of_the_sandbox() -> None:
     """systemd kills a service that makes another one than its filter names; @system-service names none of these."""
     for unit in Path("conf/systemd").glob("nbdimg*.service"):
         text = unit.read_text()
-        for call in ("landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"):
+        for call in ("landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self", "seccomp"):
             assert re.search(rf"^SystemCallFilter=(?!~).*\b{call}\b", text, re.MULTILINE), (unit, call)
 
 
