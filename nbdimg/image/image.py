@@ -533,7 +533,6 @@ class Image:
         self, offset: int, stop: int, to: Unmap, change: Callable[[Extent, int, int], Awaitable[None]]
     ) -> None:
         """Change the mapping of whole units; where that cannot be done, `change(extent, file offset, length)`."""
-        self.gate.check()
         if offset < self.guarded_size and offset < stop:
             await self._check_head(offset, bytes(min(stop, self.guarded_size) - offset))
         pace = self.turns.pace()
