@@ -130,7 +130,7 @@ class _Repair:
         counts, stored, per_block = self._references.counts, self._stored, self._header.refcount_entries
         changed = {cluster // per_block for cluster in differences(stored, counts, len(counts))}
         for index in sorted(changed & self._survey.blocks.keys()):
-            part = slice(index * per_block, min((index + 1) * per_block, len(counts)))
+            part = slice(index * per_block, (index + 1) * per_block)
             wanted = array(counts.typecode, map(pick, stored[part], counts[part]))
             if wanted == stored[part]:
                 continue
