@@ -17,6 +17,7 @@ from nbdimg.formats.qcow2.mapping import L1_WALK_MAX
 from nbdimg.image.driver import Extent, Miss, Unmap
 from nbdimg.image.image import Image
 from tests.support.qcow2mutants import AnyGate, BoundedFile
+from tests.support.reading import bytes_of
 
 CLUSTER = 4096
 L2 = 0x4000
@@ -209,6 +210,29 @@ def test_unmap_leaves_entries_that_read_as_zeroes(
 
         done = asyncio.run(main())
         assert struct.unpack_from(">Q", done, L2) == (expected,), f"{before:#x} became {done[L2 : L2 + 8].hex()}"
+
+
+@pytest.mark.parametrize("how", ["write", "fast write", "zero", "keep", "trim"])
+def test_what_was_seen_behind_a_cluster_is_not_seen_once_it_has_changed(overlay: bytes, how: str) -> None:
+    start, stop = 4 * CLUSTER, 7 * CLUSTER
+    middle = start + CLUSTER
+
+    async def main() -> None:
+        image, _, _ = await opened(overlay)
+        await image.write(8 * CLUSTER, b"B" * CLUSTER)
+        assert await bytes_of(image, start, stop - start) == b"B" * 3 * CLUSTER
+        if how == "write":
+            await image.write(middle, b"x" * CLUSTER)
+        elif how == "fast write":
+            assert image.try_write(middle, memoryview(b"x" * CLUSTER))
+        elif how == "trim":
+            await image.trim(middle, CLUSTER)
+        else:
+            await image.zero(middle, CLUSTER, may_unmap=how == "zero", is_fast_only=False)
+        changed = b"x" if "write" in how else b"\0"
+        assert await bytes_of(image, start, stop - start) == b"B" * CLUSTER + changed * CLUSTER + b"B" * CLUSTER
+
+    asyncio.run(main())
 
 
 def test_overwritten_zero_cluster_with_a_place_is_written_there(plain: bytes) -> None:

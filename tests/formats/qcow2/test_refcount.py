@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import subprocess
 from array import array
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 
 from nbdimg.errors import CorruptImage, UnsupportedFeature
 from nbdimg.formats import open_image
+from nbdimg.formats.qcow2 import structs
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.refcount import Refcounts, Run
 from nbdimg.image.driver import Miss
 from nbdimg.storage.memory import MemoryFile
-from nbdimg.storage.ordering import Plan, Stage, run
+from nbdimg.storage.ordering import Hindrance, Plan, Stage, run
+from tests.support.faultfile import FaultFile
 
 BITS = 9
 CLUSTER = 1 << BITS
@@ -125,6 +128,34 @@ def test_cluster_freed_twice_that_has_one_reference_is_corruption() -> None:
     bench.counts.free(4)
     with pytest.raises(CorruptImage, match=r"cluster 4 was referred to and has refcount 0, expected 1 \(offset 2048\)"):
         bench.flush()
+
+
+def test_reclaim_that_cannot_read_a_block_goes_on_where_it_stopped() -> None:
+    """What has been counted down is not counted down again: clusters 250 to 255 have a reference left."""
+    bench = Bench([1] * 250 + [2] * 6)
+    second = bench.file.size
+    bench.counts.table[1] = second
+    bench.file.content[second:] = b"\0\2" * 256
+    file = FaultFile(bench.file)
+    bench.counts._file = file
+    assert bench.count(250) == 2
+    bench.counts.free(250, 12)
+    bench.counts.capture_freed()
+    file.fail("pread", errno.EIO)
+    for _ in range(2):
+        with pytest.raises(Hindrance):
+            asyncio.run(bench.counts.reclaim())
+    file.heal()
+    asyncio.run(bench.counts.reclaim())
+    assert [bench.count(each) for each in range(249, 263)] == [1] * 13 + [2]
+
+
+def test_append_beyond_what_an_entry_can_say_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench([1] * 6)
+    bench.count(5)
+    monkeypatch.setattr(structs, "HOST_OFFSET_MAX", 258 * CLUSTER)
+    with pytest.raises(UnsupportedFeature, match="the file would grow beyond 132096 bytes"):
+        bench.counts.allocate_contiguous(253)
 
 
 def test_free_of_a_cluster_that_no_block_counts_is_corruption() -> None:

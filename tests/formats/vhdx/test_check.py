@@ -256,6 +256,18 @@ def test_repair_writes_a_lost_copy_again_from_the_other(tmp_path: Path, offset: 
     judge(path, GUEST)
 
 
+def test_repair_of_an_image_without_a_log_leaves_a_lost_region_table() -> None:
+    """What is in both tables can be written only through the log."""
+    content = plain().content
+    for offset in (64 * KiB, 128 * KiB):
+        content[offset : offset + 4096] = craft.header(offset // (64 * KiB), log_length=0, log_offset=0)
+    blot(192 * KiB + 9)(content)
+    report, mended = repaired(content)
+    assert [each.structure for each in report.findings] == ["region table 1"]
+    assert report.corruptions_fixed == 0
+    assert mended == content
+
+
 def test_repair_of_leaks_cuts_trailing_space_and_leaves_the_rest() -> None:
     content = plain().content
     grown(13 * MiB)(content)
