@@ -326,6 +326,32 @@ def test_bitmaps_stored_without_space_to_free_the_old_ones_are_stored_all_the_sa
     assert asyncio.run(stored(MemoryFile(crashed))) == {"b0": None}
 
 
+def test_bitmap_whose_bits_fill_clusters_is_stored_as_it_is(tmp_path: Path) -> None:
+    """A cluster of 512 bytes has the bits of 2 MiB. Of the table's three entries the second says that all are set; in
+    the third's cluster no bits follow those of the last 1 MiB.
+    """
+    size = 5 << 20
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512", tmp_path / "disk", str(size))
+    qemu_img("bitmap", "--add", "-g", "512", tmp_path / "disk", "b0")
+
+    async def run() -> bytes:
+        memory = MemoryFile((tmp_path / "disk").read_bytes())
+        image = await opened(memory)
+        await image.zero(1 << 20, 4 << 20, may_unmap=True, is_fast_only=False)
+        await image.close()
+        assert await stored(memory) == {"b0": [(1 << 20, size)]}
+        (entry,) = await load_directory(memory, await read_header(memory))
+        assert [each == 1 for each in await load_table(memory, await read_header(memory), entry)] == [
+            False,
+            True,
+            False,
+        ]
+        return bytes(memory.content)
+
+    (tmp_path / "after").write_bytes(asyncio.run(run()))
+    qemu_img("check", "-q", tmp_path / "after")
+
+
 def test_bitmaps_that_were_stored_together_are_marked_each_at_its_place_by_the_next_change(tmp_path: Path) -> None:
     """B1: where the new directory has them."""
     content = made(tmp_path / "disk", "cluster_size=4k", bitmaps=("b0", "b1", "frozen"))
@@ -470,6 +496,25 @@ def test_control_a_crash_that_ignores_barriers_leaves_a_wrong_bitmap(tmp_path: P
         return problems
 
     assert any("has changed and is clean" in problem for problem in asyncio.run(run()))
+
+
+def test_removing_all_bitmaps_takes_their_extension_out_from_between_others(tmp_path: Path) -> None:
+    content = bytearray(made(tmp_path / "disk", "cluster_size=4k"))
+    at = content.index(struct.pack(">II", BITMAPS_TYPE, 24)) + 32
+    other = struct.pack(">II", 0x12345678, 5) + b"other\0\0\0"
+    content[at : at + len(other)] = other
+
+    async def run() -> list[tuple[int, bytes]]:
+        file = MemoryFile(content)
+        editor = await open_editor(file)
+        editor.remove("b0")
+        await editor.save()
+        assert await checked(file) == 0
+        return [(each.type, each.data) for each in (await read_header(file)).extensions]
+
+    left = asyncio.run(run())
+    assert left[-1] == (0x12345678, b"other")
+    assert BITMAPS_TYPE not in [kind for kind, _ in left]
 
 
 async def _merge(editor: BitmapEditor) -> None:

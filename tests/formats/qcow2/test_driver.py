@@ -92,6 +92,20 @@ def test_flush_of_a_new_l2_table_orders_it_before_the_l1_entry(tmp_path: Path) -
     asyncio.run(main())
 
 
+def test_flush_writes_no_table_again_that_is_durable(tmp_path: Path) -> None:
+    async def main() -> None:
+        file = LoggedFile(image_bytes(tmp_path / "a", is_written=False))
+        image = await opened(file)
+        await image.write(0, b"x" * 4096)
+        await image.flush()
+        file.log.clear()
+        await image.write(0, b"y" * 4096)
+        await image.flush()
+        assert file.log == ["space", "|"]
+
+    asyncio.run(main())
+
+
 def test_trim_orders_the_entry_before_the_punch_and_the_count(tmp_path: Path) -> None:
     """Q4."""
 
@@ -191,6 +205,24 @@ def test_metadata_that_fails_otherwise_poisons_the_image_and_close_writes_nothin
             await image.close()
         assert inner.content == before
         assert check(tmp_path / "after", before) in (0, 3)
+
+    asyncio.run(main())
+
+
+def test_corruption_found_behind_the_last_flush_is_marked_by_the_close(tmp_path: Path) -> None:
+    """Two entries of one cluster with one count: it is counted down once and cannot be again."""
+    content = bytearray(image_bytes(tmp_path / "a"))
+    struct.pack_into(">Q", content, 0x4010, 1 << 63 | 0x5000)
+
+    async def main() -> None:
+        file = LoggedFile(bytes(content))
+        image = await opened(file)
+        await image.trim(0, 4096)
+        await image.trim(8192, 4096)
+        await image.flush()
+        assert file.content[72:80] == struct.pack(">Q", 0)
+        await image.close()
+        assert file.content[72:80] == struct.pack(">Q", 2)
 
     asyncio.run(main())
 

@@ -129,6 +129,24 @@ def test_snapshot_of_an_image_of_size_0_and_of_an_empty_one_are_like_any_other(t
     disk.verify()
 
 
+def test_snapshot_of_an_open_image_with_lazy_refcounts_leaves_them_lazy_and_its_end_clean(tmp_path: Path) -> None:
+    disk = Disk.made(tmp_path / "image", "cluster_size=4k,lazy_refcounts=on")
+
+    async def run() -> None:
+        image = await open_image(disk.path, format="qcow2")
+        await create_snapshot(driver_of(image), "one", now_ns=NOW_NS)
+        disk.snapshots["one"] = bytes(disk.active)
+        assert not is_dirty(disk.path)
+        await disk.guest(image, random.Random("lazy"), 4)
+        await image.flush()
+        assert is_dirty(disk.path)
+        await image.close()
+
+    asyncio.run(run())
+    assert not is_dirty(disk.path)
+    disk.verify()
+
+
 def test_snapshot_deleted_gives_its_space_back(tmp_path: Path) -> None:
     disk = Disk.made(tmp_path / "image", "compat=1.1", 8 * MiB)
     disk.write_qemu(1, 0, 4 * MiB)
