@@ -26,6 +26,7 @@ from tests.formats.vhdx import craft
 from tests.support.crash import RecordingFile
 from tests.support.crash.states import crash_states
 from tests.support.crash.trace import Trace
+from tests.support.faultfile import FaultFile
 from tests.support.vhdximages import (
     BAT_OFFSET,
     FULL,
@@ -103,6 +104,13 @@ def test_compact_of_what_is_compact_changes_nothing() -> None:
 def test_compact_cuts_trailing_space() -> None:
     content = dynamic(b"\1" * MiB)
     assert compacted(content + bytes(7 * MiB))[0][2 * MiB :] == content[2 * MiB :]
+
+
+def test_compact_is_durable_when_it_returns() -> None:
+    file = FaultFile(MemoryFile(dynamic(b"\1" * MiB) + bytes(7 * MiB)))
+    asyncio.run(compact(file))
+    changes = [each for each in file.calls if each in ("pwrite", "punch", "zero", "truncate", "fdatasync")]
+    assert changes[-2:] == ["truncate", "fdatasync"]
 
 
 def test_compact_costs_memory_for_what_is_in_use_and_not_for_the_files_size(tmp_path: Path) -> None:

@@ -187,6 +187,19 @@ def test_partially_present_block_takes_one_entry_for_table_and_bitmap() -> None:
     asyncio.run(main())
 
 
+def test_flush_writes_no_page_again_that_is_in_place() -> None:
+    async def main() -> None:
+        image, file = await opened(child())
+        await image.write(512, b"x" * 512)
+        await image.flush()
+        file.log.clear()
+        await image.write(512, b"y" * 512)
+        await image.flush()
+        assert file.log == ["space", "|"]
+
+    asyncio.run(main())
+
+
 def test_trim_is_in_the_log_before_its_space_is_punched() -> None:
     """B2."""
 
