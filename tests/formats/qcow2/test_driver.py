@@ -14,6 +14,7 @@ from nbdimg.errors import CorruptImage, ImageFailed
 from nbdimg.formats import open_file
 from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.qcow2.driver import Qcow2Driver
+from nbdimg.formats.qcow2.resize import resize
 from nbdimg.image.image import Image
 from nbdimg.storage.file import Buffer
 from tests.support.faultfile import FaultFile
@@ -92,10 +93,14 @@ def test_flush_of_a_new_l2_table_orders_it_before_the_l1_entry(tmp_path: Path) -
     asyncio.run(main())
 
 
-def test_flush_writes_no_table_again_that_is_durable(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", ["cluster_size=4k", "cluster_size=4k,lazy_refcounts=on"])
+def test_flush_writes_nothing_again_that_is_durable(tmp_path: Path, options: str) -> None:
+    """Nor the dirty bit of lazy refcounts, nor the size after a resize."""
+
     async def main() -> None:
-        file = LoggedFile(image_bytes(tmp_path / "a", is_written=False))
+        file = LoggedFile(image_bytes(tmp_path / "a", options, is_written=False))
         image = await opened(file)
+        await resize(image, 5 << 20)
         await image.write(0, b"x" * 4096)
         await image.flush()
         file.log.clear()

@@ -19,9 +19,10 @@ from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.open import read_header
 from nbdimg.formats.qcow2.snapshot_changes import apply_snapshot, create_snapshot, delete_snapshot
 from nbdimg.formats.qcow2.snapshots import Snapshot, labels
+from nbdimg.image.image import Image
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.units import KiB, MiB
-from tests.support.qcow2disk import NOW_NS, SIZE, Disk, change, content_of, driver_of
+from tests.support.qcow2disk import NOW_NS, SIZE, Disk, change, content_of, driver_of, opened
 from tests.support.qcow2edit import qemu_check, qemu_img
 
 KINDS = {
@@ -145,6 +146,28 @@ def test_snapshot_of_an_open_image_with_lazy_refcounts_leaves_them_lazy_and_its_
     asyncio.run(run())
     assert not is_dirty(disk.path)
     disk.verify()
+
+
+def test_snapshot_of_an_image_in_which_corruption_was_found_is_refused(tmp_path: Path) -> None:
+    disk = Disk.made(tmp_path / "image", "cluster_size=4k")
+    disk.write_qemu(1, 0, 8192)
+    content = bytearray(disk.path.read_bytes())
+    (l1,) = struct.unpack_from(">Q", content, 40)
+    (l2,) = struct.unpack_from(">Q", content, l1)
+    struct.pack_into(">Q", content, (l2 & ~(1 << 63)) + 16, 0xF00)
+
+    async def run() -> None:
+        memory = MemoryFile(content)
+        driver = await opened(memory)
+        image = Image(driver, writable=True)
+        with pytest.raises(CorruptImage):
+            await image.write(8192, b"x")
+        before = bytes(memory.content)
+        with pytest.raises(CorruptImage):
+            await create_snapshot(driver, "one", now_ns=NOW_NS)
+        assert memory.content == before
+
+    asyncio.run(run())
 
 
 def test_snapshot_deleted_gives_its_space_back(tmp_path: Path) -> None:

@@ -142,6 +142,20 @@ def test_compact_lets_old_places_of_unmapped_and_undefined_blocks_go() -> None:
     assert (len(content), done.dropped_count) == (5 * MiB, 0)
 
 
+@pytest.mark.parametrize("can_punch", [True, False])
+def test_compact_moves_a_block_with_its_zeroes_over_what_was_there(can_punch: bool) -> None:
+    builder = Builder(4 * MiB, block_size=2 * MiB)
+    builder.set_block(0, builder.append(b"\7" * 2 * MiB, 2 * MiB) | UNMAPPED)
+    builder.add_full(1, b"\2" * MiB)
+    memory = MemoryFile(builder.content)
+    file = FaultFile(memory)
+    if not can_punch:
+        file.unsupported.add("punch")
+    asyncio.run(compact(file))
+    assert entries(memory.content, 2) == (UNMAPPED, 4 * MiB | FULL)
+    assert memory.content[4 * MiB :] == b"\2" * MiB + bytes(MiB)
+
+
 def test_compact_judges_a_short_last_block_by_the_guests_part() -> None:
     builder = Builder(MiB + 512)
     builder.add_full(1, bytes(512) + b"\7" * 512)

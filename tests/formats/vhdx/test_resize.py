@@ -22,6 +22,7 @@ from tests.formats.vhdx import craft
 from tests.support.crash import RecordingFile
 from tests.support.crash.states import crash_states
 from tests.support.crash.trace import Trace
+from tests.support.faultfile import FaultFile
 from tests.support.vhdximages import (
     BAT_OFFSET,
     FULL,
@@ -112,6 +113,22 @@ def test_resize_that_grows_zeroes_what_a_short_block_held_behind_the_end() -> No
     builder.add_full(1, b"\1" * MiB)
     _, guest = resized(builder.content, 2 * MiB)
     assert guest == bytes(MiB) + b"\1" * 512 + bytes(MiB - 512)
+
+
+def test_resize_where_the_file_system_cannot_zero_writes_zeroes_behind_the_end() -> None:
+    builder = Builder(MiB + 512)
+    builder.add_full(1, b"\1" * MiB)
+    memory = MemoryFile(builder.content)
+    file = FaultFile(memory)
+    file.unsupported.add("zero")
+
+    async def work() -> bytes:
+        image = await open_file(file, "vhdx", OpenOptions(Gate(), writable=True))
+        await resize_image(image, 2 * MiB)
+        await image.close()
+        return await guest_of(await opened(memory, writable=False))
+
+    assert asyncio.run(work()) == bytes(MiB) + b"\1" * 512 + bytes(MiB - 512)
 
 
 def test_resize_that_grows_clears_entries_of_blocks_that_were_not_there() -> None:
