@@ -142,6 +142,13 @@ def test_added_export_is_served_and_others_notice_nothing(served: ControlledServ
     assert [uri.name for uri in served.service.uris] == ["keep", "other"]
 
 
+def test_format_that_is_named_is_taken_whatever_the_image_begins_with(served: ControlledServer, make: Make) -> None:
+    """Or a guest that writes a header chooses which file of this machine it reads as its backing file."""
+    served.ask(served.control.add(replace(make("disk", "qcow2"), format="raw")))
+    with served.connect("disk") as client:
+        assert client.read(0, 4).data == b"QFI\xfb"
+
+
 def test_added_export_that_cannot_be_changes_nothing(served: ControlledServer, make: Make, tmp_path: Path) -> None:
     add = served.control.add
     with AtWork(served, "keep"):
@@ -578,6 +585,25 @@ def test_snapshot_without_space_is_refused_with_the_images_name_and_clients_go_o
         assert_works(client, b"2")
         assert client.request(Command.FLUSH).error == 0
         server.ask(server.control.snapshot_create("disk", "one"))
+
+
+def test_snapshot_that_cannot_be_deleted_is_exported_again(
+    served: ControlledServer, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(driver: Qcow2Driver, snapshot_id: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    served.ask(served.control.add(make("disk", "qcow2")))
+    served.ask(served.control.snapshot_create("disk", "one"))
+    with monkeypatch.context() as patch:
+        patch.setattr(live, "delete_snapshot", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            served.ask(served.control.snapshot_delete("disk", "one"))
+    assert list(served.look()) == ["keep", "disk", "disk@one"]
+    with served.connect("disk@one") as client:
+        assert client.read(0, 4096).data == bytes(4096)
+    served.ask(served.control.snapshot_delete("disk", "one"))
+    assert list(served.look()) == ["keep", "disk"]
 
 
 def test_snapshot_of_an_image_that_was_renamed_is_not_another_files(

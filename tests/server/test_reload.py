@@ -9,7 +9,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -739,6 +739,50 @@ def test_reload_watches_a_file_that_is_still_being_written_until_it_is_quiet(
             watching = Reloader(running, load, Notifier({}), "file", is_watching=True, seen=seen, watch_interval_s=0.01)
             await asyncio.wait_for(is_loaded.wait(), 10)
             assert looks == sizes
+            await watching.close()
+
+    asyncio.run(scenario())
+
+
+def test_reload_on_request_watches_what_it_has_read_from_then_on(
+    images: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file that has changed is not read once more, and files that it names for the first time are looked at."""
+    identity = Authority(tmp_path / "ca").issue("server")
+    tls = TlsConfig(identity.certificate_path, identity.key_path)
+    old = ServerConfig((ExportConfig(str(images("a")), "a", "raw"),), listeners=(NbdUri(socket=f"{tmp_path}/s"),))
+    file = tmp_path / "file"
+    file.write_text("old")
+    load_count = 0
+    real_look = reload._stamps
+
+    async def scenario() -> None:
+        is_loaded, looks = asyncio.Event(), asyncio.Queue[None]()
+        loop = asyncio.get_running_loop()
+
+        def look(paths: Sequence[str]) -> dict[str, reload.Stamp | None]:
+            loop.call_soon_threadsafe(looks.put_nowait, None)
+            return real_look(paths)
+
+        monkeypatch.setattr(reload, "_stamps", look)
+
+        def load() -> tuple[ServerConfig, bool]:
+            nonlocal load_count
+            load_count += 1
+            loop.call_soon_threadsafe(is_loaded.set)
+            return replace(old, tls=tls), True
+
+        async with serving(old) as running:
+            seen = stamp(str(file))
+            watching = Reloader(running, load, Notifier({}), str(file), seen=seen, watch_interval_s=0.01)
+            file.write_text("new, and longer")
+            assert await watching.reload()
+            for _ in range(looks.qsize() + 5):
+                await asyncio.wait_for(looks.get(), 10)
+            assert load_count == 1
+            is_loaded.clear()
+            os.utime(identity.certificate_path, ns=(5, 5))
+            await asyncio.wait_for(is_loaded.wait(), 10)
             await watching.close()
 
     asyncio.run(scenario())
