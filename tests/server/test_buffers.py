@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from pathlib import Path
 
+from nbdimg.config import ExportConfig, ServerConfig
 from nbdimg.export.registry import Registry
 from nbdimg.limits import PIECE_SIZE, Limits
 from nbdimg.server.buffers import KEPT_BYTES_MAX, SHORT_SHARE, BufferPool
 from nbdimg.server.shared import WAKES_PER_TURN, Shared
 from nbdimg.units import MiB
+from nbdimg.uri import NbdUri
+from tests.server.tls_live import LiveServer, files
+from tests.support.rawclient import connect_negotiated
+from tests.support.rawprotocol import Command, CommandFlag
 
 LIMIT = 16 * MiB
 SHARE = LIMIT // SHORT_SHARE
@@ -119,6 +125,19 @@ def test_buffers_are_kept_for_the_next_and_given_back_when_nobody_wants_them() -
         assert used_again(KEPT_BYTES_MAX) is not kept
         pool.tidy()
         pool.tidy()
+
+
+def test_connection_has_its_share_again_when_its_payloads_are_done(tmp_path: Path) -> None:
+    (path,) = files(tmp_path, ["disk"], MiB)
+    exports, uri = (ExportConfig(str(path), "disk", "raw"),), NbdUri(socket=str(tmp_path / "s"))
+    with (
+        LiveServer(ServerConfig(exports, (uri,), Limits(connection_bytes=MiB))) as server,
+        connect_negotiated(server.address, "disk", timeout_s=10) as client,
+    ):
+        for number in range(4):
+            data = bytes([number]) * MiB
+            assert client.write(0, data).error == 0
+            assert client.request(Command.READ, 0, MiB, CommandFlag.DF).data == data
 
 
 def test_who_asks_in_vain_wakes_nobody() -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -653,6 +654,24 @@ def test_listener_that_would_give_data_out_in_clear_is_refused(
     config = ServerConfig(exports, (NbdUri.parse(uri),), tls=tls)
     with pytest.raises(ConfigError, match=message):
         LiveServer(config).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("uri", "mode", "is_tls_only"),
+    [
+        ("nbd://0.0.0.0:0", "required", False),
+        ("nbd://0.0.0.0:0", "selective", True),
+        ("nbds://0.0.0.0:0", "selective", False),
+        ("nbds://0.0.0.0:0", "off", False),
+    ],
+)
+def test_listener_that_gives_no_data_out_in_clear_is_opened(
+    site: Site, uri: str, mode: Literal["off", "required", "selective"], is_tls_only: bool
+) -> None:
+    export = ExportConfig(str(site.image), "disk", "raw", is_read_only=True, is_tls_only=is_tls_only)
+    config = ServerConfig((export,), (NbdUri.parse(uri),), tls=replace(site.tls, mode=mode))
+    with LiveServer(config) as server:
+        assert not [line for line in server.lines if "in plain text" in line]
 
 
 # Pre-shared keys
