@@ -21,6 +21,7 @@ from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.limits import Limits
 from nbdimg.server import live
 from nbdimg.server.live import RemoveMode
+from nbdimg.server.service import check_config
 from nbdimg.storage.posix import PosixFile
 from nbdimg.uri import NbdUri
 from tests.server.controlled import AtWork, ControlledServer, Worker
@@ -140,6 +141,24 @@ def test_added_export_is_served_and_others_notice_nothing(served: ControlledServ
         assert not is_known(served, "new")
         assert served.ask(served.control.add(replace(make("other", format), name=None))) == ["other"]
     assert [uri.name for uri in served.service.uris] == ["keep", "other"]
+
+
+def test_image_of_an_export_that_is_refused_is_given_back(served: ControlledServer, make: Make) -> None:
+    config = make("disk")
+    with pytest.raises(ConfigError, match="the minimum block size is 3"):
+        served.ask(served.control.add(replace(config, block_size_min=3)))
+    assert served.ask(served.control.add(config)) == ["disk"]
+
+
+def test_image_that_is_written_has_no_second_export_whatever_their_order(make: Make, tmp_path: Path) -> None:
+    writer = make("disk")
+    link = tmp_path / "link"
+    link.symlink_to(writer.path)
+    reader = replace(writer, name="reader", path=str(link), is_read_only=True)
+    for exports in ((writer, reader), (reader, writer)):
+        with pytest.raises(ConfigError, match="is exported twice, expected once unless all its exports are read-only"):
+            check_config(ServerConfig(exports))
+    check_config(ServerConfig((reader, replace(reader, name="other", path=writer.path))))
 
 
 def test_format_that_is_named_is_taken_whatever_the_image_begins_with(served: ControlledServer, make: Make) -> None:
