@@ -126,6 +126,19 @@ def test_request_header_half_sent_behind_a_whole_request_is_cut(server: NbdimgSe
         assert_cut_at_deadline(client.wait_closed(5))
 
 
+def test_requests_that_each_end_in_the_bytes_of_the_next_are_not_cut(server: NbdimgServer) -> None:
+    """Twice the timeout without a moment in which no request is unfinished, and few bytes: each one is in time."""
+    with connect_negotiated(server.socket_path, "disk") as client:
+        requests = client.reads(8, 512)
+        data = b"".join(map(client.announce, requests))
+        size = len(data) // len(requests)
+        client.send(data[: size // 2])
+        for number in range(len(requests) - 1):
+            assert client.wait_closed(TIMEOUT_S / 4) is None, f"cut after {number} requests"
+            client.send(data[size // 2 + size * number : size // 2 + size * (number + 1)])
+            assert client.read_reply().error == 0
+
+
 def test_write_payload_that_stops_is_cut_and_changes_no_sector(server: NbdimgServer) -> None:
     """16 KiB and then nothing: below 64 KiB/s from the first second on."""
     with connect_negotiated(server.socket_path, "disk") as client:

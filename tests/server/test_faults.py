@@ -94,6 +94,12 @@ def flush(client: Client) -> Reply:
     return client.request(Command.FLUSH)
 
 
+def assert_nothing_is_in_flight(client: Client) -> None:
+    """A request that was forgotten would hold up the end of its connection."""
+    client.disconnect()
+    assert client.wait_closed(10) is not None
+
+
 # READ
 
 
@@ -120,6 +126,7 @@ def test_read_error_is_told_in_the_negotiated_form_and_the_connection_lives(
             if dialect != "simple":
                 assert reply.error_text
         assert client.read(8192, 512).data == PATTERN[8192:8704]
+        assert_nothing_is_in_flight(client)
 
 
 def test_slow_read_error_names_the_offset(server: FaultServer) -> None:
@@ -234,6 +241,7 @@ def test_write_error_is_told_by_its_number(
         server.file.heal()
         assert client.write(4096, b"y" * 512).error == 0
         assert client.read(4096, 512).data == b"y" * 512
+        assert_nothing_is_in_flight(client)
 
 
 def test_write_enospc_is_28_on_the_wire(server: FaultServer) -> None:
