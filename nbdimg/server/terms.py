@@ -42,11 +42,12 @@ def check_identities(config: ServerConfig) -> None:
 def check_listener(uri: NbdUri, config: ServerConfig) -> None:
     """Raises: ConfigError: there is no TLS for `uri`, or it is exposed without TLS and without leave."""
     if uri.is_tls and config.tls is None:
-        raise ConfigError(f"{uri} needs TLS: give a certificate with --tls-certificate, or listen with nbd")
+        raise ConfigError(f"{uri} needs TLS: give a certificate with [tls] (--tls-certificate), or listen with nbd")
     if not config.allows_plaintext and exposed([uri], config):
         raise ConfigError(
             f"{uri} is reachable from other machines and NBD without TLS is plain text: "
-            "use TLS, listen on 127.0.0.1, ::1 or a Unix socket, or allow it with --insecure-plaintext"
+            "use TLS, listen on 127.0.0.1, ::1 or a Unix socket, or allow it with insecure_plaintext "
+            "(--insecure-plaintext)"
         )
 
 
@@ -61,7 +62,7 @@ def check_admin(config: ServerConfig) -> None:
     if address is not None and not is_loopback(address.host) and not config.allows_plaintext:
         raise ConfigError(
             f"the admin API at {address} is reachable from other machines and HTTP is plain text: listen on 127.0.0.1, "
-            "::1 or a Unix socket, or allow it with --insecure-plaintext"
+            "::1 or a Unix socket, or allow it with insecure_plaintext (--insecure-plaintext)"
         )
 
 

@@ -115,7 +115,10 @@ def size_of(address: str | tuple[str, int], name: str) -> int:
         (["--listen", "nbd://127.0.0.1:0/disk"], "a listener has no export name"),
         (["--listen", "nbds://127.0.0.1:0"], "needs TLS"),
         (["--listen", "nbds+unix:///?socket=/tmp/s"], "needs TLS"),
-        (["--listen", "nbd://0.0.0.0:0"], "reachable from other machines.*--insecure-plaintext"),
+        (
+            ["--listen", "nbd://0.0.0.0:0"],
+            r"reachable from other machines.* insecure_plaintext \(--insecure-plaintext\)",
+        ),
         (["--listen", "nbd://[::]:0"], "reachable from other machines.*--insecure-plaintext"),
         (["--listen", "nbd://192.0.2.1:0"], "reachable from other machines.*--insecure-plaintext"),
         (["--listen", "nbd://example.com:0"], "reachable from other machines.*--insecure-plaintext"),
