@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import select
 import sys
 import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from time import monotonic
+from typing import TextIO
 
 from nbdimg.units import counted
 
@@ -21,6 +23,11 @@ LINES_MAX = 20
 """Connection lines in one period; further ones are counted and reported when the period ends."""
 
 PERIOD_S = 1.0
+
+PATIENCE_MS = 20
+"""How long a line waits for room where the log goes, and all clients with it, before it is left out."""
+
+STDERR = 2
 
 logger = logging.getLogger("nbdimg")
 
@@ -38,6 +45,29 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
+class _Handler(logging.StreamHandler[TextIO]):
+    """To standard error where there is room: a pipe that nobody empties, or a terminal that is held, would stop the
+    server with all its clients. The kernel says that a pipe has room when a page is free, which most lines fit into.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self._room = select.poll()
+        self._room.register(STDERR, select.POLLOUT)
+        self._left_out_count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._room.poll(0 if self._left_out_count else PATIENCE_MS):
+            self._left_out_count += 1
+            return
+        if self._left_out_count:
+            lines = counted(self._left_out_count, "line was", "lines were")
+            self._left_out_count = 0
+            said = f"{lines} left out, nobody took what was written"
+            super().emit(logging.LogRecord(logger.name, logging.WARNING, "", 0, said, None, None))
+        super().emit(record)
+
+
 def start_logging(format: str, *, is_verbose: bool) -> None:
     """Log to standard error from now on, also what Python would write there itself.
 
@@ -45,7 +75,7 @@ def start_logging(format: str, *, is_verbose: bool) -> None:
     """
     if format == "auto":
         format = "text" if sys.stderr.isatty() else "json"
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler()
     is_text = format == "text"
     handler.setFormatter(logging.Formatter("nbdimg: %(levelname)s: %(message)s") if is_text else JsonFormatter())
     logging.basicConfig(level=logging.DEBUG if is_verbose else logging.INFO, handlers=[handler])

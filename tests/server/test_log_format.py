@@ -40,6 +40,17 @@ Fragile()
 """
 """What Python itself says on standard error."""
 
+FLOOD = """
+import logging, sys
+from nbdimg.server.log import start_logging
+start_logging("json", is_verbose=False)
+for number in range(2000):
+    logging.getLogger("nbdimg").info("line %d, and %s", number, "x" * 100)
+print("done", flush=True)
+sys.stdin.readline()
+logging.getLogger("nbdimg").info("the last")
+"""
+
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
@@ -133,6 +144,24 @@ def test_what_python_itself_complains_of_is_one_object_a_line_too() -> None:
         "internal error: in a thread: ZeroDivisionError('division by zero')",
     )
     assert destructor["message"] == "internal error: in a destructor: ValueError('destroyed')"
+
+
+def test_log_that_nobody_reads_stops_nobody_and_tells_later_what_was_left_out() -> None:
+    with subprocess.Popen([sys.executable, "-c", FLOOD], stdin=-1, stdout=-1, stderr=-1, bufsize=0) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        is_done = bool(select.select([process.stdout], [], [], LINE_LIMIT_S)[0])
+        if not is_done:
+            process.kill()
+        assert is_done
+        written = os.read(process.stderr.fileno(), 1 << 20)
+        process.stdin.write(b"\n")
+        lines = parsed((written + process.stderr.read()).decode())
+    *kept, notice, last = [line["message"] for line in lines]
+    assert kept[-1].startswith(f"line {len(kept) - 1}, ")
+    assert notice == f"{2000 - len(kept)} lines were left out, nobody took what was written"
+    assert last == "the last"
 
 
 def test_control_text_is_no_json(image: Path) -> None:
