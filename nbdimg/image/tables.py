@@ -160,6 +160,12 @@ class TableCache:
         self._dirty.clear()
         self._writing.clear()
 
+    def succeed(self, former: TableCache) -> None:
+        """Go on counting for `former`, which has no place in the file any more, and is forgotten."""
+        self._gone_hit_count += former.hit_count
+        self.load_count += former.load_count
+        former.forget()
+
     def drop(self, key: int) -> None:
         """Forget a slice whose table is gone, changed or not."""
         dropped = self.slices.pop(key, None)

@@ -44,15 +44,15 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
     Raises: ConfigError: the size cannot be. UnsupportedFeature: a parent that is larger would show through, or there is
     no log. CorruptImage: the image has what cannot be resized. OSError.
     """
-    driver = image.driver
-    assert isinstance(driver, VhdxDriver)
-    file = driver.file
-    _check_size(image, driver, size)
-    if size == driver.size:
+    former = image.driver
+    assert isinstance(former, VhdxDriver)
+    file = former.file
+    _check_size(image, former, size)
+    if size == former.size:
         return
     await image.flush()
     try:
-        await driver.close()
+        await former.close()
         parts = await load_parts(file, await load_headers(file))
         session = Session(file, parts.headers, changes_data=True)
         await _Resize(file, parts, size, session, progress).run()
@@ -60,6 +60,8 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
     except BaseException:
         image.gate.failure = "a resize was not finished: open it anew"
         raise
+    for kind, cache in driver.tables.items():
+        cache.succeed(former.tables[kind])
     image.driver = driver
     image.resized()
 

@@ -14,6 +14,7 @@ from nbdimg.errors import ConfigError, ImageFailed, UnsupportedFeature
 from nbdimg.formats import open_file, open_image, resize_image
 from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.vhdx.check import check
+from nbdimg.formats.vhdx.driver import VhdxDriver
 from nbdimg.image.gate import Reference
 from nbdimg.image.image import Image
 from nbdimg.storage.memory import MemoryFile
@@ -101,6 +102,25 @@ def test_resize_gives_a_new_data_write_guid_and_leaves_the_log_empty() -> None:
         assert header[16:32] != craft.FILE_WRITE_GUID.bytes_le
         assert header[32:48] != craft.DATA_WRITE_GUID.bytes_le
         assert header[48:64] == bytes(16)
+
+
+def test_resize_forgets_the_former_tables_and_goes_on_counting() -> None:
+    async def main() -> None:
+        image = await opened(MemoryFile(dynamic(b"\1" * MiB), "x.vhdx"))
+        await guest_of(image)
+        await guest_of(image)
+        assert isinstance(image.driver, VhdxDriver)
+        former = image.driver.tables["bat"]
+        before = former.hit_count, former.load_count
+        assert min(before) > 0
+        await resize_image(image, 5 * MiB)
+        tables = dict(image.tables())
+        assert (tables["bat"].hit_count, tables["bat"].load_count) == before
+        assert tables["bat"] is not former
+        assert not former.slices
+        await image.close()
+
+    asyncio.run(main())
 
 
 def test_resize_to_the_same_size_changes_nothing() -> None:
