@@ -154,7 +154,9 @@ async def _open_backing(opened: Opened, options: OpenOptions) -> Image | None:
             reference.offset,
         )
     file = await first_that_opens(backing.references, options.gate.open)
-    below = OpenOptions(options.gate, key=options.key, accepts_lost_log=options.accepts_lost_log)
+    below = OpenOptions(
+        options.gate, key=options.key, is_keyless=options.is_keyless, accepts_lost_log=options.accepts_lost_log
+    )
     try:
         image = await open_file(file, backing.format, below)
     except BaseException:

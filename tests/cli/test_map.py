@@ -16,7 +16,7 @@ import pytest
 from nbdimg.cli.main import run
 from nbdimg.units import MiB, TiB
 from tests.cli.conftest import Command
-from tests.support.qcow2edit import Edit, qemu_img, qemu_io
+from tests.support.qcow2edit import Edit, make_luks, qemu_img, qemu_io
 from tests.support.qcow2images import KINDS
 
 USAGE, IMAGE = 2, 3
@@ -73,6 +73,16 @@ def test_map_of_an_encrypted_image_needs_no_key(mapped: Any) -> None:
     assert [(each["start"], each["length"], each["data"], "offset" in each) for each in found] == [
         (0, 112 << 10, True, False),
         (112 << 10, (4 << 20) - (112 << 10), False, False),
+    ]
+
+
+def test_map_of_a_chain_with_an_encrypted_image_needs_no_key(mapped: Any) -> None:
+    make_luks("base", 1 << 20, "write -q -P 1 0 16k")
+    qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", "base", "-F", "qcow2", "top", "1M")
+    found = mapped("top")["extents"]
+    assert [(each["length"], each["depth"], each["data"]) for each in found] == [
+        (16 << 10, 1, True),
+        ((1 << 20) - (16 << 10), 1, False),
     ]
 
 
