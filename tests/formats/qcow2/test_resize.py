@@ -14,16 +14,19 @@ from pathlib import Path
 import pytest
 
 from nbdimg.errors import ConfigError, CorruptImage, ImageError, UnsupportedFeature
-from nbdimg.formats import open_image, resize_image
+from nbdimg.formats import open_file, open_image, resize_image
+from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.qcow2 import resize
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.image.image import Image
+from nbdimg.storage.memory import MemoryFile
 from nbdimg.storage.ordering import Plan
 from nbdimg.storage.posix import PosixFile
 from nbdimg.units import GiB, KiB, MiB, TiB
 from tests.crash import qcow2 as scenarios
 from tests.support.crash import run_now
 from tests.support.qcow2edit import Edit, QemuReport, make_luks, qemu_check, qemu_img, qemu_io
+from tests.support.qcow2mutants import AnyGate
 
 SEED = 20260131
 
@@ -205,6 +208,41 @@ def test_grow_over_a_longer_backing_file_hides_it(tmp_path: Path, options: str, 
     assert_is(path, expected)
     resized(path, 8 * MiB)
     assert_is(path, expected.ljust(8 * MiB, b"\0"))
+
+
+class BarrierFile(MemoryFile):
+    """Keeps what it holds at each barrier."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.durable: list[bytes] = []
+
+    async def fdatasync(self) -> None:
+        self.durable.append(bytes(self.content))
+
+
+def test_grow_that_flushes_on_the_way_keeps_the_disk_at_every_barrier(tmp_path: Path) -> None:
+    """Q5, Q6: the old L1 table goes only behind the header that names the new one."""
+    path, base = tmp_path / "disk", tmp_path / "base"
+    base.write_bytes(b"B" * 4 * MiB)
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512", "-b", base, "-F", "raw", path, "64k")
+    qemu_io(path, "write -q -P 1 0 32k")
+    before = b"\1" * 32 * KiB + b"B" * 32 * KiB
+
+    async def run() -> None:
+        file = BarrierFile(path.read_bytes())
+        image = await open_file(file, "qcow2", OpenOptions(AnyGate(base.read_bytes()), writable=True))
+        assert isinstance(image.driver, Qcow2Driver)
+        image.driver.mapping.cache._slices_max = 8
+        await resize_image(image, 4 * MiB)
+        assert len(file.durable) > 40
+        for content in file.durable[::4]:
+            left = await open_file(MemoryFile(content), "qcow2", OpenOptions(AnyGate(base.read_bytes())))
+            assert (await everything(left))[: 64 * KiB] == before
+        assert await everything(image) == before.ljust(4 * MiB, b"\0")
+        await image.close()
+
+    asyncio.run(run())
 
 
 def test_shrink_over_a_backing_file_allocates_nothing_for_what_goes(tmp_path: Path) -> None:
