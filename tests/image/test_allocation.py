@@ -142,6 +142,24 @@ def test_write_over_several_clusters_reserves_them_at_once() -> None:
     assert driver.events == ["reserve 1-7", "commit"]
 
 
+@pytest.mark.parametrize("change", ["write", "trim"])
+def test_change_beside_strained_tables_flushes_them_though_all_was_flushed(change: str) -> None:
+    """A flush may itself have changed tables, which the next one writes."""
+
+    async def main() -> None:
+        driver = FakeDriver(MemoryFile(), [None] * 8, can_unmap=True)
+        driver.resident = {0}
+        image = Image(driver, writable=True)
+        await image.flush()
+        assert image.gate.is_clean
+        driver.is_strained = True
+        driver.events.clear()
+        await (image.write(0, b"x" * CLUSTER) if change == "write" else image.trim(0, CLUSTER))
+        assert driver.events[0] == "flush"
+
+    run(main())
+
+
 def test_write_that_fails_gives_its_space_back_and_shows_nothing() -> None:
     async def main() -> None:
         file = FaultFile(MemoryFile(), slow_only=True)

@@ -214,6 +214,30 @@ def test_metadata_that_fails_otherwise_poisons_the_image_and_close_writes_nothin
     asyncio.run(main())
 
 
+def test_new_table_is_written_whole_over_what_was_there(tmp_path: Path) -> None:
+    """A table of 16 KiB is in memory in four parts, and what was freed could not be punched."""
+    path = tmp_path / "a"
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=16k", str(path), "128M"]
+    subprocess.run(create, check=True)
+
+    async def main() -> bytes:
+        inner = BoundedFile(path.read_bytes())
+        file = FaultFile(inner)
+        file.unsupported.add("punch")
+        image = await opened(file)
+        await image.write(0, b"\xff" * 16384)
+        await image.flush()
+        await image.trim(0, 16384)
+        await image.flush()
+        assert b"\xff" * 16384 in inner.content
+        await image.write(64 << 20, b"x" * 16384)
+        await image.close()
+        assert b"\xff" * 4096 not in inner.content
+        return bytes(inner.content)
+
+    assert check(tmp_path / "after", asyncio.run(main())) == 0
+
+
 def test_corruption_found_behind_the_last_flush_is_marked_by_the_close(tmp_path: Path) -> None:
     """Two entries of one cluster with one count: it is counted down once and cannot be again."""
     content = bytearray(image_bytes(tmp_path / "a"))

@@ -170,6 +170,23 @@ def test_snapshot_of_an_image_in_which_corruption_was_found_is_refused(tmp_path:
     asyncio.run(run())
 
 
+def test_table_that_a_snapshot_shares_is_copied_with_what_lies_far_from_the_write(tmp_path: Path) -> None:
+    """A table of 64 KiB maps 512 MiB, and is in memory in sixteen parts."""
+    disk = Disk.made(tmp_path / "image", "cluster_size=64k", 256 * MiB)
+    disk.write_qemu(1, 0, 64 * KiB)
+    disk.write_qemu(2, 200 * MiB, 64 * KiB)
+    disk.create("one")
+
+    async def run() -> None:
+        image = await open_image(disk.path, format="qcow2")
+        await image.write(0, b"\3" * 4096)
+        await image.close()
+
+    asyncio.run(run())
+    disk.active[:4096] = b"\3" * 4096
+    disk.verify()
+
+
 def test_snapshot_deleted_gives_its_space_back(tmp_path: Path) -> None:
     disk = Disk.made(tmp_path / "image", "compat=1.1", 8 * MiB)
     disk.write_qemu(1, 0, 4 * MiB)
