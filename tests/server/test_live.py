@@ -298,6 +298,7 @@ def test_drain_of_a_client_that_stays_can_be_cut_short(tmp_path: Path, make: Mak
 @pytest.mark.parametrize("is_hard", [False, True])
 def test_disconnected_client_is_gone_and_others_stay(served: ControlledServer, is_hard: bool) -> None:
     with AtWork(served, "keep"), served.connect("keep") as client:
+        served.now(served.service.server.set_limits, Limits(drain_timeout_s=2 * WAIT_S))
         newest = served.now(served.control.clients)[-1]
         served.ask(served.control.disconnect(newest.id, is_hard))
         assert client.wait_closed(WAIT_S) is not None
@@ -721,6 +722,28 @@ def test_reload_of_other_rules_leaves_hidden_clients_alone(tmp_path: Path, make:
         server.wanted = replace(server.wanted, exports=(replace(keep, access=(AccessRule(uids=(4242,)),)),))
         assert server.ask(server.control.reload())
         assert_works(client)
+
+
+def test_reload_of_an_export_that_begins_to_need_tls_ends_its_clients_in_clear(tmp_path: Path, make: Make) -> None:
+    """Not those under TLS, nor those of an export that still needs none."""
+    authority = Authority(tmp_path)
+    identity = authority.issue("server")
+    tls = TlsConfig(identity.certificate_path, identity.key_path, mode="selective")
+    keep, disk = (make(name, is_tls_only=False) for name in ("keep", "disk"))
+    with (
+        ControlledServer(tmp_path, keep, disk, tls=tls) as server,
+        server.connect("keep") as other,
+        server.connect("disk") as plain,
+        tls_client(server.socket_path, client_context(authority)) as encrypted,
+    ):
+        encrypted.negotiate("disk")
+        assert_works(plain)
+        server.wanted = replace(server.wanted, exports=(keep, replace(disk, is_tls_only=True)))
+        assert server.ask(server.control.reload())
+        assert plain.wait_closed(WAIT_S) is not None
+        assert server.look() == {"keep": 1, "disk": 1}
+        assert_works(encrypted)
+        assert_works(other)
 
 
 def test_uris_follow_a_reload(served: ControlledServer, tmp_path: Path) -> None:
