@@ -171,10 +171,15 @@ def test_reader_that_takes_nothing_is_cut(server: NbdimgServer) -> None:
     assert_alive(server, server.socket_path)
 
 
-def test_reader_that_is_slow_but_takes_something_is_not_cut(server: NbdimgServer) -> None:
-    """Half a MiB every tenth of a second, for twice the stall timeout, and then the rest, byte for byte."""
+@pytest.mark.parametrize("structured", [True, False], ids=["in-pieces", "whole"])
+def test_reader_that_is_slow_but_takes_something_is_not_cut(server: NbdimgServer, structured: bool) -> None:
+    """Half a MiB every tenth of a second, for twice the stall timeout, and then the rest, byte for byte. Of replies
+    that are read whole some wait all the time.
+    """
     expected = pattern(0, MIB)
-    with connect_negotiated(server.socket_path, "disk") as client:
+    with Client(server.socket_path) as client:
+        client.greet()
+        client.negotiate("disk", structured=structured)
         requests = client.reads(48, MIB)
         client.send_requests(requests)
         for _ in range(42):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from nbdimg.server.log import JsonFormatter
+from nbdimg.server.log import JsonFormatter, LimitedLog
 from tests.support.configured import ConfiguredServer, export
 from tests.support.rawclient import Client
 from tests.support.rss import wait_until
@@ -162,6 +163,16 @@ def test_log_that_nobody_reads_stops_nobody_and_tells_later_what_was_left_out() 
     assert kept[-1].startswith(f"line {len(kept) - 1}, ")
     assert notice == f"{2000 - len(kept)} lines were left out, nobody took what was written"
     assert last == "the last"
+
+
+def test_line_of_a_connection_without_fields_is_json_too() -> None:
+    lines, log = io.StringIO(), logging.Logger("own")
+    handler = logging.StreamHandler(lines)
+    handler.setFormatter(JsonFormatter())
+    log.addHandler(handler)
+    LimitedLog(log).say(logging.INFO, "words alone")
+    found = json.loads(lines.getvalue())
+    assert (found["message"], found.keys()) == ("words alone", {"ts", "level", "message"})
 
 
 def test_control_text_is_no_json(image: Path) -> None:

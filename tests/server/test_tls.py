@@ -26,6 +26,7 @@ from nbdimg.config import ExportConfig, ServerConfig, TlsConfig
 from nbdimg.errors import ConfigError, TlsError
 from nbdimg.export.registry import Registry
 from nbdimg.limits import Limits
+from nbdimg.server import tls as tls_module
 from nbdimg.server.credentials import Credentials
 from nbdimg.server.outbox import TlsOutbox
 from nbdimg.server.shared import Shared
@@ -387,6 +388,26 @@ def test_flood_of_key_updates_ends_before_it_costs_a_turn(site: Site, data: byte
             layer.recv(256 * KIB)
         layer.flush()
         assert len(far.recv(64 * KIB)) < 5 * KIB, "the whole flood was answered"
+
+
+def test_answers_to_key_updates_that_nobody_takes_do_not_pile_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tls_module, "BACKLOG_MAX", 16 * KIB)
+    near, far = socket.socketpair()
+    with near, far:
+        near.setblocking(False)
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * KIB)
+        layer = Tls(site.tls).wrap(near)
+        end = far_end(site, far, layer)
+
+        def update_for_ever() -> None:
+            while True:
+                far.sendall(key_updates(end, 10))
+                with contextlib.suppress(BlockingIOError):
+                    layer.recv(64 * KIB)
+                assert layer.backlog_size < 2 * 16 * KIB
+
+        with pytest.raises(ConnectionAbortedError, match="asked for and not taken"):
+            update_for_ever()
 
 
 # Endings
