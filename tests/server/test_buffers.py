@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from contextlib import ExitStack
 from pathlib import Path
 
 from nbdimg.config import ExportConfig, ServerConfig
@@ -16,9 +17,11 @@ from nbdimg.uri import NbdUri
 from tests.server.tls_live import LiveServer, files
 from tests.support.rawclient import connect_negotiated
 from tests.support.rawprotocol import Command, CommandFlag
+from tests.support.rss import wait_until
 
 LIMIT = 16 * MiB
 SHARE = LIMIT // SHORT_SHARE
+GONE_S = 10.0
 
 
 def filled(pool: BufferPool, length: int) -> deque[memoryview]:
@@ -132,12 +135,28 @@ def test_connection_has_its_share_again_when_its_payloads_are_done(tmp_path: Pat
     exports, uri = (ExportConfig(str(path), "disk", "raw"),), NbdUri(socket=str(tmp_path / "s"))
     with (
         LiveServer(ServerConfig(exports, (uri,), Limits(connection_bytes=MiB))) as server,
-        connect_negotiated(server.address, "disk", timeout_s=10) as client,
+        connect_negotiated(server.address, "disk", GONE_S) as client,
     ):
         for number in range(4):
             data = bytes([number]) * MiB
             assert client.write(0, data).error == 0
             assert client.request(Command.READ, 0, MiB, CommandFlag.DF).data == data
+
+
+def test_new_limit_of_all_payloads_holds_for_connections_that_are_up(tmp_path: Path) -> None:
+    (path,) = files(tmp_path, ["disk"], 4 * MiB)
+    exports, uri = (ExportConfig(str(path), "disk", "raw"),), NbdUri(socket=str(tmp_path / "s"))
+    with LiveServer(ServerConfig(exports, (uri,))) as live, ExitStack() as stack:
+        first, second = (stack.enter_context(connect_negotiated(live.address, "disk")) for _ in range(2))
+        server = live.service.server
+        live.now(server.set_limits, Limits(total_bytes=4 * MiB))
+        for client in (first, second):
+            client.send(client.announce(client.new_request(Command.WRITE, 0, 2 * MiB)) + bytes(64))
+            assert wait_until(lambda: server.lent_bytes == 2 * MiB, GONE_S)
+        assert wait_until(lambda: len(server._shared.pool._line) == 1, GONE_S)
+        first.close()
+        second.send(bytes(2 * MiB - 64))
+        assert second.read_reply().error == 0
 
 
 def test_who_asks_in_vain_wakes_nobody() -> None:

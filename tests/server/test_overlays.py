@@ -615,6 +615,23 @@ def test_kept_overlays_beyond_their_number_are_not_made_and_those_there_are_open
     assert sorted(os.listdir(overlays)) == ["base@a.qcow2", "base@b.qcow2"]
 
 
+def test_kept_overlay_that_could_not_be_made_at_first_is_closed_with_its_last_client(
+    golden: Path, overlays: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(golden: Golden, file_name: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with LiveServer(live_config(golden, overlays, "kept")) as server:
+        with monkeypatch.context() as patch, greeted(socket_of(server)) as client:
+            patch.setattr(Golden, "make_named", full)
+            assert go(client, "base@vm1") == Rep.ERR_PLATFORM
+        lent = server.service.exports["base"][0].overlays.lent  # type: ignore[union-attr]
+        with connect_negotiated(socket_of(server), "base@vm1") as client:
+            assert client.read(0, 512).data == CONTENT[:512]
+            assert len(lent) == 1
+        assert wait_until(lambda: not lent, PATIENCE_S)
+
+
 def test_kept_overlay_for_who_may_only_read_is_not_made_and_not_changed(
     golden: Path, overlays: Path, tmp_path: Path
 ) -> None:

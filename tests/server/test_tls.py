@@ -28,7 +28,7 @@ from nbdimg.export.registry import Registry
 from nbdimg.limits import Limits
 from nbdimg.server import tls as tls_module
 from nbdimg.server.credentials import Credentials
-from nbdimg.server.outbox import TlsOutbox
+from nbdimg.server.outbox import Outbox, TlsOutbox
 from nbdimg.server.shared import Shared
 from nbdimg.server.tls import Records, Tls, TlsSocket
 from nbdimg.uri import NbdUri
@@ -277,6 +277,29 @@ def test_ciphertext_that_waits_counts_as_pending_and_leaves(site: Site) -> None:
             return received
 
     assert asyncio.run(asyncio.wait_for(main(), 20)) == sent
+
+
+@pytest.mark.parametrize("is_tls", [False, True])
+def test_reply_that_leaves_at_once_leaves_no_deadline_behind(site: Site, is_tls: bool) -> None:
+    """Its client would be cut for taking no reply, when it rests."""
+
+    async def main() -> None:
+        near, far = socket.socketpair()
+        with near, far:
+            near.setblocking(False)
+            shared, all_left = Shared(asyncio.get_running_loop(), Registry(), Limits()), asyncio.Event()
+            outbox: Outbox
+            if is_tls:
+                layer = Tls(site.tls).wrap(near)
+                far_end(site, far, layer)
+                outbox = TlsOutbox(layer, shared, all_left.set, lambda error: None)
+            else:
+                outbox = Outbox(near, shared, all_left.set, lambda error: None)
+            outbox.queue([b"a reply of another turn"])
+            await asyncio.wait_for(all_left.wait(), 5)
+            assert (outbox.pending_bytes, outbox.stalled_since_s) == (0, None)
+
+    asyncio.run(main())
 
 
 def test_what_was_queued_for_a_socket_that_is_closed_meanwhile_is_not_sent(site: Site) -> None:
