@@ -150,6 +150,16 @@ def test_image_of_an_export_that_is_refused_is_given_back(served: ControlledServ
     assert served.ask(served.control.add(config)) == ["disk"]
 
 
+def test_image_whose_snapshot_has_a_taken_name_is_refused_whole(served: ControlledServer, make: Make) -> None:
+    disk = make("disk", "qcow2")
+    qemu_img("snapshot", "-c", "one", disk.path)
+    served.ask(served.control.add(make("disk@one")))
+    with pytest.raises(ConfigError, match="two exports are named 'disk@one'"):
+        served.ask(served.control.add(disk))
+    assert not is_known(served, "disk")
+    assert served.ask(served.control.add(replace(disk, name="other"))) == ["other", "other@one"]
+
+
 def test_image_that_is_written_has_no_second_export_whatever_their_order(make: Make, tmp_path: Path) -> None:
     writer = make("disk")
     link = tmp_path / "link"
@@ -321,6 +331,17 @@ def test_operation_on_a_server_that_stops_is_refused(served: ControlledServer, m
     served.service.registry.is_shutting_down = True
     with pytest.raises(ConfigError, match="the server stops"):
         served.ask(served.control.add(make("disk")))
+
+
+def test_reload_of_a_server_that_stops_is_refused(served: ControlledServer, make: Make, tmp_path: Path) -> None:
+    """Or it would listen again."""
+    new, late = make("new"), NbdUri(socket=str(tmp_path / "late"))
+    served.now(setattr, served.service.registry, "is_shutting_down", True)
+    served.wanted = replace(served.wanted, exports=(*served.wanted.exports, new), listeners=(late,))
+    assert not served.ask(served.control.reload())
+    assert served.now(lambda: served.control.refusal) == "nothing was reloaded: the server stops"
+    assert not answers(str(late.socket))
+    assert list(served.look()) == ["keep"]
 
 
 def test_stop_flushes_what_is_hidden(tmp_path: Path, make: Make) -> None:
