@@ -24,6 +24,7 @@ from tests.server.tls_live import LiveServer, asked_for_tls, client_context, fil
 from tests.support.certificates import LOOPBACK_NAMES, SERVER_AUTH, Authority, Identity
 from tests.support.rawclient import Client
 from tests.support.rawprotocol import ConnectionClosed, Option, Rep, info_data, meta_data, option_bytes
+from tests.support.rss import wait_until
 
 TCP = NbdUri(host="127.0.0.1", port=0)
 V11, V12, V13 = ssl.TLSVersion.TLSv1_1, ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
@@ -358,12 +359,16 @@ def test_state_negotiated_in_clear_is_forgotten_at_starttls(realm: Realm) -> Non
 
 
 def test_starttls_behind_answers_that_nobody_has_read_yet_waits_for_them(realm: Realm, tmp_path: Path) -> None:
-    """More than the socket holds waits for the client when STARTTLS is acknowledged: all of it leaves in clear."""
+    """The socket holds less than the answers: they leave in clear, and no option is looked at while some wait."""
     made = realm.config(realm.tls(mode="selective", client_ca_path=None), NbdUri(socket=str(tmp_path / "s")))
     exports = tuple(replace(export, description="d" * 4000) for export in made.exports)
     with LiveServer(replace(made, exports=exports)) as server, Client(server.address) as client:
         client.greet()
         client.send(option_bytes(Option.LIST) * 600 + option_bytes(Option.STARTTLS))
+        (connection,) = server.now(lambda: server.service.server.connections)
+        assert wait_until(lambda: connection.outbox.pending_bytes > 0, 5)
+        for _ in range(50):
+            assert server.now(lambda: connection.outbox.pending_bytes) <= 20 * 4096, "one turn's at most"
         for _ in range(600):
             assert len(client.read_option_replies(Option.LIST)) == 2
         assert [reply.type for reply in client.read_option_replies(Option.STARTTLS)] == [Rep.ACK]
