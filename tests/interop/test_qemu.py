@@ -9,9 +9,11 @@ import json
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -34,6 +36,7 @@ from tests.support.rawprotocol import Command, CommandFlag
 from tests.support.server import NbdimgServer, PeerServer
 
 EXIT_IMAGE_REFUSED = 3
+PROMPT = "qemu-io> "
 
 
 def qemu_io(target: str | Path, *commands: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -294,6 +297,57 @@ def test_qemu_io_asynchronous_requests_complete_in_any_order(tmp_path: Path) -> 
     with NbdimgServer(image) as server:
         qemu_io_ok(server.uri, *commands, "aio_flush")
     assert first_difference(image, expected) is None
+
+
+class QemuIo:
+    """A qemu-io that stays open, with `reconnect-delay`."""
+
+    def __init__(self, server: NbdimgServer) -> None:
+        options = f"driver=nbd,server.type=unix,server.path={server.socket_path},export=disk,reconnect-delay=60"
+        argv = [require_program("qemu-io"), "--image-opts", options]
+        self._process = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self._answer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate("quit\n", timeout=60)
+
+    def ask(self, command: str) -> str:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{command}\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        answer = ""
+        while not answer.endswith(PROMPT):
+            found = self._process.stdout.read(1)
+            assert found, f"it has ended: {answer}"
+            answer += found
+        return answer.removesuffix(PROMPT)
+
+
+def test_qemu_takes_a_larger_size_when_it_has_reconnected(tmp_path: Path) -> None:
+    """As docs/operations.md says it; `truncate` is what the command block_resize does."""
+    image, admin = tmp_path / "disk.img", tmp_path / "admin"
+    expected = write_sparse(image)
+    ctl = (sys.executable, "-m", "nbdimg", "ctl")
+    at = f"--socket={admin}"
+    with NbdimgServer(image, options=[f"--admin-socket={admin}"]) as server, QemuIo(server) as qemu:
+        run_ok(*ctl, "resize", at, "disk", str(SPARSE_SIZE + MIB))
+        assert "Cannot grow NBD nodes" in qemu.ask(f"truncate {SPARSE_SIZE + MIB}")
+        (client,) = json.loads(run_ok(*ctl, "clients", at, "--json"))["clients"]
+        run_ok(*ctl, "disconnect", at, str(client["id"]))
+        assert qemu.ask("read -q 0 512") == ""
+        assert qemu.ask(f"truncate {SPARSE_SIZE + MIB}") == ""
+        assert qemu.ask("length") == f"{SPARSE_SIZE // MIB + 1} MiB\n"
+        assert qemu.ask(f"write -q -P 5 {SPARSE_SIZE} 1M") == ""
+    assert first_difference(image, expected + b"\x05" * MIB) is None
 
 
 # Image locks: bytes 100 to 104 of the file say what a user does, 200 to 204 what it does not let others do.
