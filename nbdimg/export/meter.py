@@ -48,7 +48,7 @@ class Meter:
     waited for older overlapping ones.
     """
 
-    __slots__ = ("attach_count", "commands", "connection_count", "unknown", "waits")
+    __slots__ = ("__weakref__", "attach_count", "commands", "connection_count", "unknown", "waits")
 
     def __init__(self) -> None:
         answered = (each for each in Command if each not in (Command.DISC, Command.RESIZE))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from nbdimg.errors import escaped
 from nbdimg.export.export import Export
+from nbdimg.export.meter import Meter
 from nbdimg.export.registry import Registry
 from nbdimg.limits import ARENA_SIZE, PIECE_SIZE, RECEIVE_SIZE, Limits
 from nbdimg.server.audit import Audit
@@ -17,6 +21,10 @@ from nbdimg.server.log import LimitedLog
 from nbdimg.server.reception import Reception
 from nbdimg.server.spin import Spinner
 from nbdimg.server.tls import Tls
+
+FAILURE_LINES_MAX = 3
+FAILURE_PERIOD_S = 60.0
+"""How many failed requests of one export are logged in what time: clients ask again for as long as a disk is full."""
 
 WAKES_PER_TURN = 8
 """To try costs up to 50 µs, in vain for most where a thousand clients wait for one buffer."""
@@ -31,6 +39,8 @@ class Shared:
         self.limits = limits
         self.tls: Tls | None = None
         self.log = LimitedLog()
+        self._failure_logs: WeakKeyDictionary[Meter, LimitedLog] = WeakKeyDictionary()
+        """By what all overlays of one image share, or each client that comes would have lines of its own."""
         self.audit = Audit()
         self.estate = Estate()
         self.spinner = Spinner(loop)
@@ -49,6 +59,13 @@ class Shared:
         task = self.loop.create_task(work)
         self.tasks[task] = export
         task.add_done_callback(self.tasks.pop)
+
+    def request_failed(self, export: Export, what: str) -> None:
+        """Tell the operator of a request that failed, and not by its client's fault."""
+        log = self._failure_logs.get(export.meter)
+        if log is None:
+            log = self._failure_logs[export.meter] = LimitedLog(lines_max=FAILURE_LINES_MAX, period_s=FAILURE_PERIOD_S)
+        log.say(logging.ERROR, f"export {escaped(export.name)}: {what}")
 
     def take(self, length: int, asker: object) -> memoryview | None:
         """As `BufferPool.take`; `give` and `leave_line` are its counterparts here."""

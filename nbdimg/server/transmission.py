@@ -32,7 +32,7 @@ from nbdimg.image.image import Segment
 from nbdimg.limits import PIECE_SIZE, SPILL_SIZE
 from nbdimg.server.outbox import Outbox, Part
 from nbdimg.server.shared import Shared
-from nbdimg.wire.constants import Command, CommandFlag
+from nbdimg.wire.constants import Command, CommandFlag, NbdError
 from nbdimg.wire.errors import describe
 from nbdimg.wire.handshake import Session
 from nbdimg.wire.messages import ExtendedReplies, Replies, Request, SimpleReplies, StructuredReplies
@@ -328,9 +328,17 @@ class Transmission:
         logger.debug("the failure's traceback", exc_info=error)
         return RequestError(errno.EIO, "internal error")
 
+    def _describe(self, request: Request, error: OSError | NbdimgError) -> tuple[NbdError, str, int | None]:
+        """What the client is told, and the operator too unless it is the client's own doing."""
+        told = describe(error)
+        if not isinstance(error, RequestError):
+            where = f" of {request.length} bytes at {request.offset}" if request.length else ""
+            self._shared.request_failed(self._export, f"{Command(request.command).name}{where} failed: {told[1]}")
+        return told
+
     def _error(self, request: Request, error: OSError | NbdimgError) -> bytes:
         """The reply to a request that failed."""
-        number, text, offset = describe(error)
+        number, text, offset = self._describe(request, error)
         self.tally.answered(request, number)
         return self._replies.error(request, number, text, offset)
 
@@ -448,7 +456,7 @@ class Transmission:
 
     def _read_error(self, request: Request, error: OSError | NbdimgError, offset: int) -> bytes:
         """A READ that failed at guest `offset`, or where the error itself says."""
-        number, text, where = describe(error)
+        number, text, where = self._describe(request, error)
         self.tally.answered(request, number)
         return self._replies.error(request, number, text, offset if where is None else where)
 

@@ -244,6 +244,25 @@ def test_write_error_is_told_by_its_number(
         assert_nothing_is_in_flight(client)
 
 
+def test_failed_requests_are_logged_three_times_a_minute_and_wrong_ones_are_not(
+    server: FaultServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with server.connect() as client:
+        server.file.fail("try_pwrite", errno.ENOSPC)
+        server.file.fail("try_pread", errno.EIO)
+        assert client.write(0, b"x" * 512).error == NbdError.ENOSPC
+        assert client.read(4096, 512).error == NbdError.EIO
+        assert client.read(SIZE, 512).error == NbdError.EINVAL
+        for _ in range(100):
+            client.write(1024, b"x" * 512)
+    failed = [record.getMessage() for record in caplog.records if "failed" in record.getMessage()]
+    assert failed == [
+        "export 'disk': WRITE of 512 bytes at 0 failed: No space left on device",
+        "export 'disk': READ of 512 bytes at 4096 failed: Input/output error",
+        "export 'disk': WRITE of 512 bytes at 1024 failed: No space left on device",
+    ]
+
+
 def test_write_enospc_is_28_on_the_wire(server: FaultServer) -> None:
     with server.connect("simple") as client:
         server.file.fail("try_pwrite", errno.ENOSPC)
