@@ -344,9 +344,31 @@ def test_load_address_for_http_is_shown_as_it_was_written(file: Path, text: str)
 def test_load_command_line_says_where_http_is_over_the_file(file: Path) -> None:
     file.write_text("[admin]\nsocket = 's'\n[metrics]\nlisten = '[::1]:1'\n")
     assert load_config(file, environment={}).server.admin == AdminConfig(str(file.parent / "s"))
-    overrides = Overrides(admin=AdminConfig("/t"), metrics_address=TcpAddress("h", 2))
+    overrides = Overrides(admin={"socket_path": "/t"}, metrics_address=TcpAddress("h", 2))
     server = load_config(file, environment={}, overrides=overrides).server
     assert (server.admin, server.metrics_address) == (AdminConfig("/t"), TcpAddress("h", 2))
+
+
+def test_load_command_line_leaves_what_it_does_not_say_of_a_table_as_the_file_has_it(file: Path) -> None:
+    """Above all, a certificate given there does not have clients without one let in."""
+    file.write_text(
+        "[tls]\ncertificate_file = '/a.pem'\nkey_file = '/a.key'\nclient_ca_file = '/ca.pem'\n"
+        "[admin]\nlisten = '[::1]:1'\ntoken_file = '/token'\n"
+    )
+    overrides = Overrides(tls={"certificate_path": "/b.pem", "key_path": None}, admin={"socket_path": "/s"})
+    server = load_config(file, environment={}, overrides=overrides).server
+    assert server.tls == TlsConfig("/b.pem", client_ca_path="/ca.pem")
+    assert server.admin == AdminConfig("/s", TcpAddress("::1", 1), "/token")
+    overrides = Overrides(admin={"token_path": "/other"}, tls={"mode": "selective"})
+    server = load_config(file, environment={}, overrides=overrides).server
+    assert server.tls == TlsConfig("/a.pem", "/a.key", "/ca.pem", mode="selective")
+    assert server.admin == AdminConfig(None, TcpAddress("::1", 1), "/other")
+
+
+def test_load_command_line_that_does_not_go_with_the_file_is_a_problem(file: Path) -> None:
+    file.write_text("[admin]\nsocket = '/s'\n")
+    with pytest.raises(ConfigFileError, match="TLS needs a certificate file"):
+        load_config(file, environment={}, overrides=Overrides(tls={"mode": "off"}))
 
 
 def test_export_of_a_table_is_what_a_file_would_make_of_it(file: Path) -> None:

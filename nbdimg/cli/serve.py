@@ -10,7 +10,7 @@ import typer
 
 from nbdimg.cli.options import parsed
 from nbdimg.cli.running import serve_file, serve_images
-from nbdimg.config import DEFAULT_LISTENER, LOG_FORMATS, SANDBOX_MODES, AdminConfig, ExportConfig, TlsConfig
+from nbdimg.config import DEFAULT_LISTENER, LOG_FORMATS, SANDBOX_MODES, ExportConfig
 from nbdimg.configfile import Overrides, config_without_file
 from nbdimg.configfile.values import listener_uri, one_of, tcp_address
 from nbdimg.errors import ConfigError
@@ -194,22 +194,32 @@ def serve(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what helps to find a fault, too.")] = False,
 ) -> int:
     """Export disk images over NBD until SIGTERM or SIGINT."""
-    given = {
-        "connections": connections_max,
-        "handshake_timeout_s": handshake_timeout,
-        "request_timeout_s": request_timeout,
-        "stall_timeout_s": stall_timeout,
-        "drain_timeout_s": drain_timeout,
-    }
-    tls_choices = {
-        name: value for name, value in (("mode", tls_mode), ("min_version", tls_min_version)) if value is not None
-    }
+    tls = _given(
+        key_path=tls_key,
+        client_ca_path=tls_client_ca,
+        crl_path=tls_crl,
+        psk_path=tls_psk_file,
+        mode=tls_mode,
+        min_version=tls_min_version,
+    )
+    if tls_certificate is not None:  # without a key beside it, it has its own, and not the file's
+        tls |= {"certificate_path": tls_certificate, "key_path": tls_key}
     overrides = Overrides(
         listeners=tuple(listener_uri(text) for text in listen) if listen else None,
-        limits={name: value for name, value in given.items() if value is not None},
+        limits=_given(
+            connections=connections_max,
+            handshake_timeout_s=handshake_timeout,
+            request_timeout_s=request_timeout,
+            stall_timeout_s=stall_timeout,
+            drain_timeout_s=drain_timeout,
+        ),
         allows_plaintext=insecure_plaintext or None,
-        tls=_tls(tls_certificate, tls_psk_file, key=tls_key, client_ca=tls_client_ca, crl=tls_crl, **tls_choices),
-        admin=_admin(admin_socket, admin_listen, admin_token_file),
+        tls=tls,
+        admin=_given(
+            socket_path=admin_socket,
+            address=None if admin_listen is None else parsed("--admin-listen", tcp_address, admin_listen),
+            token_path=admin_token_file,
+        ),
         metrics_address=parsed("--metrics-listen", tcp_address, metrics_listen) if metrics_listen is not None else None,
         sandbox=None if sandbox is None else parsed("--sandbox", one_of(*SANDBOX_MODES), sandbox),
         image_directories=tuple(image_directory) if image_directory else None,
@@ -247,21 +257,9 @@ def serve(
     return run_loop(serve_images(server, inheritance, is_verbose=verbose))
 
 
-def _tls(
-    certificate: str | None, psk: str | None, *, key: str | None, client_ca: str | None, crl: str | None, **choices: str
-) -> TlsConfig | None:
-    """None when no option of TLS is given. Raises: ConfigError: some do not go together."""
-    if not any((certificate, psk, key, client_ca, crl, choices)):
-        return None
-    found: dict[str, Any] = choices
-    return TlsConfig(certificate, key, client_ca, crl, psk, **found)
-
-
-def _admin(socket: str | None, listen: str | None, token: str | None) -> AdminConfig | None:
-    """None when no option of the API is given. Raises: ConfigError: some do not go together."""
-    if socket is None and listen is None and token is None:
-        return None
-    return AdminConfig(socket, None if listen is None else parsed("--admin-listen", tcp_address, listen), token)
+def _given(**options: object) -> dict[str, Any]:
+    """Those that the command line has."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _export(argument: str) -> ExportConfig:

@@ -17,7 +17,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from nbdimg.config import DEFAULT_LISTENER, AdminConfig, ExportConfig, ServerConfig, TcpAddress, TlsConfig
 from nbdimg.configfile.environment import from_environment
@@ -28,6 +28,8 @@ from nbdimg.errors import ConfigError
 from nbdimg.uri import NbdUri
 
 __all__ = ["ConfigFileError", "FileConfig", "Overrides", "config_without_file", "export_of", "load_config"]
+
+Tables = TypeVar("Tables", TlsConfig, AdminConfig)
 
 FILE_SIZE_MAX = 16 << 20
 """Bytes of a configuration file; more is some other file."""
@@ -44,13 +46,15 @@ class ConfigFileError(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """What the command line says; None: nothing. `limits` by the names of `Limits`."""
+    """What the command line says; None: nothing. `limits` by the names of `Limits`, `tls` and `admin` by those of
+    TlsConfig and AdminConfig: what it does not say of them stays as the file has it.
+    """
 
     listeners: tuple[NbdUri, ...] | None = None
     limits: Mapping[str, Any] = field(default_factory=dict)
     allows_plaintext: bool | None = None
-    tls: TlsConfig | None = None
-    admin: AdminConfig | None = None
+    tls: Mapping[str, Any] = field(default_factory=dict)
+    admin: Mapping[str, Any] = field(default_factory=dict)
     metrics_address: TcpAddress | None = None
     sandbox: str | None = None
     image_directories: tuple[str, ...] | None = None
@@ -147,17 +151,31 @@ def _finished(
         server,
         listeners=listeners,
         allows_plaintext=allows_plaintext,
-        tls=given.tls or server.tls,
-        admin=given.admin or server.admin,
         metrics_address=given.metrics_address or server.metrics_address,
         sandbox=given.sandbox or server.sandbox,
         image_directories=given.image_directories or server.image_directories,
         log_format=given.log_format or found.log_format or server.log_format,
     )
     problems += limit_contradictions(server.limits, config.server.limits, reader)
+    if not problems:
+        try:
+            tls, admin = (
+                _overridden(TlsConfig, server.tls, given.tls),
+                _overridden(AdminConfig, server.admin, given.admin),
+            )
+            server = replace(server, tls=tls, admin=admin)
+        except ConfigError as error:
+            problems.append(str(error))
     if problems:
         raise ConfigFileError(problems)
     return FileConfig(server, found.reload or config.reload)
+
+
+def _overridden(kind: type[Tables], table: Tables | None, given: Mapping[str, Any]) -> Tables | None:
+    """A table of the file, or None, with what else is given. Raises: ConfigError: that does not go together."""
+    if not given:
+        return table
+    return kind(**given) if table is None else replace(table, **given)
 
 
 def _read(name: str) -> str:
