@@ -32,6 +32,11 @@ def escaped(text: str | bytes) -> str:
     return repr(text[:ECHO_MAX]) + ("…" if len(text) > ECHO_MAX else "")
 
 
+def printable(text: str) -> str:
+    """One line that steers no terminal: what does not print is escaped."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 class NbdimgError(Exception):
     """The root of the tree."""
 

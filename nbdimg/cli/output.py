@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
+from nbdimg.errors import printable
 from nbdimg.units import KiB, counted
 
 JSON_VERSION = 1
@@ -56,7 +57,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right:
 def shown(text: str) -> str:
     """A name for people: what would not print, or would steer the terminal, is escaped."""
     text = os.fsencode(text).decode("utf-8", "backslashreplace") if _is_encodable(text) else text
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    return printable(text)
 
 
 def _is_encodable(text: str) -> bool:

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from time import monotonic
 from typing import TextIO
 
+from nbdimg.errors import printable
 from nbdimg.units import counted
 
 LINES_MAX = 20
@@ -43,6 +44,16 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)
+
+
+class TextFormatter(logging.Formatter):
+    """A line for people; what would break it or steer their terminal, as a file's name may, is escaped."""
+
+    def __init__(self) -> None:
+        super().__init__("nbdimg: %(levelname)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return printable(super().formatMessage(record))
 
 
 class _Handler(logging.StreamHandler[TextIO]):
@@ -76,8 +87,7 @@ def start_logging(format: str, *, is_verbose: bool) -> None:
     if format == "auto":
         format = "text" if sys.stderr.isatty() else "json"
     handler = _Handler()
-    is_text = format == "text"
-    handler.setFormatter(logging.Formatter("nbdimg: %(levelname)s: %(message)s") if is_text else JsonFormatter())
+    handler.setFormatter(TextFormatter() if format == "text" else JsonFormatter())
     logging.basicConfig(level=logging.DEBUG if is_verbose else logging.INFO, handlers=[handler])
     logging.captureWarnings(True)
     threading.excepthook = _on_thread_failure

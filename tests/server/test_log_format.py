@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from nbdimg.server.log import JsonFormatter, LimitedLog
+from nbdimg.server.log import JsonFormatter, LimitedLog, TextFormatter
 from tests.support.configured import ConfiguredServer, export
 from tests.support.rawclient import Client
 from tests.support.rss import wait_until
@@ -134,6 +134,12 @@ def test_traceback_and_line_breaks_stay_within_the_line() -> None:
     found = json.loads(line)
     assert found["message"] == "it broke\n"
     assert found["traceback"].endswith("ValueError: two\nlines")
+
+
+def test_text_is_one_line_and_steers_no_terminal() -> None:
+    arguments = ("ä\nnbdimg: ERROR: \x1b[31m\udcff",)
+    record = logging.LogRecord("nbdimg", logging.INFO, "f", 1, "%s is here", arguments, None)
+    assert TextFormatter().format(record) == r"nbdimg: INFO: ä\nnbdimg: ERROR: \x1b[31m\udcff is here"
 
 
 def test_what_python_itself_complains_of_is_one_object_a_line_too() -> None:
