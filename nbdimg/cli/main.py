@@ -1,7 +1,7 @@
 """The command line: its verbs, and how every error becomes one line and an exit status.
 
 0   done; for `serve`: drained after SIGTERM or SIGINT
-1   something failed that the user did not cause
+1   something failed: a flush, a server that is not there; or a file that is to be made exists
 2   the command line is wrong
 3   an image cannot be opened: missing, locked, refused; or its format lacks what is asked for
 4   an address cannot be listened on

@@ -12,7 +12,6 @@ from io import TextIOWrapper
 from typing import NoReturn, TextIO
 
 EXIT_FAILED = 1
-"""Something failed that the user did not cause."""
 
 
 def open_standard_streams() -> None:
