@@ -425,6 +425,14 @@ class Connection:
         """Whether another process could go on with the client: its keys and an unnamed overlay die with this one."""
         return self._tls is None and (self._overlay is None or (self.export is not None and self.export.keeps_overlays))
 
+    def excuse(self, absence_s: float, now: float) -> None:
+        """The server was away for so long: that is not held against the client."""
+        if self._transmission is None:
+            self.started_s = min(now, self.started_s + absence_s)
+        self._watch = self._watch._replace(since_s=self._watch.since_s + absence_s)
+        if self.outbox.stalled_since_s is not None:
+            self.outbox.stalled_since_s += absence_s
+
     def check_deadlines(self, now: float) -> None:
         """Close the connection if its client has let a deadline pass. Called every so often."""
         limits = self._limits

@@ -45,6 +45,10 @@ SWEEPS_PER_TIMEOUT = 20
 
 SWEEP_INTERVAL_MAX_S = 0.25
 
+ABSENCE_MIN_S = 0.5
+"""A sweep that comes so late finds clients that nobody looked after: the process was stopped (SIGSTOP, a paused
+container), or something held its loop."""
+
 
 class _Listener(NamedTuple):
     """What `uri` asked for, `actual` with the real port. `path` and `inode`: the file made for a Unix socket."""
@@ -91,7 +95,8 @@ class Server:
         self._departures: list[_Departure] = []
         self._is_hasty = False
         self._sweep_interval_s = _sweep_interval(self._limits)
-        self._sweeper = self._loop.call_later(self._sweep_interval_s, self._sweep)
+        self._sweep_due_s = self._loop.time() + self._sweep_interval_s
+        self._sweeper = self._loop.call_at(self._sweep_due_s, self._sweep)
         self._loop.set_exception_handler(_report)
 
     def listen(self, uri: NbdUri) -> NbdUri:
@@ -261,10 +266,14 @@ class Server:
         for descriptor, _ in self._hangups.poll(0):
             if descriptor in self._connections:
                 self._connections[descriptor].on_hangup()
+        late_s = now - self._sweep_due_s
         for connection in list(self._connections.values()):
+            if late_s >= ABSENCE_MIN_S:
+                connection.excuse(late_s, now)
             connection.check_deadlines(now)
         self._shared.pool.tidy()
-        self._sweeper = self._loop.call_later(self._sweep_interval_s, self._sweep)
+        self._sweep_due_s = now + self._sweep_interval_s
+        self._sweeper = self._loop.call_at(self._sweep_due_s, self._sweep)
 
     async def drain(self) -> None:
         """Stop accepting and let clients go in peace, within `drain_timeout_s`."""

@@ -6,8 +6,11 @@ wait is a poll on the socket, so a cut is seen when it happens, and its time is 
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -199,6 +202,28 @@ def test_idle_client_with_nothing_outstanding_is_not_cut(server: NbdimgServer) -
         assert never_asked.wait_closed(3 * TIMEOUT_S) is None
         assert asked.wait_closed(0.01) is None
         assert never_asked.read(0, 512).data == asked.read(0, 512).data == pattern(0, 512)
+
+
+@contextmanager
+def stopped(server: NbdimgServer) -> Iterator[None]:
+    server.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, server.pid, os.WSTOPPED | os.WNOWAIT)
+    yield
+    server.process.send_signal(signal.SIGCONT)
+
+
+def test_server_that_was_stopped_longer_than_a_deadline_cuts_nobody(server: NbdimgServer) -> None:
+    content = pattern(0, MIB)
+    with Client(server.socket_path) as newcomer, connect_negotiated(server.socket_path, "disk") as writer:
+        newcomer.greet()
+        request = writer.announce(writer.new_request(Command.WRITE, 0, MIB, payload=content))
+        writer.send(request[: MIB // 2])
+        with stopped(server):
+            time.sleep(2 * TIMEOUT_S)
+        newcomer.negotiate("disk")
+        writer.send(request[MIB // 2 :])
+        assert writer.read_reply().error == 0
+        assert newcomer.read(0, MIB).data == content
 
 
 def test_longer_timeout_moves_the_cut(tmp_path: Path) -> None:
