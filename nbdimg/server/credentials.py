@@ -26,33 +26,42 @@ _VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 _ALTERNATIVE_NAMES = {"DNS": "dns", "URI": "uri", "email": "email"}
 
 
+class _Keys:
+    """Pre-shared keys by name, and those that the client of a handshake's step has proposed. It must not refer to the
+    context that it is a callback of: the garbage collector does not see that reference, and would keep both for ever.
+    """
+
+    def __init__(self, keys: dict[str, bytes]) -> None:
+        self._keys = keys
+        self.proposed: set[str] = set()
+
+    def key_of(self, name: str | None) -> bytes:
+        """OpenSSL asks for the key of a name that a client has proposed; none: the handshake goes on without."""
+        key = self._keys.get(name or "", b"")
+        if name is not None and key:
+            self.proposed.add(name)
+        return key
+
+
 class Credentials:
     """Raises: ConfigError: a file is missing, malformed, does not go with the others, or is open to everybody."""
 
     def __init__(self, config: TlsConfig) -> None:
         self.context = _context(config)
-        self._keys: dict[str, bytes] = {}
-        self._proposed: set[str] = set()
+        self._keys = _Keys({})
         if config.psk_path is not None:
-            self._keys = _read_keys(config.psk_path)
-            _set_key_callback(self.context, self._key_of)
-
-    def _key_of(self, name: str | None) -> bytes:
-        """OpenSSL asks for the key of a name that a client has proposed; none: the handshake goes on without."""
-        key = self._keys.get(name or "", b"")
-        if name is not None and key:
-            self._proposed.add(name)
-        return key
+            self._keys = _Keys(_read_keys(config.psk_path))
+            _set_key_callback(self.context, self._keys.key_of)
 
     def advance(self, session: ssl.SSLObject, proposed: frozenset[str]) -> frozenset[str]:
         """One step of a handshake. Returns the key names that its client has `proposed` so far, this step included.
 
         Raises: ssl.SSLError.
         """
-        self._proposed = set(proposed)
+        self._keys.proposed = set(proposed)
         with contextlib.suppress(ssl.SSLWantReadError):
             session.do_handshake()
-        return frozenset(self._proposed)
+        return frozenset(self._keys.proposed)
 
     def identities(self, session: ssl.SSLObject, proposed: frozenset[str]) -> frozenset[str]:
         """What a complete handshake has proven of the client."""

@@ -6,6 +6,7 @@ import _ssl
 import asyncio
 import contextlib
 import ctypes
+import gc
 import os
 import random
 import select
@@ -13,6 +14,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,6 +28,7 @@ from nbdimg.config import ExportConfig, ServerConfig, TlsConfig
 from nbdimg.errors import ConfigError, TlsError
 from nbdimg.export.registry import Registry
 from nbdimg.limits import Limits
+from nbdimg.server import credentials
 from nbdimg.server import tls as tls_module
 from nbdimg.server.credentials import Credentials
 from nbdimg.server.outbox import Outbox, TlsOutbox
@@ -751,6 +754,18 @@ def test_pre_shared_keys_are_refused_in_one_sentence_where_python_has_none(tmp_p
 def test_key_file_that_is_malformed_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Tls(TlsConfig(psk_path=key_file(tmp_path, text)))
+
+
+def test_credentials_with_keys_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A context holds its callback where the garbage collector does not see it, as this list does."""
+    held: list[object] = []
+    monkeypatch.setattr(credentials, "_set_key_callback", lambda context, callback: held.append(callback))
+    made = Credentials(TlsConfig(psk_path=key_file(tmp_path, f"alice:{KEY}\n")))
+    gone = weakref.ref(made.context)
+    del made
+    gc.collect()
+    assert held
+    assert gone() is None
 
 
 def key_session(credentials: Credentials, name: str, key: str, suite: str) -> frozenset[str] | None:
