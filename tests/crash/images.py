@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nbdimg.storage.file import Buffer
 from tests.support.crash import SECTOR, written
-from tests.support.qcow2edit import make_luks
+from tests.support.qcow2edit import OFFSET, make_luks
 
 KiB = 1024
 IMAGE, DATA, BASE = "disk.qcow2", "disk.data", "base"
@@ -22,6 +22,9 @@ KEY = b"key"
 
 OVERLAY_SERIAL = 1 << 63
 """Of the sectors in an overlay; those of its backing image, and of an image without one, have serial 0."""
+
+INCOMPATIBLE = 72
+"""Offset of the header's incompatible features, of which the last bit says that the image is dirty."""
 
 SNAPSHOT = "kept"
 BITMAP, IDLE_BITMAP = "enabled", "idle"
@@ -194,6 +197,32 @@ def with_bitmaps(options: str, size: int) -> Make:
         return replace(_loaded(directory, guest), has_bitmaps=True)
 
     return make
+
+
+def damaged(make: Make, *, is_table_lost: bool = False) -> Make:
+    """What `make` makes, dirty, with refcounts and COPIED flags that are wrong here and there: to open it repairs it.
+
+    Refcounts have 16 bits, and the first block counts all. `is_table_lost`: the refcount table names no block.
+    """
+
+    def make_damaged(directory: Path) -> Start:
+        made = make(directory)
+        content = bytearray(made.files[0])
+        cluster_size = 1 << int.from_bytes(content[20:24], "big")
+        table, l1 = int.from_bytes(content[48:56], "big"), int.from_bytes(content[40:48], "big")
+        block, l2 = (int.from_bytes(content[at : at + 8], "big") & OFFSET for at in (table, l1))
+        content[INCOMPATIBLE + 7] |= 1
+        for index in range(0, cluster_size // 8, 3):
+            entry = l2 + 8 * index
+            if content[entry : entry + 8].strip(b"\0"):
+                content[entry] ^= 0x80
+        for cluster in range(3, len(content) // cluster_size, 4):
+            content[block + 2 * cluster + 1] = cluster // 4 % 4
+        if is_table_lost:
+            content[table : table + 8] = bytes(8)
+        return replace(made, files=[bytes(content), *made.files[1:]])
+
+    return make_damaged
 
 
 @functools.cache

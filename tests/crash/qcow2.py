@@ -212,7 +212,9 @@ def bitmaps_edited(make: Make) -> Workload:
 
 
 _three = clients(3, 15, 8 * KiB)
+_few = clients(2, 5, 8 * KiB)
 _bitmaps = images.with_bitmaps("cluster_size=4k", 128 * KiB)
+_small_bitmaps = images.with_bitmaps("cluster_size=512", 64 * KiB)
 _lazy = "cluster_size=4k,lazy_refcounts=on"
 _extended = "cluster_size=16k,extended_l2=on"
 _tiny = "cluster_size=512,refcount_bits=64"
@@ -252,9 +254,26 @@ FIRST = (
         "resize over a backing file", images.overlay("cluster_size=4k", 96 * KiB, 80 * KiB, "raw"), sizes(0.4, 1.3)
     ),
     scenario("resize, external data file", images.data_file("cluster_size=4k", 96 * KiB), sizes(1.3, 0.4, 0.9)),
+    scenario(
+        "resize, raw external data file",
+        images.data_file("cluster_size=4k,data_file_raw=on", 96 * KiB),
+        sizes(1.3, 0.4, 0.9),
+    ),
+    scenario("resize, external data file, extended L2", images.data_file(_extended, 128 * KiB), sizes(1.3, 0.4, 0.9)),
+    scenario("resize, LUKS", images.encrypted(_tiny, 64 * KiB), sizes(1.6, 0.55, 2.1)),
+    scenario("LUKS, snapshots", images.encrypted("cluster_size=4k", 96 * KiB), snapshots_come_and_go),
+    scenario("extended L2, snapshots", images.plain(_extended, 128 * KiB), snapshots_come_and_go),
+    scenario("damaged", images.damaged(images.plain("cluster_size=4k", 192 * KiB, filled=96 * KiB)), _few),
+    scenario(
+        "damaged, refcount table lost",
+        images.damaged(images.plain("cluster_size=4k", 192 * KiB, filled=96 * KiB), is_table_lost=True),
+        _few,
+    ),
+    scenario("damaged, external data file", images.damaged(images.data_file("cluster_size=4k", 192 * KiB)), _few),
     scenario("bitmaps", _bitmaps, clients(3, 6, 8 * KiB)),
     scenario("bitmaps of a disk that shrinks and grows", _bitmaps, sizes(0.5, 1.2)),
     scenario("bitmaps edited", _bitmaps, bitmaps_edited(_bitmaps)),
+    scenario("bitmaps edited, 512-byte clusters", _small_bitmaps, bitmaps_edited(_small_bitmaps)),
 )
 
 _by_name = {each.name.removeprefix("qcow2, "): each for each in FIRST}

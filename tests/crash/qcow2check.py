@@ -174,6 +174,8 @@ class Checker:
             return problems
         problems += await self._wrong_snapshots(state)
         problems += await self._wrong_bitmaps(state)
+        if header.is_data_file_raw and not header.has_subclusters:
+            problems += await self._wrong_raw_file(state)
         if is_new:
             self.distinct += 1
             if self.distinct % PEER_EVERY == 1:
@@ -235,6 +237,15 @@ class Checker:
                     problems.append(f"the bitmap calls bytes {offset} to {stop} clean, and they have changed")
                 offset = stop
         return problems
+
+    async def _wrong_raw_file(self, state: CrashState) -> list[str]:
+        """A data file that is marked raw is an image of its own: as long as the disk or longer, and the same bytes.
+
+        Not so with subclusters: QEMU maps none that was never written, and until a flush the disk has zeroes there.
+        """
+        image = await opened(self.start(), [MemoryFile(content) for content in state.files], writable=False)
+        guest = await whole(image)
+        return [] if state.files[1][: len(guest)] == guest else ["the raw data file does not read as the disk does"]
 
     # qemu-img
 

@@ -20,7 +20,7 @@ from nbdimg.storage import ordering
 from nbdimg.storage.file import BlockFile
 from nbdimg.storage.ordering import Plan, Stage
 from tests.crash.qcow2 import SCENARIOS
-from tests.crash.qcow2check import Checker, Findings, Remembered
+from tests.crash.qcow2check import Checker, Findings, Remembered, peer_check
 from tests.support.crash import (
     ALIEN,
     CORRUPT,
@@ -37,7 +37,7 @@ from tests.support.crash import (
 
 SEED = 20240811
 STATES = 600
-"""For each scenario: with 33 of them 19,800."""
+"""For each scenario: with 42 of them 25,200."""
 
 BY_NAME = {each.name.removeprefix("qcow2, "): each for each in SCENARIOS}
 
@@ -93,6 +93,14 @@ def test_lazy_refcounts_are_repaired_and_the_repair_is_crashed() -> None:
 def test_snapshots_made_applied_and_deleted_leave_one() -> None:
     _, after = traced("snapshots made, applied, deleted")
     assert after.snapshot_count == 1
+
+
+@pytest.mark.parametrize("name", ["damaged", "damaged, refcount table lost", "damaged, external data file"])
+def test_damaged_images_are_corrupt_until_they_are_opened(name: str) -> None:
+    start = checker(BY_NAME[name]).start()
+    assert peer_check(start, start.files)[0] == 2
+    trace = asyncio.run(record(BY_NAME[name], SEED))
+    assert peer_check(start, [bytes(file.content) for file in trace.files])[0] == 0
 
 
 # Faults of the storage
