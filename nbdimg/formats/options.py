@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nbdimg.image.driver import FormatDriver
 from nbdimg.image.gate import OpenGate, Reference
@@ -23,7 +23,7 @@ class OpenOptions:
 
     gate: OpenGate
     writable: bool = False
-    key: bytes | None = None
+    key: bytes | None = field(default=None, repr=False)
     snapshot: str | None = None
     is_keyless: bool = False
     file_size_max: int | None = None

@@ -262,3 +262,7 @@ def test_flush_after_a_write_in_place_costs_one_barrier_and_after_an_allocation_
         return costs
 
     assert asyncio.run(main()) == [1, 2, 1]
+
+
+def test_key_is_not_shown_with_the_options() -> None:
+    assert "horse" not in repr(OpenOptions(DenyGate(), key=b"correct horse"))
