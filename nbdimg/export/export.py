@@ -25,6 +25,7 @@ from nbdimg.export.status import STATUS_FLAGS, Pairs, dirty_pairs, status_pairs
 from nbdimg.export.validate import check_end
 from nbdimg.image.driver import Extent
 from nbdimg.image.image import Image, Segment
+from nbdimg.image.wakes import wakes
 from nbdimg.limits import Limits
 from nbdimg.units import align_down, align_up, is_power_of_two
 from nbdimg.wire.constants import (
@@ -361,7 +362,7 @@ async def _until_ready(entry: Entry) -> None:
     """Until every older overlapping request has left."""
     if not entry.is_ready:
         ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry.on_ready = lambda: ready.set_result(None)
+        entry.on_ready = lambda: wakes().wake((ready,))
         await ready
 
 

@@ -20,6 +20,7 @@ from time import perf_counter
 
 from nbdimg.errors import ImageFailed
 from nbdimg.histogram import Histogram
+from nbdimg.image.wakes import wakes
 from nbdimg.storage.ordering import OUT_OF_SPACE, UnwrittenError
 
 
@@ -33,6 +34,8 @@ class FlushGate:
         self._durable_count = 0
         self._running: asyncio.Task[None] | None = None
         self._waiting: asyncio.Task[None] | None = None
+        self._crowd: list[asyncio.Future[None]] = []
+        """Who waits for `_waiting` to end."""
         self.failure: str | None = None
         self.times = Histogram()
         """Of barriers, also those that failed."""
@@ -64,9 +67,16 @@ class FlushGate:
         self.check()
         if self.is_clean:
             return
+        loop = asyncio.get_running_loop()
         if self._waiting is None:
-            self._waiting = asyncio.get_running_loop().create_task(self._commit(self._running))
-        await asyncio.shield(self._waiting)
+            crowd = self._crowd = []
+            self._waiting = loop.create_task(self._commit(self._running))
+            self._waiting.add_done_callback(lambda _: wakes().wake(crowd))
+        commit = self._waiting
+        is_over = loop.create_future()
+        self._crowd.append(is_over)
+        await is_over
+        commit.result()
 
     async def _commit(self, previous: asyncio.Task[None] | None) -> None:
         if previous is not None:

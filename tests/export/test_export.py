@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Awaitable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ import pytest
 from nbdimg.errors import ConfigError, ImageFailed, RequestError
 from nbdimg.export.export import Export, default_name
 from nbdimg.formats.raw import RawDriver
-from nbdimg.image.image import Image
+from nbdimg.image.image import Image, Segment
+from nbdimg.image.wakes import WAKES_PER_ROUND
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.wire.constants import Command, CommandFlag, TransmissionFlag
 from nbdimg.wire.messages import PayloadRequest, Request
@@ -498,3 +500,33 @@ def test_block_size_that_the_protocol_forbids_is_refused(block: int) -> None:
 )
 def test_default_name_is_the_stem_made_unique(path: str, taken: list[str], name: str) -> None:
     assert default_name(path, taken) == name
+
+
+def test_thousand_requests_that_wait_for_one_go_on_some_in_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        export, _ = memory_export()
+        is_trimmed = asyncio.Event()
+        begun: list[int] = []
+
+        async def trim(offset: int, length: int) -> None:
+            await is_trimmed.wait()
+
+        async def read(offset: int, view: memoryview) -> list[Segment]:
+            begun.append(offset)
+            return []
+
+        monkeypatch.setattr(export.image, "trim", trim)
+        monkeypatch.setattr(export.image, "read", read)
+        tasks = [start(export.submit(plain(Command.TRIM, 0, SIZE)))]
+        tasks += [start(export.read(0, memoryview(bytearray(512)))) for _ in range(1000)]
+        await asyncio.sleep(0)
+        is_trimmed.set()
+        counts = [len(begun)]
+        for _ in range(100):
+            await asyncio.sleep(0)
+            counts.append(len(begun))
+        assert counts[-1] == 1000
+        assert max(after - before for before, after in pairwise(counts)) <= WAKES_PER_ROUND
+        await asyncio.gather(*tasks)
+
+    asyncio.run(main())

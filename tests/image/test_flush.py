@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from itertools import pairwise
 
 import pytest
 
 from nbdimg.errors import ImageFailed
 from nbdimg.image.flush import FlushGate
+from nbdimg.image.wakes import WAKES_PER_ROUND
 from nbdimg.storage.ordering import UnwrittenError
 
 
@@ -102,6 +104,24 @@ def test_hundred_flushes_during_a_running_barrier_cost_one_more() -> None:
         await asyncio.gather(first, *later)
         assert barrier.started == barrier.ended == 2
         assert gate.is_clean
+
+    asyncio.run(main())
+
+
+def test_thousand_flushes_that_end_together_go_on_some_in_each_round() -> None:
+    async def main() -> None:
+        barrier = Barrier()
+        gate = FlushGate("disk.img", barrier)
+        flushes = [asyncio.create_task(gate.flush()) for _ in range(1000)]
+        await settle()
+        barrier.finish()
+        counts = [0]
+        for _ in range(100):
+            await asyncio.sleep(0)
+            counts.append(sum(each.done() for each in flushes))
+        assert counts[-1] == 1000
+        assert max(after - before for before, after in pairwise(counts)) <= WAKES_PER_ROUND
+        assert barrier.started == 1
 
     asyncio.run(main())
 
