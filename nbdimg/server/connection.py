@@ -137,6 +137,8 @@ class Connection:
         self.is_closed = False
         self._is_reading = False
         self._is_look_scheduled = False
+        self._is_lined_up = False
+        """Whether requests are received when they have their turn."""
         self._is_finishing = False
         self._is_draining = False
         self._is_left = False
@@ -219,6 +221,9 @@ class Connection:
     def _on_readable(self) -> None:
         if self._is_look_scheduled:
             return
+        if self._shared.rounds.left_s <= 0 and self._transmission is not None and self._left_s is None:
+            self._wait_for_turn()
+            return
         self._shared.spinner.touch()
         try:
             if self._left_s is not None:
@@ -230,6 +235,21 @@ class Connection:
         except Exception as error:
             self.fail(error)
         self.look_inside_soon()
+
+    def _wait_for_turn(self) -> None:
+        self.pause()
+        if not self._is_lined_up:
+            self._is_lined_up = True
+            self._shared.rounds.line_up(self._take_requests, has_come=True)
+
+    def _take_requests(self) -> None:
+        self._is_lined_up = False
+        transmission = self._transmission
+        assert transmission is not None
+        if not (self.is_closed or self._is_finishing or transmission.is_paused):
+            self._on_readable()
+            if not transmission.is_paused:
+                self.unpause()
 
     def fail(self, error: Exception) -> None:
         """What came cannot be taken, or not yet; at worst it is this connection's end and nobody else's."""

@@ -135,7 +135,8 @@ class Outbox:
         self.pending_bytes += len(part)
 
     def _wait(self) -> None:
-        if not self._is_waiting:
+        """Send when there is room, unless what waits is sent soon anyway."""
+        if not self._is_waiting and not self._is_scheduled:
             self._is_waiting = True
             self.stalled_since_s = self._shared.loop.time()
             self._shared.loop.add_writer(self._sock.fileno(), self.send_pending)

@@ -19,6 +19,7 @@ from nbdimg.server.buffers import BufferPool
 from nbdimg.server.handover import Estate
 from nbdimg.server.log import LimitedLog
 from nbdimg.server.reception import Reception
+from nbdimg.server.rounds import Rounds
 from nbdimg.server.spin import Spinner
 from nbdimg.server.tls import Tls
 
@@ -45,6 +46,7 @@ class Shared:
         self.estate = Estate()
         self.spinner = Spinner(loop)
         self.reception = Reception(loop)
+        self.rounds = Rounds(loop)
         self.scratch = memoryview(bytearray(RECEIVE_SIZE))
         self.arena = bytearray(ARENA_SIZE)
         self.arena_view = memoryview(self.arena)

@@ -1,7 +1,7 @@
 """One connection's transmission phase: requests in, replies out.
 
-A turn: receive once, handle every complete request, send once. What cannot be done at once leaves the turn in one of
-three shapes, and comes back as queued parts:
+A turn: receive once, handle every complete request, send once; what it has no time for, another turn handles (see
+rounds.py). What cannot be done at once leaves the turn in one of three shapes, and comes back as queued parts:
 
     task      a request that waits: for storage, for an older overlapping one, for a flush
     stream    a large structured READ, sent piece by piece as the socket takes it; it holds no buffer in between
@@ -21,6 +21,7 @@ import errno
 import logging
 from collections import deque
 from collections.abc import Callable
+from time import perf_counter
 from typing import Protocol
 
 from nbdimg.errors import NbdimgError, ProtocolError, RequestError
@@ -31,6 +32,7 @@ from nbdimg.export.validate import Rules
 from nbdimg.image.image import Segment
 from nbdimg.limits import PIECE_SIZE, SPILL_SIZE
 from nbdimg.server.outbox import Outbox, Part
+from nbdimg.server.rounds import CROWDED_REQUESTS, RENEWED_BELOW_S
 from nbdimg.server.shared import Shared
 from nbdimg.wire.constants import Command, CommandFlag, NbdError
 from nbdimg.wire.errors import describe
@@ -161,8 +163,8 @@ class Transmission:
         Raises: ProtocolError: the connection must end.
         """
         self._receiver.received(count)
-        self.tally.arrived_s = self._shared.spinner.touched_s
-        self._process()
+        self.tally.arrived_s = since_s = self._shared.spinner.touched_s
+        self._process(since_s)
 
     def park(self) -> None:
         """Nothing came: what `buffers` had laid out is kept for later."""
@@ -171,7 +173,7 @@ class Transmission:
     def resume(self) -> None:
         """Handle the bytes that came behind the handshake. Raises: ProtocolError."""
         self._receiver.resume()
-        self._process()
+        self._process(perf_counter())
 
     def _is_full(self) -> bool:
         return (
@@ -180,12 +182,13 @@ class Transmission:
             or self._held is not None
         )
 
-    def _process(self) -> None:
-        """Handle what has arrived, as far as the turn's budget goes, and send."""
+    def _process(self, since_s: float) -> None:
+        """Handle what has arrived, as far as the turn goes that began at `since_s`, and send."""
         handled = 0
-        was_full = False
+        is_cut = was_full = False
+        rounds = self._shared.rounds
         try:
-            handled = self._handle_all()
+            handled, is_cut = self._handle_all(since_s + rounds.left_s)
             was_full = self._is_full()
         finally:
             self._receiver.park()
@@ -197,38 +200,45 @@ class Transmission:
         if self._streams:
             self._schedule_pump()
         # Under TLS a send may take along what has waited: full in front of it is not full behind it.
-        has_more = handled >= self._limits.turn_requests or (was_full and not self._is_full())
+        has_more = is_cut or (was_full and not self._is_full())
         if has_more or self._receiver.starved or self._is_full():
             self._pause()
         if has_more:
             self._wake()
         if self._has_finished_input or self.is_draining:
             self._shell.close_if_done()
+        rounds.left_s -= perf_counter() - since_s
+        if rounds.left_s < RENEWED_BELOW_S:
+            rounds.renew()
 
-    def _handle_all(self) -> int:
-        """Handle complete requests; returns how many."""
+    def _handle_all(self, until_s: float) -> tuple[int, bool]:
+        """Handle complete requests; returns how many, and whether the turn's end has come before theirs."""
         receiver, outbox = self._receiver, self._outbox
         turn_requests = self._limits.turn_requests
+        run_requests = CROWDED_REQUESTS if self._shared.rounds.is_crowded else turn_requests
         handled = 0
-        while handled < turn_requests:
-            run = self._lane.run(receiver, outbox.fill, turn_requests - handled)
+        while True:
+            run_max = turn_requests - handled
+            if run_max > run_requests:
+                run_max = run_requests
+            run = self._lane.run(receiver, outbox.fill, run_max)
             outbox.fill = run.fill
             handled += run.answered
             if run.failure is not None:
                 self._refuse_failed(*run.failure)
                 handled += 1
-                continue
-            if run.is_burst:
+            elif run.is_burst:
                 outbox.send_turn()
-                continue
-            request = receiver.next_request()
-            if request is None:
-                break
-            handled += 1
-            self._handle(request, run.is_cold)
-            if self._has_finished_input or self._is_full():
-                break
-        return handled
+            elif run.answered < run_max:
+                request = receiver.next_request()
+                if request is None:
+                    return handled, False
+                handled += 1
+                self._handle(request, run.is_cold)
+                if self._has_finished_input or self._is_full():
+                    return handled, False
+            if handled >= turn_requests or perf_counter() >= until_s:
+                return handled, True
 
     def _handle(self, request: Request, is_cold: bool) -> None:
         if request.command == _DISC:
@@ -259,7 +269,7 @@ class Transmission:
         """Something that a paused connection may have waited for has happened."""
         if self.is_paused and not self._is_wake_scheduled:
             self._is_wake_scheduled = True
-            self._shared.loop.call_soon(self._continue)
+            self._shared.rounds.line_up(self._continue)
 
     def _continue(self) -> None:
         self._is_wake_scheduled = False
@@ -463,18 +473,21 @@ class Transmission:
     def _schedule_pump(self) -> None:
         if not self._is_pump_scheduled:
             self._is_pump_scheduled = True
-            self._shared.loop.call_soon(self._pump)
+            self._shared.rounds.line_up(self._pump)
 
     def _pump(self) -> None:
-        """Send pieces of streams, oldest first, until the socket is full or a turn's bytes have left."""
+        """Send pieces of streams, oldest first, until the socket is full or the turn is over."""
         self._is_pump_scheduled = False
         if self._outbox.is_broken:
             self._streams.clear()
             return
         left = self._limits.turn_bytes
+        until_s = perf_counter() + self._shared.rounds.left_s
         streams = self._streams
-        while streams and left > 0 and not self._outbox.pending_bytes:
+        while streams and not self._outbox.pending_bytes:
             left -= self._advance(streams.popleft())
+            if left <= 0 or perf_counter() >= until_s:
+                break
         self._outbox.send_turn()
         if streams and not self._outbox.pending_bytes and not self._outbox.is_broken:
             self._schedule_pump()

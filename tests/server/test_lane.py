@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import socket
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from nbdimg.formats.raw import RawDriver
 from nbdimg.image import turns
 from nbdimg.image.image import HeadGuard, Image
 from nbdimg.limits import Limits
+from nbdimg.server import rounds
 from nbdimg.server.outbox import Outbox
 from nbdimg.server.shared import Shared
 from nbdimg.server.transmission import Transmission
@@ -130,6 +132,7 @@ class Conversation:
             view = self._transmission.buffers()[0]
             count = min(len(view), len(requests))
             view[:count] = requests[:count]
+            self._shared.spinner.touch()
             self._transmission.received(count)
             requests = requests[count:]
         return drain(self._theirs)
@@ -145,14 +148,16 @@ class Conversation:
 
 async def converse(stream: list[bytes], dialect: str, image: Image, *, turn: int = 7) -> bytes:
     """Every reply to `stream`, of which `turn` requests come at a time. The order does not hang on the clock: no
-    operation leaves the turn to others because it has taken long.
+    operation leaves the turn to others because it has taken long, and the connection does not either.
     """
     replies = bytearray()
-    with pytest.MonkeyPatch.context() as patch, Conversation(dialect, image) as conversation:
-        patch.setattr(turns, "FIRST_S", 3600.0)
-        for at in range(0, len(stream), turn):
-            replies += conversation.ask(b"".join(stream[at : at + turn]))
-            replies += await conversation.rest()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(turns, "FIRST_S", math.inf)
+        patch.setattr(rounds, "ROUND_S", math.inf)
+        with Conversation(dialect, image) as conversation:
+            for at in range(0, len(stream), turn):
+                replies += conversation.ask(b"".join(stream[at : at + turn]))
+                replies += await conversation.rest()
     return bytes(replies)
 
 
