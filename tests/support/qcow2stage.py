@@ -9,6 +9,7 @@ from pathlib import Path
 from nbdimg.export.export import Export
 from nbdimg.export.inflight import Entry, InFlight
 from nbdimg.formats.qcow2.driver import Qcow2Driver
+from nbdimg.formats.qcow2.refcount import Refcounts
 from nbdimg.image.driver import Miss
 from nbdimg.storage.file import Buffer
 from nbdimg.storage.memory import MemoryFile
@@ -20,6 +21,15 @@ from tests.support.qcow2edit import QemuReport, qemu_check, qemu_img, qemu_io
 CLUSTER = 4096
 SIZE = 64 * CLUSTER
 CLEAN = (0, 0, 0)
+
+
+def count_of(counts: Refcounts, cluster: int) -> int | Miss:
+    """A cluster's refcount as memory has it (R1)."""
+    found = counts.counts_from(cluster)
+    if isinstance(found, Miss):
+        return found
+    first, entries = found
+    return entries[cluster - first]
 
 
 class StoppableFile(MemoryFile):

@@ -136,13 +136,6 @@ class Refcounts:
             return None
         return Miss(self.cache, key)
 
-    def count(self, cluster: int) -> int | Miss:
-        """A cluster's refcount as memory has it (R1)."""
-        found = self._slice(cluster)
-        if isinstance(found, Slice):
-            return found.entries[cluster % self._slice_entries]
-        return 0 if found is None else found
-
     # Allocation
 
     def allocate(self, count_max: int) -> Run | Miss:

@@ -19,6 +19,7 @@ from nbdimg.image.driver import Miss
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.storage.ordering import Hindrance, Plan, Stage, run
 from tests.support.faultfile import FaultFile
+from tests.support.qcow2stage import count_of
 
 BITS = 9
 CLUSTER = 1 << BITS
@@ -53,7 +54,7 @@ class Bench:
         return answer
 
     def count(self, cluster: int) -> int:
-        while isinstance(answer := self.counts.count(cluster), Miss):
+        while isinstance(answer := count_of(self.counts, cluster), Miss):
             asyncio.run(answer.load())
         return answer
 

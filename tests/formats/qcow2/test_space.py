@@ -26,6 +26,7 @@ from tests.support.qcow2stage import (
     Stage,
     StoppableFile,
     checked,
+    count_of,
     made_image,
     numbered_image,
     settle,
@@ -72,14 +73,14 @@ async def fill_and_recover(content: bytes) -> tuple[bytes, int, int]:
     assert counts is not None
     await image.write(20 * CLUSTER, b"\x14" * CLUSTER)
     await image.flush()
-    before = sum(bool(counts.count(cluster)) for cluster in range(2000))
+    before = sum(bool(count_of(counts, cluster)) for cluster in range(2000))
     file.capacity = len(file.content)
     for number in range(1000):
         with pytest.raises(OSError, match="No space"):
             await image.write((30 + number % 20) * CLUSTER + number % 3 * 100, b"\xff" * (1000 + number % 2 * CLUSTER))
     await image.write(3 * CLUSTER, b"\x33" * CLUSTER)
     await image.flush()
-    after = sum(bool(counts.count(cluster)) for cluster in range(2000))
+    after = sum(bool(count_of(counts, cluster)) for cluster in range(2000))
     file.capacity = 1 << 60
     await image.write(31 * CLUSTER, b"\x31" * CLUSTER)
     found = await read_all(image)
