@@ -225,6 +225,28 @@ def test_snapshot_change_for_whose_mark_there_is_no_space_is_refused_and_the_ima
     asyncio.run(run())
 
 
+def test_dirty_bit_for_which_there_was_no_space_is_written_before_refcounts_are_left_behind(tmp_path: Path) -> None:
+    """With nothing that waits for a flush the bit is the first write of a change. It was not written."""
+    disk = disk_with_a_snapshot(tmp_path / "image", "cluster_size=4k,lazy_refcounts=on")
+
+    async def run() -> None:
+        memory = MemoryFile(disk.path.read_bytes())
+        file = FaultFile(memory)
+        image = Image(await opened(file), writable=True)
+        driver = driver_of(image)
+        file.fail("pwrite", errno.ENOSPC)
+        assert await outcome_of(create_two(driver), driver, errno.ENOSPC) == "refused"
+        file.heal()
+        assert not (await read_header(memory)).is_dirty
+        await image.write(0, b"x" * 4096)
+        disk.active[:4096] = b"x" * 4096
+        await image.flush()
+        assert (await read_header(memory)).is_dirty
+        await end_whole(image, disk, memory)
+
+    asyncio.run(run())
+
+
 def test_snapshot_change_refused_for_space_at_any_write_leaves_no_dirty_bit_behind_an_orderly_end(
     tmp_path: Path,
 ) -> None:

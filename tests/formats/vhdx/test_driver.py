@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from nbdimg.storage.file import Buffer
 from nbdimg.storage.memory import MemoryFile
 from tests.formats.vhdx.craft import DATA_WRITE_GUID, FILE_WRITE_GUID, ZERO_GUID, M
 from tests.formats.vhdx.test_bat import OneGate
+from tests.support.faultfile import FaultFile
 from tests.support.reading import bytes_of
 from tests.support.vhdximages import (
     BAT_OFFSET,
@@ -196,6 +198,25 @@ def test_flush_writes_no_page_again_that_is_in_place() -> None:
         await image.write(512, b"y" * 512)
         await image.flush()
         assert file.log == ["space", "|"]
+
+    asyncio.run(main())
+
+
+def test_block_that_could_not_be_written_whole_gives_its_space_back_at_once() -> None:
+    """Where the disk is full, metadata needs it."""
+
+    async def main() -> None:
+        image, inner = await opened(Builder(8 * M))
+        file = FaultFile(inner, slow_only=True)
+        await image.write(0, b"x" * M)
+        await image.flush()
+        driver = image.driver
+        assert isinstance(driver, VhdxDriver)
+        driver.bat._file = file
+        file.fail("pwrite", errno.ENOSPC)
+        with pytest.raises(OSError, match="No space left"):
+            await image.write(M, b"y" * M)
+        assert file.calls[-2:] == ["pwrite", "punch"]
 
     asyncio.run(main())
 
