@@ -6,7 +6,7 @@ of them counts as one reference to all of it. What the disk shares has no COPIED
     create   raise the counts of the disk's tree | clear its flags | the snapshot's L1, the new snapshot table
              | header: snapshot table | the old snapshot table is freed
     apply    raise the counts of the snapshot's tree | clear its flags | a new active L1
-             | header: size and L1 table | the disk's former tree and L1 are freed | set flags
+             | header: size and L1 table | the disk's former tree and L1 are freed
     delete   the new snapshot table
              | header: snapshot table | the snapshot's tree, its L1 and the old snapshot table are freed | set flags
 
@@ -143,7 +143,7 @@ async def apply_snapshot(driver: Qcow2Driver, wanted: str, *, progress: Progress
         )
     l1 = (await load_l1(driver.file, header, snapshot))[:needed]
     former = driver.mapping.l1.entries[:]
-    change = _Change(driver, snapshots, progress, 4 * _tables(l1) + 2 * _tables(former))
+    change = _Change(driver, snapshots, progress, 3 * _tables(l1) + 2 * _tables(former))
 
     async def prepare() -> L1Table:
         await change.check_tree(l1)
@@ -158,9 +158,6 @@ async def apply_snapshot(driver: Qcow2Driver, wanted: str, *, progress: Progress
     async def switch(table: L1Table) -> Snapshot:
         await change.switch_l1(table, size)
         await change.lower_tree(former)
-        await change.settle()
-        await change.fix_flags(table.entries)
-        await change.fix_active_l1()
         return snapshot
 
     return await change.carry_out(prepare, switch)
