@@ -294,3 +294,16 @@ def test_counts_read_before_they_were_changed_and_evicted_are_not_taken(tmp_path
 
     first, second = run_in_memory(main())
     assert first != second
+
+
+def test_counts_of_a_block_in_two_slices_are_found_where_they_lie(tmp_path: Path) -> None:
+    made = bytearray(made_image(tmp_path / "made", "cluster_size=8k,refcount_bits=64", "write -P 1 0 8k"))
+    block = int.from_bytes(made[int.from_bytes(made[48:56], "big") :][:8], "big")
+    made[block + 8 * 600 : block + 8 * 601] = (7).to_bytes(8, "big")
+
+    async def main() -> None:
+        stage = await staged(bytes(made))
+        await stage.counts.cache.load(1)
+        assert [count_of(stage.counts, cluster) for cluster in (0, 599, 600, 601)] == [1, 0, 7, 0]
+
+    run_in_memory(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import shutil
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from nbdimg.formats.qcow2.repair import repair
 from nbdimg.storage.file import BlockFile, Buffer
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.storage.posix import PosixFile
-from tests.support.qcow2edit import Edit, qemu_check, qemu_img
+from tests.support.qcow2edit import Edit, qemu_check, qemu_img, qemu_io
 from tests.support.qcow2images import KINDS, MUTATIONS, Mutation, damaged_image, image_of
 
 REPAIRED = [each for each in MUTATIONS if each.is_repaired]
@@ -138,6 +139,24 @@ def test_repair_reports_what_it_fixed(sound: Path, tmp_path: Path) -> None:
     report = repaired(path)
     assert report is not None
     assert (report.leaks_fixed, report.corruptions_fixed) == (found.leaks, found.corruptions) == (1, 1)
+
+
+def test_repair_of_counts_in_several_blocks_puts_each_back_and_nothing_else(tmp_path: Path) -> None:
+    """Clusters of 512 bytes: a block counts 256."""
+    path = tmp_path / "image"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512", path, "1M")
+    qemu_io(path, "write -q -P 1 0 400k")
+    content = path.read_bytes()
+    (table,) = struct.unpack_from(">Q", content, 48)
+    blocks = struct.unpack_from(">3Q", content, table)
+    damaged = bytearray(content)
+    for block, count in zip(blocks, (2, 0, 2), strict=True):
+        struct.pack_into(">H", damaged, block + 2 * 100, count)
+    path.write_bytes(damaged)
+    report = repaired(path)
+    assert report is not None
+    assert report.is_clean
+    assert path.read_bytes() == content
 
 
 # Leaks only

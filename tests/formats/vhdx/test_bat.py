@@ -539,3 +539,19 @@ def test_refused_trim_leaves_the_block_as_it_was() -> None:
         assert file.content[192 * K :] == builder.content[192 * K :]
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("size", "cut"), [(2 * M, M), (M + 512, 512)], ids=["whole block", "short last block"])
+def test_block_that_the_file_just_holds_is_read_only_to_its_end(size: int, cut: int) -> None:
+    builder = Builder(size)
+    builder.add_full(1, b"\1" * M)
+    stop = len(builder.content) - M + cut
+
+    async def read(content: bytes) -> bytes:
+        file = MemoryFile(content, writable=False)
+        image = await open_file(file, "vhdx", OpenOptions(OneGate(b""), writable=False))
+        return await bytes_of(image, M, 512)
+
+    assert asyncio.run(read(bytes(builder.content[:stop]))) == b"\1" * 512
+    with pytest.raises(CorruptImage, match="an end inside the file's"):
+        asyncio.run(read(bytes(builder.content[: stop - 1])))
