@@ -154,6 +154,9 @@ class _StopSignals:
         await asyncio.wait((drain, force), return_when=asyncio.FIRST_COMPLETED)
         force.cancel()
         drain.cancel()
+        await asyncio.wait((drain,))
+        if not drain.cancelled():
+            drain.result()
 
 
 def _announce(service: Service, notifier: Notifier) -> None:

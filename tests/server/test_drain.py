@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from nbdimg.cli.running import _StopSignals
+from nbdimg.config import ServerConfig
+from nbdimg.export.registry import Registry
+from nbdimg.server.server import Server
+from nbdimg.server.service import Service
+from nbdimg.server.systemd import Notifier
 from nbdimg.uri import NbdUri
 from tests.server.live import assert_alive, pattern, unsent_bytes
 from tests.support.rawclient import Client, connect_negotiated, try_connect
@@ -203,3 +211,24 @@ def test_sigterm_with_half_a_write_exits_0_and_changes_no_sector(server: NbdimgS
         server.terminate()
         assert server.wait(STUCK_LIMIT_S) == 0
     assert image.read_bytes()[:MIB] == pattern(0, MIB)
+
+
+def test_drain_that_fails_is_not_kept_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients were cut whose requests were in flight: the process must not end as if all had gone well."""
+
+    async def broken(self: Service) -> None:
+        raise RuntimeError("a fault")
+
+    async def scenario() -> None:
+        registry = Registry()
+        service = Service(Server(registry), registry, ServerConfig(()))
+        stop = _StopSignals(signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        try:
+            await stop.wait_and_drain(service, Notifier({}))
+        finally:
+            await service.server.close()
+
+    monkeypatch.setattr(Service, "drain", broken)
+    with pytest.raises(RuntimeError, match="a fault"):
+        asyncio.run(scenario())
