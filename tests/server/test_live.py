@@ -333,6 +333,14 @@ def test_operation_on_a_server_that_stops_is_refused(served: ControlledServer, m
         served.ask(served.control.add(make("disk")))
 
 
+def test_reload_that_is_refused_gives_back_what_it_had_opened(served: ControlledServer, make: Make) -> None:
+    new = make("new")
+    missing = replace(new, name="missing", path=f"{new.path}.missing")
+    served.wanted = replace(served.wanted, exports=(*served.wanted.exports, new, missing))
+    assert not served.ask(served.control.reload())
+    assert served.ask(served.control.add(new)) == ["new"]
+
+
 def test_reload_of_a_server_that_stops_is_refused(served: ControlledServer, make: Make, tmp_path: Path) -> None:
     """Or it would listen again."""
     new, late = make("new"), NbdUri(socket=str(tmp_path / "late"))
