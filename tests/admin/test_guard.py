@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from nbdimg.cli.main import run
 from nbdimg.config import AdminConfig, ServerConfig, TcpAddress
 from nbdimg.errors import ConfigError
 from nbdimg.server.log import LINES_MAX
+from nbdimg.server.terms import check_admin
 from tests.admin.fake import FakeServer
 from tests.support.httpclient import Answer, ask, http_address
 
@@ -212,6 +214,14 @@ def test_serve_refuses_an_unsafe_listener_and_exits_2(
     assert run(["serve", "--listen=nbd+unix:///?socket=s", "--format=raw", *given, "disk.img"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"nbdimg: {reason}")
     assert not Path("s").exists()
+
+
+def test_address_that_other_machines_reach_takes_leave() -> None:
+    for address in (TcpAddress("0.0.0.0", 9808), TcpAddress("::", 9808), TcpAddress("192.0.2.1", 9808)):
+        config = ServerConfig((), admin=AdminConfig(None, address, "token"))
+        with pytest.raises(ConfigError, match="is reachable from other machines"):
+            check_admin(config)
+        check_admin(replace(config, allows_plaintext=True))
 
 
 def test_log_takes_no_line_of_each_request_that_anybody_may_send(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import datetime
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.x509.oid import NameOID
 
 from nbdimg.config import AccessRule, ExportConfig, ServerConfig, TlsConfig
 from nbdimg.errors import ConfigError
@@ -334,3 +336,16 @@ def test_public_key_of_a_certificate_is_found_whatever_its_lengths(tmp_path: Pat
         made = authority.issue("client", common_name=common_name, names=[x509.DNSName("n" * 200)])
         expected = made.certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         assert public_key_info(made.certificate.public_bytes(Encoding.DER)) == expected
+
+
+def test_public_key_is_found_behind_names_of_more_than_127_bytes() -> None:
+    from cryptography.hazmat.primitives.asymmetric import rsa
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    key = rsa.generate_private_key(65537, 2048)
+    kinds = (NameOID.ORGANIZATION_NAME, NameOID.ORGANIZATIONAL_UNIT_NAME, NameOID.COMMON_NAME)
+    name = x509.Name([x509.NameAttribute(kind, "x" * 64) for kind in kinds])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, datetime(2026, 1, 1), datetime(2027, 1, 1))
+    made = builder.sign(key, SHA256()).public_bytes(Encoding.DER)
+    assert public_key_info(made) == key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
