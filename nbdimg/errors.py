@@ -7,6 +7,7 @@
     ├─ ProtocolError            the peer broke the protocol: its connection ends
     │   └─ TlsError             TLS has failed, or is missing where it is required
     ├─ RequestError             one request fails with an errno; its connection goes on
+    │   └─ GuardedWrite         it would have turned the image into something else
     └─ ImageError               an image cannot be opened, read or written
         ├─ UnrecognizedFormat   no driver claims the file, or the claimed one has none
         ├─ UnsupportedFeature   well-formed, and nbdimg cannot serve it
@@ -68,6 +69,10 @@ class RequestError(NbdimgError):
         super().__init__(message)
         self.errno = errno
         self.offset = offset
+
+
+class GuardedWrite(RequestError):
+    """A change would turn an image into something else; whoever serves the image can allow it."""
 
 
 class ImageError(NbdimgError):

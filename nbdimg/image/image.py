@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
-from nbdimg.errors import ImageError, RequestError
+from nbdimg.errors import GuardedWrite, ImageError, RequestError
 from nbdimg.histogram import Histogram
 from nbdimg.image.bitmap import DirtyBitmap
 from nbdimg.image.driver import (
@@ -457,14 +457,14 @@ class Image:
         await allocation.file.pwrite(allocation.file_offset + start - allocation.offset, content)
 
     async def _check_head(self, offset: int, piece: Buffer) -> None:
-        """Raises: RequestError: EPERM, the guard's reason against `piece` at `offset`."""
+        """Raises: GuardedWrite: EPERM, the guard's reason against `piece` at `offset`."""
         assert self._guard is not None
         head = bytearray(min(self._guard.size, self.size))
         await self.read(0, memoryview(head))
         head[offset : offset + len(piece)] = piece
         reason = self._guard.reason(bytes(head))
         if reason is not None:
-            raise RequestError(errno.EPERM, reason, offset)
+            raise GuardedWrite(errno.EPERM, reason, offset)
 
     async def trim(self, offset: int, length: int) -> None:
         """Give the range's space back where that can be done; else the range stays as it is: trim is advice.

@@ -63,7 +63,7 @@ class Shared:
         task.add_done_callback(self.tasks.pop)
 
     def request_failed(self, export: Export, what: str) -> None:
-        """Tell the operator of a request that failed, and not by its client's fault."""
+        """Tell the operator of a request that failed for what only the server's side can mend."""
         log = self._failure_logs.get(export.meter)
         if log is None:
             log = self._failure_logs[export.meter] = LimitedLog(lines_max=FAILURE_LINES_MAX, period_s=FAILURE_PERIOD_S)

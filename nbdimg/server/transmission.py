@@ -24,7 +24,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Protocol
 
-from nbdimg.errors import NbdimgError, ProtocolError, RequestError
+from nbdimg.errors import GuardedWrite, NbdimgError, ProtocolError, RequestError
 from nbdimg.export.export import SECTOR_SIZE, Export, Status, Work
 from nbdimg.export.lane import Lane
 from nbdimg.export.meter import Tally
@@ -339,9 +339,9 @@ class Transmission:
         return RequestError(errno.EIO, "internal error")
 
     def _describe(self, request: Request, error: OSError | NbdimgError) -> tuple[NbdError, str, int | None]:
-        """What the client is told, and the operator too unless it is the client's own doing."""
+        """What the client is told; the operator too, who can do something about all but what the client got wrong."""
         told = describe(error)
-        if not isinstance(error, RequestError):
+        if isinstance(error, GuardedWrite) or not isinstance(error, RequestError):
             where = f" of {request.length} bytes at {request.offset}" if request.length else ""
             self._shared.request_failed(self._export, f"{Command(request.command).name}{where} failed: {told[1]}")
         return told

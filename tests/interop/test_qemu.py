@@ -37,6 +37,7 @@ from tests.support.server import NbdimgServer, PeerServer
 
 EXIT_IMAGE_REFUSED = 3
 PROMPT = "qemu-io> "
+QCOW2_MAGIC = b"QFI\xfb"
 
 
 def qemu_io(target: str | Path, *commands: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -297,6 +298,18 @@ def test_qemu_io_asynchronous_requests_complete_in_any_order(tmp_path: Path) -> 
     with NbdimgServer(image) as server:
         qemu_io_ok(server.uri, *commands, "aio_flush")
     assert first_difference(image, expected) is None
+
+
+def test_qemu_img_that_makes_a_qcow2_on_a_probed_raw_image_is_refused_and_the_log_says_why(tmp_path: Path) -> None:
+    qemu_img, image = require_program("qemu-img"), tmp_path / "disk.img"
+    write_sparse(image)
+    with NbdimgServer(image) as server:
+        assert run(qemu_img, "create", "-f", "qcow2", server.uri, "1M").returncode == 1
+        assert "make this probed raw image look like qcow2; serve it with an explicit format" in server.stderr()
+    assert image.read_bytes()[:4] != QCOW2_MAGIC
+    with NbdimgServer(image, options=["--format=raw"]) as server:
+        run_ok(qemu_img, "create", "-f", "qcow2", server.uri, "1M")
+        run_ok(qemu_img, "check", "-f", "qcow2", server.uri)
 
 
 class QemuIo:
