@@ -68,6 +68,7 @@ class Connection:
         "_is_draining",
         "_is_finishing",
         "_is_left",
+        "_is_lined_up",
         "_is_look_scheduled",
         "_is_reading",
         "_kept_from",
