@@ -796,15 +796,17 @@ def key_session(credentials: Credentials, name: str, key: str, suite: str) -> fr
 
 @pytest.mark.skipif(not HAS_PSK, reason="pre-shared keys came with Python 3.13")
 def test_key_proves_a_name_and_proposing_a_name_proves_nothing(site: Site, tmp_path: Path) -> None:
-    """A suite whose hash is not the key's makes OpenSSL pass over the key, and the certificate serves."""
-    credentials = Credentials(
-        TlsConfig(site.server.certificate_path, site.server.key_path, psk_path=key_file(tmp_path, f"alice:{KEY}\n"))
-    )
+    """A suite whose hash is not the key's makes OpenSSL pass over the key, and the certificate serves. What one client
+    has proposed is forgotten with it.
+    """
+    keys = key_file(tmp_path, f"alice:{KEY}\ncarol:{KEY[::-1]}\n")
+    credentials = Credentials(TlsConfig(site.server.certificate_path, site.server.key_path, psk_path=keys))
     fits, does_not_fit = "TLS_AES_128_GCM_SHA256", "TLS_AES_256_GCM_SHA384"
     assert key_session(credentials, "alice", KEY, fits) == frozenset({"psk:alice"})
     assert key_session(credentials, "alice", KEY[::-1], fits) is None
     assert key_session(credentials, "bob", KEY, fits) == frozenset()
     assert key_session(credentials, "alice", KEY[::-1], does_not_fit) == frozenset()
+    assert key_session(credentials, "carol", KEY[::-1], fits) == frozenset({"psk:carol"})
 
 
 @pytest.mark.skipif(not HAS_PSK, reason="pre-shared keys came with Python 3.13")
