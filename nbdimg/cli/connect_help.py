@@ -72,8 +72,8 @@ def connect_help(
         str | None,
         typer.Option(
             metavar="URI",
-            help="The server as clients reach it: nbd://HOST:PORT or nbd+unix:///?socket=PATH; nbds: with TLS.",
-            show_default=str(DEFAULT_LISTENER),
+            help="The server as clients reach it: nbd://HOST:PORT or nbd+unix:///?socket=PATH; nbds: with TLS "
+            f"(default: {DEFAULT_LISTENER}).",
         ),
     ] = None,
     tls_certificates: Annotated[

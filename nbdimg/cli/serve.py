@@ -78,7 +78,7 @@ def serve(
     ] = False,
     overlay_dir: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Where overlays lie while they are open.", show_default="$TMPDIR or /var/tmp"),
+        typer.Option(metavar="DIR", help="Where overlays lie while they are open (default: $TMPDIR or /var/tmp)."),
     ] = None,
     parent: Annotated[
         str | None,
@@ -93,12 +93,12 @@ def serve(
         ),
     ] = False,
     connections_max: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Clients at once.", show_default=f"{_DEFAULTS.connections}")
+        int | None, typer.Option(metavar="N", min=1, help=f"Clients at once (default: {_DEFAULTS.connections}).")
     ] = None,
     handshake_timeout: Annotated[
         float | None,
         typer.Option(
-            metavar="S", min=0.1, help="Seconds for a handshake.", show_default=f"{_DEFAULTS.handshake_timeout_s:g}"
+            metavar="S", min=0.1, help=f"Seconds for a handshake (default: {_DEFAULTS.handshake_timeout_s:g})."
         ),
     ] = None,
     request_timeout: Annotated[
@@ -106,8 +106,7 @@ def serve(
         typer.Option(
             metavar="S",
             min=0.1,
-            help="Seconds for the rest of a request that has begun.",
-            show_default=f"{_DEFAULTS.request_timeout_s:g}",
+            help=f"Seconds for the rest of a request that has begun (default: {_DEFAULTS.request_timeout_s:g}).",
         ),
     ] = None,
     stall_timeout: Annotated[
@@ -115,8 +114,7 @@ def serve(
         typer.Option(
             metavar="S",
             min=0.1,
-            help="Seconds without taking a reply that waits.",
-            show_default=f"{_DEFAULTS.stall_timeout_s:g}",
+            help=f"Seconds without taking a reply that waits (default: {_DEFAULTS.stall_timeout_s:g}).",
         ),
     ] = None,
     drain_timeout: Annotated[
@@ -124,8 +122,7 @@ def serve(
         typer.Option(
             metavar="S",
             min=0,
-            help="Seconds for clients to finish after SIGTERM.",
-            show_default=f"{_DEFAULTS.drain_timeout_s:g}",
+            help=f"Seconds for clients to finish after SIGTERM (default: {_DEFAULTS.drain_timeout_s:g}).",
         ),
     ] = None,
     tls_certificate: Annotated[
@@ -142,12 +139,11 @@ def serve(
         str | None,
         typer.Option(
             metavar="off|required|selective",
-            help="TLS at nbd: listeners; nbds: listeners always require it.",
-            show_default="required",
+            help="TLS at nbd: listeners; nbds: listeners always require it (default: required).",
         ),
     ] = None,
     tls_min_version: Annotated[
-        str | None, typer.Option(metavar="1.2|1.3", help="The lowest TLS version.", show_default="1.3")
+        str | None, typer.Option(metavar="1.2|1.3", help="The lowest TLS version (default: 1.3).")
     ] = None,
     tls_psk_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Pre-shared keys, lines of NAME:HEX; needs Python 3.13.")
@@ -159,8 +155,8 @@ def serve(
         str | None,
         typer.Option(
             metavar="|".join(SANDBOX_MODES),
-            help="Give up what serving does not need: as far as the kernel can, or not start where it cannot.",
-            show_default=SANDBOX_MODES[0],
+            help="Give up what serving does not need: as far as the kernel can, or not start where it cannot "
+            f"(default: {SANDBOX_MODES[0]}).",
         ),
     ] = None,
     image_directory: Annotated[
@@ -187,8 +183,7 @@ def serve(
         str | None,
         typer.Option(
             metavar="|".join(LOG_FORMATS),
-            help="Lines of the log; auto is text at a terminal, else JSON.",
-            show_default=LOG_FORMATS[0],
+            help=f"Lines of the log; auto is text at a terminal, else JSON (default: {LOG_FORMATS[0]}).",
         ),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what helps to find a fault, too.")] = False,

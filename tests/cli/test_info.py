@@ -295,3 +295,10 @@ def test_info_prints_no_control_characters(capfd: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("verbs", [(), ("info",), ("serve",), ("ctl",), ("ctl", "snapshot", "create")])
 def test_help_shows_no_type_for_a_switch(command: Command, verbs: tuple[str, ...]) -> None:
     assert "bool" not in command.said(*verbs, "--help").lower()
+
+
+@pytest.mark.parametrize("verb", ["serve", "connect-help"])
+def test_help_shows_defaults_in_one_way(command: Command, verb: str) -> None:
+    said = command.said(verb, "--help")
+    assert "(default: " in said
+    assert "[default: (" not in said
