@@ -230,7 +230,8 @@ MODES: dict[str, tuple[type[XtsCipher] | type[CbcCipher], tuple[int, ...]]] = {
 }
 """Chaining mode to its class and key sizes in bytes. QEMU makes XTS with 48 bytes too; OpenSSL has no such cipher."""
 
-IV_NAMES = ("plain64", "plain", "essiv:sha256")
+_PLAIN_IVS: dict[str, IvGenerator] = {"plain64": plain64_ivs, "plain": plain_ivs}
+IV_NAMES = (*_PLAIN_IVS, "essiv:sha256")
 
 
 def check_algorithm(path: str | os.PathLike[str], cipher: str, mode: str, key_size: int) -> None:
@@ -239,7 +240,7 @@ def check_algorithm(path: str | os.PathLike[str], cipher: str, mode: str, key_si
     Raises:
         UnsupportedFeature: it has not; the message names what was found.
     """
-    chaining, _, iv_name = mode.partition("-")
+    chaining, iv_name = _parts(mode)
     if cipher != CIPHER:
         raise UnsupportedFeature(path, f"the cipher is {escaped(cipher)}, expected {CIPHER!r}")
     if chaining not in MODES or iv_name not in IV_NAMES:
@@ -259,14 +260,23 @@ def sector_cipher(path: str | os.PathLike[str], cipher: str, mode: str, key: byt
         UnsupportedFeature: `check_algorithm` refuses it, or `cryptography` is not installed.
     """
     check_algorithm(path, cipher, mode, len(key))
-    chaining, _, iv_name = mode.partition("-")
+    chaining, iv_name = _parts(mode)
     return MODES[chaining][0](path, key, _iv_generator(path, iv_name, key))
+
+
+def _parts(mode: str) -> tuple[str, str]:
+    """Chaining mode and IV generator. Where QEMU is given a hash, as by libvirt's `<ivgen name='plain64'
+    hash='sha256'/>`, it writes that down for generators too that have no use for one.
+    """
+    chaining, _, iv_name = mode.partition("-")
+    plain = iv_name.partition(":")[0]
+    return chaining, plain if plain in _PLAIN_IVS else iv_name
 
 
 def _iv_generator(path: str | os.PathLike[str], name: str, key: bytes) -> IvGenerator:
     if name == "essiv:sha256":
         return essiv_ivs(path, key)
-    return {"plain64": plain64_ivs, "plain": plain_ivs}[name]
+    return _PLAIN_IVS[name]
 
 
 def legacy_cipher(path: str | os.PathLike[str], passphrase: bytes) -> SectorCipher:

@@ -106,6 +106,7 @@ def write_through(path: Path, cipher: SectorCipher, offset: int, data: bytes, sh
 IMAGES = {
     "aes-256-xts-plain64-sha256": "",
     "aes-128-xts-plain-sha1": ",encrypt.cipher-alg=aes-128,encrypt.ivgen-alg=plain,encrypt.hash-alg=sha1",
+    "aes-256-xts-plain64:sha256": ",encrypt.ivgen-hash-alg=sha256",
     "aes-256-cbc-essiv-sha256": ",encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256",
 }
 DEFAULT_IMAGE_DATA = random.Random(1).randbytes(20480)
