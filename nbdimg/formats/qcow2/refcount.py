@@ -35,7 +35,9 @@ from nbdimg.storage.ordering import Write, hindered
 from nbdimg.units import align_up, div_ceil
 
 SLICES_MAX = 4096
-"""Resident slices of refcount blocks, 16 MiB: with 64 KiB clusters and 16 bits they count 512 GiB."""
+"""Resident slices of refcount blocks, 16 MiB: with 64 KiB clusters and 16 bits they count 512 GiB. Of counts narrower
+than a byte, which take one each in memory, there are fewer: with 64 KiB clusters and 1 bit they count 1 TiB.
+"""
 
 TABLE_PIECE = s.SECTOR_SIZE
 """The refcount table is written in pieces of this."""
@@ -74,7 +76,8 @@ class Refcounts:
         self._block_entries = header.refcount_entries
         self._block_slices = header.cluster_size // self._slice_size
         self._count_max = (1 << header.refcount_bits) - 1
-        self.cache = TableCache(file, max(SLICES_MAX, 4 * self._block_slices), self._fetch, self._codec.encode)
+        slices_max = max(SLICES_MAX * min(header.refcount_bits, 8) // 8, 4 * self._block_slices)
+        self.cache = TableCache(file, slices_max, self._fetch, self._codec.encode)
         self.end = div_ceil(file.size, header.cluster_size)
         """The cluster behind the last one that was ever used (R3)."""
         self.clusters_max = s.HOST_OFFSET_MAX >> header.cluster_bits

@@ -18,6 +18,7 @@ from nbdimg.formats.qcow2.refcount import Refcounts, Run
 from nbdimg.image.driver import Miss
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.storage.ordering import Hindrance, Plan, Stage, run
+from nbdimg.units import MiB
 from tests.support.faultfile import FaultFile
 from tests.support.qcow2stage import count_of
 
@@ -68,6 +69,24 @@ class Bench:
             await self.counts.reclaim()
 
         asyncio.run(main())
+
+
+def test_counts_narrower_than_a_byte_take_no_more_memory_than_others() -> None:
+    """4 KiB of 1-bit counts are 32 KiB in memory."""
+    header = Bench([]).header
+    header.cluster_bits, header.refcount_order = 12, 0
+    blocks = range(1, 601)
+    file = MemoryFile(bytes(4096 * (len(blocks) + 1)))
+    counts = Refcounts(file, header, array("Q", [4096 * block for block in blocks]), set())
+
+    async def main() -> None:
+        for block in range(len(blocks)):
+            answer = counts.count(block * 32768)
+            assert isinstance(answer, Miss)
+            await answer.load()
+
+    asyncio.run(main())
+    assert sum(len(each.entries) * each.entries.itemsize for each in counts.cache.slices.values()) == 16 * MiB
 
 
 def test_allocate_is_first_fit_and_stops_where_a_cluster_is_in_use() -> None:
