@@ -81,7 +81,7 @@ def test_counts_narrower_than_a_byte_take_no_more_memory_than_others() -> None:
 
     async def main() -> None:
         for block in range(len(blocks)):
-            answer = counts.count(block * 32768)
+            answer = count_of(counts, block * 32768)
             assert isinstance(answer, Miss)
             await answer.load()
 
