@@ -160,6 +160,29 @@ def test_bitmap_sessions_of_both_in_turn_accumulate(tmp_path: Path) -> None:
     qemu_img("check", image)
 
 
+def test_backup_of_a_running_machine_as_the_documentation_says(tmp_path: Path) -> None:
+    image, admin = make(tmp_path / "disk.qcow2", "defaults", "monday"), tmp_path / "admin"
+
+    def nbdimg(*arguments: str) -> None:
+        command = [sys.executable, "-m", "nbdimg", *arguments]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+
+    with NbdimgServer(image, options=[f"--admin-socket={admin}"]) as server:
+        io(server, "write -P 1 1M 64k")
+        nbdimg("ctl", "remove", f"--socket={admin}", "disk")
+        nbdimg("snapshot", "create", str(image), "tuesday")
+        nbdimg("bitmap", "add", str(image), "tuesday")
+        nbdimg("bitmap", "disable", str(image), "monday")
+        nbdimg("ctl", "add", f"--socket={admin}", f"disk={image}")
+        io(server, "write -P 2 1M 64k", "write -P 2 3M 64k")
+        assert [each for each in dirty(server, "monday") if each[2]] == [(MIB, 65536, 1)]
+        assert [each for each in dirty(server, "tuesday") if each[2]] == [(MIB, 65536, 1), (3 * MIB, 65536, 1)]
+        snapshot = f"nbd+unix:///disk@tuesday?socket={server.socket_path}"
+        command = [require_program("qemu-io"), "-r", "-f", "raw", "-c", "read -P 1 1M 64k", snapshot]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        nbdimg("ctl", "snapshot", "delete", f"--socket={admin}", "disk", "tuesday")
+
+
 def test_bitmap_all_dirty_is_stored_without_data_clusters_and_read_by_qemu(tmp_path: Path) -> None:
     """The bits of 256 GiB at 512 bytes are 64 MiB, a thousand clusters."""
     image = tmp_path / "disk.qcow2"
