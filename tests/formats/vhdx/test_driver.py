@@ -17,6 +17,7 @@ from nbdimg.formats.vhdx.header import Header
 from nbdimg.image.image import Image
 from nbdimg.storage.file import Buffer
 from nbdimg.storage.memory import MemoryFile
+from nbdimg.storage.ordering import Write
 from tests.formats.vhdx.craft import DATA_WRITE_GUID, FILE_WRITE_GUID, ZERO_GUID, M
 from tests.formats.vhdx.test_bat import OneGate
 from tests.support.faultfile import FaultFile
@@ -202,6 +203,20 @@ def test_flush_writes_no_page_again_that_is_in_place() -> None:
     asyncio.run(main())
 
 
+def test_flush_that_put_its_pages_in_place_may_be_followed_by_one_of_several_entries() -> None:
+    async def main() -> None:
+        image, file = await opened(Builder(8 * M))
+        await image.write(0, b"x" * M)
+        await image.flush()
+        driver = image.driver
+        assert isinstance(driver, VhdxDriver)
+        assert driver._journal is not None
+        pages = [Write(file, BAT_OFFSET + 4096 * number, bytes(4096)) for number in range(127)]
+        assert len(driver._journal.stages(pages, 4 * M, 4 * M)) == 4
+
+    asyncio.run(main())
+
+
 def test_block_that_could_not_be_written_whole_gives_its_space_back_at_once() -> None:
     """Where the disk is full, metadata needs it."""
 
@@ -217,6 +232,13 @@ def test_block_that_could_not_be_written_whole_gives_its_space_back_at_once() ->
         with pytest.raises(OSError, match="No space left"):
             await image.write(M, b"y" * M)
         assert file.calls[-2:] == ["pwrite", "punch"]
+        assert [page.pin_count for page in driver.bat.pages.slices.values()] == [0]
+        file.heal()
+        await image.write(0, b"z")
+        await image.flush()
+        await image.write(M, b"y" * M)
+        await image.close()
+        assert inner.entry(1) == (FULL, inner.entry(0)[1] + M)
 
     asyncio.run(main())
 
