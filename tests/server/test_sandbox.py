@@ -547,7 +547,7 @@ def test_reload_with_another_host_to_look_up_is_refused(tmp_path: Path) -> None:
     with ConfiguredServer(tmp_path, listen.replace("HOST", "127.0.0.1") + keep) as server:
         said = server.reload(listen.replace("HOST", "nbd.test") + keep)
         assert f"the sandbox does not allow looking up nbd.test, {RESTART}" in said
-        assert "1 listeners added, 1 listeners removed" in server.reload(listen.replace("HOST", "localhost") + keep)
+        assert "1 listener added, 1 listener removed" in server.reload(listen.replace("HOST", "localhost") + keep)
         assert_serves(server)
 
 
