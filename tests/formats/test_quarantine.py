@@ -10,6 +10,7 @@ import pytest
 
 from nbdimg.formats import create_image, open_image, quarantine
 from nbdimg.formats.qcow2.driver import Qcow2Driver
+from nbdimg.formats.qcow2.snapshot_changes import create_snapshot
 from nbdimg.image.image import Image
 from nbdimg.units import MiB
 
@@ -66,3 +67,29 @@ def test_runs_that_wait_are_not_more_than_the_limit(tmp_path: Path, monkeypatch:
         return waiting_max
 
     assert asyncio.run(main()) <= 8 + 1
+
+
+def test_overwrites_of_what_a_snapshot_shares_are_not_flushed_for_space_that_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quarantine, "WAITING_MIN", 1 * MiB)
+    create_image(tmp_path / "disk", SIZE, format="qcow2")
+
+    async def main() -> tuple[int, int]:
+        image = await open_image(tmp_path / "disk")
+        assert isinstance(image.driver, Qcow2Driver)
+        content = b"x" * 8 * MiB
+        await image.write(0, content)
+        await image.flush()
+        await create_snapshot(image.driver, "kept", now_ns=0)
+        before = image.gate.times.count
+        for offset in range(0, len(content), MiB):
+            await image.write(offset, content[:MiB])
+        overwritten = image.gate.times.count
+        await image.trim(0, 2 * MiB)
+        await image.trim(2 * MiB, 2 * MiB)
+        trimmed = image.gate.times.count
+        await image.close()
+        return overwritten - before, trimmed - overwritten
+
+    assert asyncio.run(main()) == (0, 1)

@@ -85,7 +85,8 @@ class Refcounts:
         self._hint = 0
         self._freed: list[Freed] = []
         self._freed_count = 0
-        """Clusters in it."""
+        """Clusters in it whose space comes back. What a write elsewhere gave up is shared, so its space stays, or
+        compressed; and a cluster is so written once."""
         self._leaving: list[Freed] = []
         self._dirty_pieces: set[int] = set()
         self._writing_pieces: set[int] = set()
@@ -347,7 +348,7 @@ class Refcounts:
 
     def free(self, cluster: int, count: int = 1, *, punch: bool = False) -> None:
         """One reference less to each, once what has removed it is durable."""
-        self._freed_count += count
+        self._freed_count += count if punch else 0
         if (
             self._freed
             and self._freed[-1].punch == punch
