@@ -29,18 +29,16 @@ Spec: qcow2.rst "Snapshots", "Cluster mapping".
 from __future__ import annotations
 
 from array import array
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from itertools import chain
 from typing import TypeVar
 
 from nbdimg.errors import ConfigError, CorruptImage, ImageError, UnsupportedFeature, escaped
 from nbdimg.formats import quarantine
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.driver import Qcow2Driver
-from nbdimg.formats.qcow2.l1 import L1Table, check_tables_differ
-from nbdimg.formats.qcow2.paced import PacedReader
-from nbdimg.formats.qcow2.packed import compressed_clusters, decode_offsets, encode_offsets
+from nbdimg.formats.qcow2.l1 import L1Table
+from nbdimg.formats.qcow2.packed import encode_offsets
 from nbdimg.formats.qcow2.refcount import Refcounts, Run
 from nbdimg.formats.qcow2.snapshots import (
     NAME_BYTES_MAX,
@@ -53,17 +51,15 @@ from nbdimg.formats.qcow2.snapshots import (
     serialize,
     stored_table_size,
 )
-from nbdimg.formats.qcow2.structs import COMPRESSED, COPIED, OFFSET_MASK, ZERO
+from nbdimg.formats.qcow2.structs import COPIED, OFFSET_MASK
+from nbdimg.formats.qcow2.trees import Trees, host_clusters
 from nbdimg.image.driver import Miss
 from nbdimg.storage.ordering import Plan, Stage, Write, hindered, leaves_no_doubt, run
-from nbdimg.units import KiB, div_ceil
+from nbdimg.units import div_ceil
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
 """Called with L2 tables done and L2 tables in all; a table that is walked twice counts twice."""
-
-PIECE_SIZE = 64 * KiB
-"""L2 tables are read in pieces of this; then the loop gets its turn. 8192 entries take 1 to 2 ms."""
 
 _ID_DIGITS_MAX = 18
 
@@ -101,8 +97,8 @@ async def create_snapshot(driver: Qcow2Driver, name: str, *, now_ns: int, progre
     change = _Change(driver, snapshots, progress, 3 * _tables(l1))
 
     async def prepare() -> tuple[Snapshot, int]:
-        change.check_l1(driver.mapping.l1.entries)
-        await change.check_tree(l1)
+        change.trees.check_l1(driver.mapping.l1.entries)
+        await change.trees.check(l1)
         await change.raise_tree(l1)
         await change.fix_flags(l1)
         await change.fix_active_l1()
@@ -146,8 +142,8 @@ async def apply_snapshot(driver: Qcow2Driver, wanted: str, *, progress: Progress
     change = _Change(driver, snapshots, progress, 3 * _tables(l1) + 2 * _tables(former))
 
     async def prepare() -> L1Table:
-        await change.check_tree(l1)
-        await change.check_tree(former)
+        await change.trees.check(l1)
+        await change.trees.check(former)
         if size != driver.size and any(each.disk_size is None for each in snapshots):
             await change.pin_sizes()
         await change.raise_tree(l1)
@@ -176,8 +172,8 @@ async def delete_snapshot(driver: Qcow2Driver, wanted: str, *, progress: Progres
     change = _Change(driver, snapshots, progress, 2 * _tables(l1) + _tables(active.entries))
 
     async def prepare() -> int:
-        change.check_l1(active.entries)
-        await change.check_tree(l1)
+        change.trees.check_l1(active.entries)
+        await change.trees.check(l1)
         return await change.place(serialize(rest, driver.size)) if rest else 0
 
     async def switch(table_offset: int) -> Snapshot:
@@ -252,7 +248,6 @@ class _Change:
         assert counts is not None
         self._driver = driver
         self._file = driver.file
-        self._reader = PacedReader(driver.file, PIECE_SIZE)
         self._counts: Refcounts = counts
         self._bits = driver.header.cluster_bits
         self._cluster_size = driver.header.cluster_size
@@ -267,31 +262,12 @@ class _Change:
         self._tables_done = 0
         self._table_count = table_count
         self._freed_count = 0
-        self._aligned = OFFSET_MASK & ~(self._cluster_size - 1)
-        has_zero_flag = driver.header.version >= 3 and not driver.header.has_subclusters
-        self._odd = ~(self._aligned | COPIED | (ZERO if has_zero_flag else 0))
-        self._words = driver.header.l2_entry_size // 8
-        self._fixed = self._fixed_clusters()
+        self.trees = Trees(driver, counts, snapshots, self._count_table)
 
-    def _fixed_clusters(self) -> set[int]:
-        """Clusters that hold the header and tables, but for L2 tables: no L2 table or data lies in them."""
-        header = self._driver.header
-        l1 = self._driver.mapping.l1
-        clusters = {offset >> self._bits for offset in self._counts.table if offset}
-        clusters.update(chain.from_iterable(l1_clusters(self._file.path, header, self._snapshots, self._counts.end)))
-        regions = [
-            (0, self._cluster_size),
-            (header.refcount_table_offset, header.refcount_table_clusters << self._bits),
-            (l1.offset, 8 * len(l1.entries)),
-            (header.snapshot_table_offset, stored_table_size(self._snapshots)),
-        ]
-        for offset, length in regions:
-            clusters.update(self._clusters(offset, length))
-        return clusters
-
-    def _clusters(self, offset: int, length: int) -> range:
-        first = offset >> self._bits
-        return range(first, first + div_ceil(length, self._cluster_size))
+    def _count_table(self) -> None:
+        self._tables_done += 1
+        if self._progress is not None:
+            self._progress(min(self._tables_done, self._table_count), self._table_count)
 
     # The order of a change
 
@@ -318,7 +294,7 @@ class _Change:
         left = self._raised_count
         if not left and not self._placed:
             return
-        async for cluster, count in self._runs(self._raised):
+        async for cluster, count in self.trees.runs(self._raised):
             if not left:
                 break
             count = min(count, left)
@@ -331,109 +307,12 @@ class _Change:
             await self.fix_flags(self._driver.mapping.l1.entries)
             await self.fix_active_l1()
 
-    # Walking
-
-    async def _pieces(self, l1: array[int]) -> AsyncIterator[tuple[int, int, array[int]]]:
-        """(cluster of the L2 table, offset in the table, words from there on) for all of each table of `l1`."""
-        size = min(PIECE_SIZE, self._cluster_size)
-        for index, entry in enumerate(l1):
-            if not entry:
-                continue
-            cluster = self._l2_cluster(index, entry)
-            for start in range(0, self._cluster_size, size):
-                content = await hindered(self._reader.read((cluster << self._bits) + start, size))
-                yield cluster, start, decode_offsets(content)
-            self._tables_done += 1
-            if self._progress is not None:
-                self._progress(min(self._tables_done, self._table_count), self._table_count)
-
-    def _l2_cluster(self, index: int, entry: int) -> int:
-        """Raises: CorruptImage."""
-        cluster = (entry & OFFSET_MASK) >> self._bits
-        if (
-            entry & ~(self._aligned | COPIED)
-            or not cluster
-            or cluster in self._fixed
-            or cluster << self._bits >= self._file.size
-        ):
-            raise CorruptImage(
-                self._file.path,
-                f"L1 entry {index} is {entry:#018x}, expected the offset of an L2 table, a multiple of "
-                f"{self._cluster_size} inside the file",
-                entry & OFFSET_MASK,
-            )
-        return cluster
-
-    async def _runs(self, l1: array[int]) -> AsyncIterator[tuple[int, int]]:
-        """(first cluster, count) of all that a tree refers to, once for each reference; always in the same order, and
-        a table after what it maps.
-        """
-        async for cluster, start, words in self._pieces(l1):
-            for each in self._data_runs(cluster, start, words):
-                yield each
-            if start + 8 * len(words) == self._cluster_size:
-                yield cluster, 1
-
-    def _data_runs(self, table: int, start: int, words: array[int]) -> list[tuple[int, int]]:
-        """The references of a piece of an L2 table, neighbours as one. Raises: CorruptImage."""
-        runs: list[tuple[int, int]] = []
-        first = stop = 0
-        odd, bits = self._odd, self._bits
-        for index, entry in enumerate(words[:: self._words]):
-            if not entry:
-                continue
-            if entry & odd:
-                if entry & (COMPRESSED | COPIED) != COMPRESSED:
-                    raise self._malformed(table, start, index, entry)
-                low, high = compressed_clusters(entry, bits)
-                runs.append((low, high - low + 1))
-                continue
-            cluster = (entry & OFFSET_MASK) >> bits
-            if cluster == stop and stop:
-                stop += 1
-            elif cluster:
-                runs.append((first, stop - first))
-                first, stop = cluster, cluster + 1
-        runs.append((first, stop - first))
-        runs = [each for each in runs if each[1]]
-        for low, count in runs:
-            if not self._fixed.isdisjoint(range(low, low + count)):
-                raise CorruptImage(
-                    self._file.path,
-                    f"the L2 table at offset {table << bits} maps host clusters {low} to {low + count - 1}, expected "
-                    f"none that holds metadata",
-                    table << bits,
-                )
-        return runs
-
-    def _malformed(self, table: int, start: int, index: int, entry: int) -> CorruptImage:
-        at = (table << self._bits) + start + 8 * index * self._words
-        return CorruptImage(
-            self._file.path,
-            f"an L2 entry is {entry:#018x}, expected a multiple of {self._cluster_size} below 2^56, and the reserved "
-            f"bits 0 (offset {at})",
-            at,
-        )
-
     # Counts
-
-    async def check_tree(self, l1: array[int]) -> None:
-        """Raises: CorruptImage: as `check_l1`, or it cannot be walked to its end."""
-        self.check_l1(l1)
-        async for _ in self._runs(l1):
-            pass
-
-    def check_l1(self, l1: array[int]) -> None:
-        """Raises: CorruptImage: an entry cannot be followed, or as `check_tables_differ`."""
-        for index, entry in enumerate(l1):
-            if entry:
-                self._l2_cluster(index, entry)
-        check_tables_differ(self._file.path, l1)
 
     async def raise_tree(self, l1: array[int]) -> None:
         """One reference more to all of a tree, durable."""
         self._raised = l1
-        async for cluster, count in self._runs(l1):
+        async for cluster, count in self.trees.runs(l1):
             await self._raise(cluster, count)
             if self._counts.cache.is_strained:
                 await self.settle()
@@ -452,7 +331,7 @@ class _Change:
 
     async def lower_tree(self, l1: array[int]) -> None:
         """One reference less to all of a tree: nothing durable refers to it any more."""
-        async for cluster, count in self._runs(l1):
+        async for cluster, count in self.trees.runs(l1):
             await self._lower(cluster, count, punch=True)
 
     async def _lower(self, cluster: int, count: int, *, punch: bool) -> None:
@@ -463,7 +342,7 @@ class _Change:
 
     def free(self, offset: int, length: int) -> None:
         """A table's clusters, when nothing durable refers to it any more."""
-        clusters = self._clusters(offset, length)
+        clusters = host_clusters(offset, length, self._bits)
         if clusters:
             self._counts.free(clusters[0], len(clusters), punch=True)
 
@@ -521,7 +400,7 @@ class _Change:
     async def fix_flags(self, l1: array[int]) -> None:
         """Give the entries of a tree's L2 tables the flag that their counts ask for, durable."""
         self._has_reached_flags = True
-        async for cluster, start, words in self._pieces(l1):
+        async for cluster, start, words in self.trees.pieces(l1):
             if await self._fix_words(words):
                 write = Write(self._file, (cluster << self._bits) + start, encode_offsets(words))
                 await run(Plan((Stage((write,), ()),)))
@@ -533,10 +412,10 @@ class _Change:
         """Whether a flag of these entries had to be changed; what is no plain entry has none."""
         is_changed = False
         base, counts = 0, array("Q")
-        for index in range(0, len(words), self._words):
+        for index in range(0, len(words), self.trees.words):
             entry = words[index]
-            cluster = (entry & self._aligned) >> self._bits
-            if not cluster or entry & self._odd:
+            cluster = (entry & self.trees.aligned) >> self._bits
+            if not cluster or entry & self.trees.odd:
                 continue
             if not base <= cluster < base + len(counts):
                 base, counts = await self._counts_from(cluster)
