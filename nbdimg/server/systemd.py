@@ -120,15 +120,17 @@ class Notifier:
             environment.pop(name, "") for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "FDSTORE")
         )
         self._loop = asyncio.get_running_loop()
+        self._address = "\0" + address[1:] if address.startswith("@") else address
         self._socket: socket.socket | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.keeps_descriptors = False
         """Whether `keep` has a meaning here."""
         if address.startswith(("@", "/")):
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-            # Later the sandbox lets nobody connect, or name where a datagram goes.
-            with contextlib.suppress(OSError):
-                self._socket.connect("\0" + address[1:] if address.startswith("@") else address)
+            if address.startswith("@"):
+                # Landlock does not reach it later. At a path, each message goes to whoever is there by then.
+                with contextlib.suppress(OSError):
+                    self._socket.connect(self._address)
             self.keeps_descriptors = kept_max.isdecimal() and int(kept_max) > 0
             is_mine = pid in ("", str(os.getpid()))
             if is_mine and period.isdecimal() and int(period):
@@ -171,7 +173,7 @@ class Notifier:
         passed = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))] if descriptors else []
         self._socket.settimeout(KEEP_TIMEOUT_S)
         try:
-            self._socket.sendmsg([message.encode()], passed)
+            self._tell(message, passed)
         finally:
             self._socket.setblocking(False)
 
@@ -196,6 +198,11 @@ class Notifier:
             self._socket.close()
             self._socket = None
 
+    def _tell(self, message: str, passed: Sequence[tuple[int, int, array[int]]] = ()) -> None:
+        """Not by sendto, of which the sandbox sees the address. Raises: OSError."""
+        assert self._socket is not None
+        self._socket.sendmsg([message.encode()], passed, 0, self._address)
+
     def _watch(self) -> None:
         """A timer of the loop that serves clients: a loop that is stuck sends nothing, and is restarted for it."""
         self._send("WATCHDOG=1")
@@ -205,6 +212,6 @@ class Notifier:
         if self._socket is None:
             return
         try:
-            self._socket.send("\n".join(" ".join(line.split()) for line in lines).encode())
+            self._tell("\n".join(" ".join(line.split()) for line in lines))
         except OSError as error:
             logger.warning("the service manager was not told %s: %s", lines[0], error.strerror)

@@ -273,6 +273,22 @@ def test_watchdog_is_fed_at_half_its_period_and_starves_with_the_loop(
         assert manager.is_told(NOTIFY_LIMIT_S)
 
 
+def test_watchdog_is_fed_at_a_socket_that_the_manager_has_made_anew(
+    tmp_path: Path, image: Path, manager: Manager
+) -> None:
+    environment = {"NOTIFY_SOCKET": str(manager.path), "WATCHDOG_USEC": "200000"}
+    with ConfiguredServer(tmp_path, export("disk", image), env=environment) as server:
+        manager.next()
+        manager.socket.close()
+        manager.path.unlink()
+        again = Manager(manager.path)
+        with again.socket:
+            assert again.socket.recv(4096) == b"WATCHDOG=1"
+            server.terminate()
+            assert again.next() == ["STOPPING=1", "STATUS=draining"]
+            assert server.wait() == 0
+
+
 def test_watchdog_of_a_loop_that_a_callback_blocks_is_silent(manager: Manager) -> None:
     """Fed by a thread of its own it would go on."""
 
