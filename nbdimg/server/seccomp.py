@@ -19,6 +19,7 @@ import ctypes
 import errno
 import os
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from struct import Struct, calcsize
@@ -39,7 +40,7 @@ _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
 
 _ERRNO = 0x00050000
 _ALLOWED: Instruction = (_RETURN, 0, 0, 0x7FFF0000)
-_SET_MODE_FILTER = 1
+_SET_MODE_FILTER, _GET_ACTION_AVAILABLE = 1, 2
 _SPEC_ALLOW = 4
 """Without making all of the process slower against Spectre, which Linux did before 5.16."""
 
@@ -205,6 +206,8 @@ def install(*, has_tcp: bool) -> None:
     Raises: OSError: the kernel cannot, a ring is open, or the architecture's calls are not known; nothing is refused.
     """
     architecture = _architecture()
+    # Where this is refused, `without_rings` could not help having one: that it is refused is the reason then.
+    system_call(architecture.seccomp, _GET_ACTION_AVAILABLE, 0, _ERRNO.to_bytes(4, sys.byteorder))
     if any(_target(each) == _RING for each in os.listdir(_DESCRIPTORS)):
         raise OSError(errno.EBUSY, "io_uring is in use")
     _install(architecture, program(architecture, os.getpid(), has_tcp=has_tcp))

@@ -260,6 +260,37 @@ def test_filter_is_not_installed_beside_a_ring_and_then_there_is_none(tmp_path: 
     assert json.loads(done.stdout) == ["ENOSYS", "io_uring is in use", "EPERM"]
 
 
+NO_FILTERS = """
+import sys
+from nbdimg.server import seccomp
+from nbdimg.storage import landlock
+from nbdimg.storage.system import system_call
+
+landlock.give_up_privileges()
+machine = seccomp._architecture()
+refused = (seccomp._IF_EQUAL, 0, 1, machine.seccomp), seccomp._answer(1)
+seccomp._install(machine, [(seccomp._LOAD, 0, 0, seccomp._NUMBER), *refused, seccomp._ALLOWED])
+try:
+    seccomp.without_rings(lambda: system_call(IO_URING_SETUP, 4, bytes(120)))
+except OSError:
+    sys.exit(UNAVAILABLE)
+try:
+    seccomp.install(has_tcp=False)
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+@needs_filter
+def test_ring_that_could_not_be_prevented_is_not_the_reason_for_no_filter() -> None:
+    """As in a unit whose own filter does not name `seccomp`."""
+    code = NO_FILTERS.replace("IO_URING_SETUP", str(IO_URING_SETUP)).replace("UNAVAILABLE", str(UNAVAILABLE))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S)
+    if done.returncode == UNAVAILABLE:
+        pytest.skip("this machine allows no io_uring")
+    assert (done.stdout, done.stderr) == ("Operation not permitted\n", "")
+
+
 def test_loop_is_made_where_no_thread_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
