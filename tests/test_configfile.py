@@ -249,6 +249,7 @@ def test_load_every_limit_can_come_from_file_and_environment(file: Path, key: st
         ("listen = [\n'nbd://[::1]',\n'ftp://x']", "3: listen[1]: 'ftp://x': the scheme must be nbd,"),
         ("listen = [3]", "1: listen[0]: 3 is not allowed, expected a string"),
         ("listen = ['nbd://[::1]/disk']", "1: listen[0]: nbd://[::1]/disk: a listener has no export name"),
+        ("listen = []", "1: listen: the list is empty, expected at least one URI"),
         ("listen = ['nbd://[::1]', 'nbd://[::1]']", "1: listen: nbd://[::1]/ is given twice"),
         ("listen = ['nbds://[::1]']", "1: listen: nbds://[::1]/ needs TLS, expected a table [tls]"),
         ("reload = 'often'", "1: reload: 'often' is not allowed, expected signal or watch"),

@@ -60,7 +60,7 @@ def mapped(reader: Reader) -> tuple[ServerConfig, str]:
     """The configuration, without listeners when the file names none, and one of RELOADS. Problems are in `reader`."""
     top = reader.table((), reader.content, TOP_KEYS)
     tls = _tls(top.table("tls", TLS_KEYS)) if "tls" in top else None
-    listeners: tuple[NbdUri, ...] = top.get("listen", list_of(_listener_in(reader.directory)), ())
+    listeners: tuple[NbdUri, ...] = top.get("listen", _listeners_in(reader.directory), ())
     for uri in listeners:
         if uri.is_tls and tls is None and "tls" not in top:
             top.report(f"{uri} needs TLS, expected a table [tls] with a certificate_file or psk_file", "listen")
@@ -80,6 +80,18 @@ def mapped(reader: Reader) -> tuple[ServerConfig, str]:
         log_format=top.get("log_format", one_of(*LOG_FORMATS), LOG_FORMATS[0]),
     )
     return config, top.get("reload", one_of(*RELOADS), RELOADS[0])
+
+
+def _listeners_in(directory: str) -> Parse[tuple[NbdUri, ...]]:
+    parse_all = list_of(_listener_in(directory))
+
+    def parse(value: object) -> tuple[NbdUri, ...]:
+        listeners = parse_all(value)
+        if not listeners:
+            raise ConfigError("the list is empty, expected at least one URI, or no such key for the default")
+        return listeners
+
+    return parse
 
 
 def _listener_in(directory: str) -> Parse[NbdUri]:
