@@ -215,7 +215,7 @@ class Reloader:
         except (NbdimgError, OSError) as error:
             return self._refuse("nothing was reloaded", error)
         self._is_watching = is_watching
-        logger.info("reloaded: %s", found)
+        logger.info("%s: %s", "reloaded in part" if failures else "reloaded", found)
         if failures:
             return self._refuse("not all was reloaded", failures[0])
         self.refusal = self.refused_image = None

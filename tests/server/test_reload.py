@@ -396,9 +396,10 @@ def test_reload_image_lost_to_another_process_meanwhile_restores_the_old_export(
 
 
 def test_reload_that_swaps_images_and_loses_one_knows_what_is_exported(
-    images: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The image of "one" is lost for a moment. What "two" had before is not put in the place of what it has."""
+    caplog.set_level("INFO")
     a, b = str(images("a")), str(images("b"))
     statuses: list[str] = []
     monkeypatch.setattr(Notifier, "ready", lambda _, text: statuses.append(text))
@@ -426,6 +427,7 @@ def test_reload_that_swaps_images_and_loses_one_knows_what_is_exported(
             assert {export.name: export.image.path for export in running.registry} == {"two": a}
             assert running.config.exports == (new.exports[1],)
             assert statuses == [f"serving 1 export; not all was reloaded: {b}: cannot be locked"]
+            assert "reloaded in part: 2 reopened" in caplog.messages
             control = Control(running, reloader)
             assert control.unserved == {"one": f"{b}: cannot be locked"}
             assert b'nbdimg_export_failed{export="one"} 1\n' in (await exposition(running))[0]
