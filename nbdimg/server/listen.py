@@ -66,7 +66,9 @@ def is_loopback(host: str) -> bool:
 
 
 def is_name(host: str) -> bool:
-    """Whether others must be asked for its addresses, or for its zone's number (`fe80::1%eth0`). All know localhost."""
+    """Whether others must be asked for its addresses, or for its zone's number (`fe80::1%eth0`). Most need not be asked
+    for localhost.
+    """
     try:
         return "%" in str(ipaddress.ip_address(host))
     except ValueError:
@@ -98,7 +100,7 @@ def ask_before_listening(config: ServerConfig, inherited: Collection[NbdUri]) ->
 def _ask(path: str | None, host: str | None) -> None:
     if path is not None:
         _remove_left_over(path)
-    elif host is not None and is_name(host):
+    elif host is not None:
         _found[host] = _look_up(host)
 
 

@@ -556,7 +556,7 @@ import socket, sys
 from nbdimg.cli.main import run
 
 def look_up(host, *arguments, **settings):
-    if host == "nbd.test":
+    if host in ("nbd.test", "localhost"):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as resolver:
             resolver.connect(("127.0.0.1", 53))
         host = "127.0.0.1"
@@ -572,7 +572,7 @@ def test_serve_looks_up_its_hosts_and_replaces_left_over_sockets_before_it_canno
     (tmp_path / "a.img").write_bytes(b"a" * 4096)
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(tmp_path / "t"))
-    listen = ["nbd://nbd.test:0", f"nbd+unix:///?socket={tmp_path}/t"]
+    listen = ["nbd://nbd.test:0", "nbd://localhost:0", f"nbd+unix:///?socket={tmp_path}/t"]
     options = ["--format=raw", "--insecure-plaintext"]
     program = (sys.executable, "-c", NAME_SERVICE)
     with NbdimgServer(tmp_path / "a.img", options=options, listen=listen, program=program) as server:
