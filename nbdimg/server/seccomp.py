@@ -111,7 +111,8 @@ Alternatives = Sequence[Sequence[Comparison]]
 _MSG_FASTOPEN = 0x20000000
 _NOT_FASTOPEN = 0, _MSG_FASTOPEN
 _CLONE_NEW = 0x7E020000
-_TIOCSTI, _TIOCLINUX, _FIOSETOWN, _SIOCSPGRP = 0x5412, 0x541C, 0x8901, 0x8902
+_TO_OTHERS = 0x5412, 0x541C, 0x8901, 0x8902  # TIOCSTI, TIOCLINUX, FIOSETOWN, SIOCSPGRP
+_TO_ATTRIBUTES = 0x40086602, 0x401C5820  # FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR: what file_setattr does
 _F_SETOWN, _F_SETOWN_EX = 8, 15
 _TYPE = 0xFFFFFFFF & ~(socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
 
@@ -133,7 +134,7 @@ def _conditions(pid: int, *, has_tcp: bool) -> dict[str, Alternatives]:
         "sendto": [[Comparison(3, *_NOT_FASTOPEN), Comparison(4, 0), Comparison(4, 0, is_upper=True)]],
         "sendmsg": [[Comparison(2, *_NOT_FASTOPEN)]],
         "fcntl": [[Comparison(1, each, is_equal=False) for each in (_F_SETOWN, _F_SETOWN_EX)]],
-        "ioctl": [[Comparison(1, each, is_equal=False) for each in (_TIOCSTI, _TIOCLINUX, _FIOSETOWN, _SIOCSPGRP)]],
+        "ioctl": [[Comparison(1, each, is_equal=False) for each in _TO_OTHERS + _TO_ATTRIBUTES]],
         "socket": [unix, *tcp] if has_tcp else [unix],
         "socketpair": [unix],
         "clone": [[Comparison(0, 0, _CLONE_NEW)]],
