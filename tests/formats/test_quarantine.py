@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from nbdimg.formats import create_image, open_image, quarantine
+from nbdimg.formats import create_image, open_image, quarantine, resize_image
+from nbdimg.formats.qcow2.create import create
 from nbdimg.formats.qcow2.driver import Qcow2Driver
+from nbdimg.formats.qcow2.layout import CreateOptions
+from nbdimg.formats.qcow2.refcount import Refcounts
 from nbdimg.formats.qcow2.snapshot_changes import create_snapshot
 from nbdimg.image.image import Image
 from nbdimg.units import MiB
@@ -93,3 +96,27 @@ def test_overwrites_of_what_a_snapshot_shares_are_not_flushed_for_space_that_sta
         return overwritten - before, trimmed - overwritten
 
     assert asyncio.run(main()) == (0, 1)
+
+
+def test_runs_that_a_shrink_frees_wait_within_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quarantine, "RUNS_MAX", 100)
+    unit, entries, tables = 512, 64, 16
+    create(tmp_path / "disk", tables * entries * unit, CreateOptions(cluster_size=unit))
+    leaving: list[int] = []
+    capture_freed = Refcounts.capture_freed
+
+    def count(counts: Refcounts) -> None:
+        leaving.append(len(counts._freed))
+        capture_freed(counts)
+
+    monkeypatch.setattr(Refcounts, "capture_freed", count)
+
+    async def main() -> None:
+        image = await open_image(tmp_path / "disk")
+        for offset in range(image.size - unit, -1, -unit):
+            await image.write(offset, b"x" * unit)
+        await resize_image(image, unit, may_shrink=True)
+        await image.close()
+
+    asyncio.run(main())
+    assert 100 < max(leaving) <= 100 + entries + 1

@@ -38,9 +38,6 @@ T = TypeVar("T")
 Progress = Callable[[int, int], None]
 """Called with bytes of the disk done and bytes in all."""
 
-TABLES_A_FLUSH = 64
-"""L2 tables that are forgotten before a flush frees what they named: what waits for that is in memory."""
-
 ZERO_SIZE = 256 * MiB
 """Bytes that are zeroed between two reports of progress."""
 
@@ -167,12 +164,10 @@ async def _forget(image: Image, driver: Qcow2Driver, progress: Progress | None) 
     """Free what is mapped behind the end of the disk."""
     start = offset = align_up(driver.size, driver.cluster_size)
     end = len(driver.mapping.l1.entries) * driver.header.l2_entries * driver.cluster_size
-    count = 0
     while offset < end:
         position = offset
         offset = await _answer(lambda position=position: driver.drop(position))  # type: ignore[misc]
-        count += 1
-        if count % TABLES_A_FLUSH == 0:
+        if driver.is_strained:
             await _flush(image)
         if progress is not None:
             progress(offset - start, end - start)
