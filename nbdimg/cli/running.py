@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 
+from nbdimg.cli.streams import take_no_wait_at_stderr
 from nbdimg.config import ServerConfig
 from nbdimg.configfile import FileConfig, Overrides, load_config
 from nbdimg.server import handover, sandbox
@@ -94,6 +95,7 @@ async def serve_file(
 
 def _prepare(config: ServerConfig, path: str | None, inheritance: Inheritance, *, is_verbose: bool) -> Notifier:
     """What comes before images and threads. Each image and each client takes descriptors: as many as are allowed."""
+    take_no_wait_at_stderr()
     start_logging(config.log_format, is_verbose=is_verbose)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -6,6 +6,7 @@ Imports next to nothing, for the health check.
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from contextlib import suppress
 from io import TextIOWrapper
@@ -29,6 +30,17 @@ def open_standard_streams() -> None:
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def take_no_wait_at_stderr() -> None:
+    """Have a write to a terminal or a pipe end where there is no room for more, for this process alone. Not where they
+    may not be opened anew: a pipe of another user.
+    """
+    if os.isatty(2) or stat.S_ISFIFO(os.fstat(2).st_mode):
+        with suppress(OSError):
+            again = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            os.dup2(again, 2)
+            os.close(again)
 
 
 def complain(message: str) -> None:

@@ -14,8 +14,8 @@ import sys
 import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from io import FileIO
 from time import monotonic
-from typing import TextIO
 
 from nbdimg.errors import printable
 from nbdimg.units import counted
@@ -56,27 +56,50 @@ class TextFormatter(logging.Formatter):
         return printable(super().formatMessage(record))
 
 
-class _Handler(logging.StreamHandler[TextIO]):
+class _Handler(logging.Handler):
     """To standard error where there is room: a pipe that nobody empties, or a terminal that is held, would stop the
-    server with all its clients. The kernel says that a pipe has room when a page is free, which most lines fit into.
+    server with all its clients. Of a line that finds room for a part the rest is written first behind it.
     """
 
     def __init__(self) -> None:
-        super().__init__(sys.stderr)
-        self._room = select.poll()
-        self._room.register(STDERR, select.POLLOUT)
+        super().__init__()
+        self._stream = FileIO(STDERR, "w", closefd=False)
+        self._poll = select.poll()
+        self._poll.register(STDERR, select.POLLOUT)
+        self._rest = b""
         self._left_out_count = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not self._room.poll(0 if self._left_out_count else PATIENCE_MS):
+        if not self._has_room():
             self._left_out_count += 1
             return
-        if self._left_out_count:
-            lines = counted(self._left_out_count, "line was", "lines were")
-            self._left_out_count = 0
-            said = f"{lines} left out, nobody took what was written"
-            super().emit(logging.LogRecord(logger.name, logging.WARNING, "", 0, said, None, None))
-        super().emit(record)
+        try:
+            text = self.format(record) + "\n"
+            if self._left_out_count:
+                lines = counted(self._left_out_count, "line was", "lines were")
+                said = f"{lines} left out, nobody took what was written"
+                text = (
+                    self.format(logging.LogRecord(logger.name, logging.WARNING, "", 0, said, None, None)) + "\n" + text
+                )
+                self._left_out_count = 0
+            self._write(text.encode(errors="backslashreplace"))
+        except Exception:
+            self.handleError(record)
+
+    def _has_room(self) -> bool:
+        if not self._poll.poll(0 if self._left_out_count else PATIENCE_MS):
+            return False
+        if self._rest:
+            self._write(self._rest)
+        return not self._rest
+
+    def _write(self, text: bytes) -> None:
+        """What cannot be told to anybody is dropped."""
+        try:
+            count = self._stream.write(text) or 0
+        except OSError:
+            count = len(text)
+        self._rest = text[count:]
 
 
 def start_logging(format: str, *, is_verbose: bool) -> None:

@@ -43,10 +43,12 @@ Fragile()
 
 FLOOD = """
 import logging, sys
+from nbdimg.cli.streams import take_no_wait_at_stderr
 from nbdimg.server.log import start_logging
+take_no_wait_at_stderr()
 start_logging("json", is_verbose=False)
 for number in range(2000):
-    logging.getLogger("nbdimg").info("line %d, and %s", number, "x" * 100)
+    logging.getLogger("nbdimg").info("line %d, and %s", number, "x" * int(sys.argv[1]))
 print("done", flush=True)
 sys.stdin.readline()
 logging.getLogger("nbdimg").info("the last")
@@ -154,7 +156,8 @@ def test_what_python_itself_complains_of_is_one_object_a_line_too() -> None:
 
 
 def test_log_that_nobody_reads_stops_nobody_and_tells_later_what_was_left_out() -> None:
-    with subprocess.Popen([sys.executable, "-c", FLOOD], stdin=-1, stdout=-1, stderr=-1, bufsize=0) as process:
+    command = [sys.executable, "-c", FLOOD, "100"]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, bufsize=0) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
@@ -179,6 +182,32 @@ def test_line_of_a_connection_without_fields_is_json_too() -> None:
     LimitedLog(log).say(logging.INFO, "words alone")
     found = json.loads(lines.getvalue())
     assert (found["message"], found.keys()) == ("words alone", {"ts", "level", "message"})
+
+
+@pytest.mark.parametrize(("kind", "length"), [("terminal", 100), ("pipe", 6000)])
+def test_log_that_has_room_for_a_part_of_a_line_stops_nobody(kind: str, length: int) -> None:
+    mine, its = pty.openpty() if kind == "terminal" else os.pipe()
+    command = [sys.executable, "-c", FLOOD, str(length)]
+    try:
+        with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=its, bufsize=0) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            is_done = bool(select.select([process.stdout], [], [], LINE_LIMIT_S)[0])
+            if not is_done:
+                process.kill()
+            assert is_done
+            written = b""
+            while select.select([mine], [], [], 0)[0]:
+                written += os.read(mine, 1 << 20)
+            process.stdin.write(b"\n")
+            while not written.endswith(b'"the last"}' + (b"\r\n" if kind == "terminal" else b"\n")):
+                assert select.select([mine], [], [], LINE_LIMIT_S)[0]
+                written += os.read(mine, 1 << 20)
+    finally:
+        os.close(mine)
+        os.close(its)
+    *kept, notice, _ = [line["message"] for line in parsed(written.decode())]
+    assert notice == f"{2000 - len(kept)} lines were left out, nobody took what was written"
 
 
 def test_control_text_is_no_json(image: Path) -> None:
