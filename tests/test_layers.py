@@ -64,7 +64,7 @@ LAZILY = {"rich", "cryptography", "backports", "compression", "isal"}
 DESCRIPTOR_CALLS = {"open", "read", "readv", "write", "writev", "lseek", "fsync", "fdatasync", "sendfile", "splice"}
 RANGE_CALLS = {"pread", "preadv", "pwrite", "pwritev", "truncate", "ftruncate", "posix_fallocate", "copy_file_range"}
 FILE_CALLS = DESCRIPTOR_CALLS | RANGE_CALLS
-"""Of `os`; storage/ alone calls them. cli/ opens /dev/null."""
+"""Of `os`; storage/ alone calls them. cli/ opens standard streams."""
 
 
 def layer_of(source: str) -> str:
