@@ -354,8 +354,7 @@ class Server:
         self._sweeper.cancel()
         while self._shared.tasks:
             await asyncio.wait(self._shared.tasks)
-        self._shared.log.tell_rest()
-        self._shared.audit.tell_rest()
+        self._shared.tell_rest()
         return await self._close_all(list(self._registry))
 
     async def _close_all(self, exports: Collection[Export]) -> Sequence[NbdimgError]:

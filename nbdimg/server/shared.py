@@ -69,6 +69,12 @@ class Shared:
             log = self._failure_logs[export.meter] = LimitedLog(lines_max=FAILURE_LINES_MAX, period_s=FAILURE_PERIOD_S)
         log.say(logging.ERROR, f"export {escaped(export.name)}: {what}")
 
+    def tell_rest(self) -> None:
+        """Have the log say of how many there was no line. The server ends."""
+        for log in (self.log, *self._failure_logs.values()):
+            log.tell_rest()
+        self.audit.tell_rest()
+
     def take(self, length: int, asker: object) -> memoryview | None:
         """As `BufferPool.take`; `give` and `leave_line` are its counterparts here."""
         view = self.pool.take(length, asker)

@@ -255,12 +255,14 @@ def test_failed_requests_are_logged_three_times_a_minute_and_wrong_ones_are_not(
         assert client.read(SIZE, 512).error == NbdError.EINVAL
         for _ in range(100):
             client.write(1024, b"x" * 512)
+    server.stop()
     failed = [record.getMessage() for record in caplog.records if "failed" in record.getMessage()]
     assert failed == [
         "export 'disk': WRITE of 512 bytes at 0 failed: No space left on device",
         "export 'disk': READ of 512 bytes at 4096 failed: Input/output error",
         "export 'disk': WRITE of 512 bytes at 1024 failed: No space left on device",
     ]
+    assert "99 more lines from connections were not logged" in caplog.messages
 
 
 def test_write_enospc_is_28_on_the_wire(server: FaultServer) -> None:
