@@ -195,6 +195,9 @@ class Transmission:
             self._outbox.send_turn()
             if self._outbox.is_broken:
                 self.on_broken()
+            rounds.left_s -= perf_counter() - since_s
+            if rounds.left_s < RENEWED_BELOW_S:
+                rounds.renew()
         self.handled_count += handled
         self._shared.spinner.handled_count += handled
         if self._streams:
@@ -207,9 +210,6 @@ class Transmission:
             self._wake()
         if self._has_finished_input or self.is_draining:
             self._shell.close_if_done()
-        rounds.left_s -= perf_counter() - since_s
-        if rounds.left_s < RENEWED_BELOW_S:
-            rounds.renew()
 
     def _handle_all(self, until_s: float) -> tuple[int, bool]:
         """Handle complete requests; returns how many, and whether the turn's end has come before theirs."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nbdimg.config import ExportConfig, ServerConfig
+from nbdimg.errors import ProtocolError
 from nbdimg.formats.raw import RawDriver
 from nbdimg.image.image import Image
 from nbdimg.server import rounds
@@ -167,5 +168,17 @@ def test_turn_ends_with_its_time_and_the_requests_behind_are_answered_in_later_o
             replies += await conversation.rest() + drain(conversation._theirs)
             assert transmission.handled_count == 100
             assert len(replies) == 100 * (16 + 512 * (command == READ))
+
+    asyncio.run(main())
+
+
+def test_turn_that_ends_the_connection_takes_its_time_off_the_round_too() -> None:
+    async def main() -> None:
+        with Conversation("simple", Image(RawDriver(MemoryFile(bytes(SIZE))), writable=True)) as conversation:
+            shared = conversation._shared
+            before_s = shared.rounds.left_s
+            with pytest.raises(ProtocolError):
+                conversation.ask(request(False, READ, 0, 1, 0, 512, b"") + bytes(28))
+            assert shared.rounds.left_s < before_s
 
     asyncio.run(main())
