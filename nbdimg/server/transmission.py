@@ -339,9 +339,12 @@ class Transmission:
         return RequestError(errno.EIO, "internal error")
 
     def _describe(self, request: Request, error: OSError | NbdimgError) -> tuple[NbdError, str, int | None]:
-        """What the client is told; the operator too, who can do something about all but what the client got wrong."""
+        """What the client is told; the operator too, who can do something about all but what the client got wrong. Of
+        a client that is gone nothing is said: its overlay may be closed already, and nobody waits for an answer.
+        """
         told = describe(error)
-        if isinstance(error, GuardedWrite) or not isinstance(error, RequestError):
+        is_clients_fault = isinstance(error, RequestError) and not isinstance(error, GuardedWrite)
+        if not (is_clients_fault or self._outbox.is_broken):
             where = f" of {request.length} bytes at {request.offset}" if request.length else ""
             self._shared.request_failed(self._export, f"{Command(request.command).name}{where} failed: {told[1]}")
         return told
