@@ -131,11 +131,11 @@ END
 sed -i "s/the installer's medium/another medium/" /etc/nbdimg/nbdimg.toml
 echo 'unknown = 1' >> /etc/nbdimg/nbdimg.toml
 systemctl reload nbdimg
-until systemctl show --property=StatusText nbdimg | grep refused; do sleep 0.5; done
+until systemctl show --property=StatusText nbdimg | grep "nothing was reloaded"; do sleep 0.5; done
 report refused "$(systemctl show --property=StatusText --value nbdimg)"
 sed -i '$d' /etc/nbdimg/nbdimg.toml
 systemctl reload nbdimg
-while systemctl show --property=StatusText nbdimg | grep refused; do sleep 0.5; done
+while systemctl show --property=StatusText nbdimg | grep "nothing was reloaded"; do sleep 0.5; done
 report status_text "$(systemctl show --property=StatusText --value nbdimg)"
 report reloaded "$(journalctl --output=cat --unit=nbdimg --grep='reloaded: ' | tail -n 1)"
 detach
