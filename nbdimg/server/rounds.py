@@ -63,12 +63,14 @@ class Rounds:
             self._loop.call_soon(self._give_turns)
 
     def _give_turns(self) -> None:
-        """Once in a round: it has all its time again, for those in line first."""
+        """Once in a round: it has all its time again, for those in line first. Who lines up meanwhile has a turn in the
+        next one, behind what the loop finds then.
+        """
         self._is_scheduled = False
         now_s = perf_counter()
         end_s = now_s + ROUND_S
         try:
-            while self.is_crowded:
+            for _ in range(len(self._arrivals) + len(self._rest)):
                 turn = self._next()
                 self.left_s = max(ROUND_S / (1 + len(self._arrivals) + len(self._rest)), TURN_MIN_S)
                 turn()

@@ -77,6 +77,22 @@ def test_what_has_just_come_goes_ahead_of_what_was_left_one_for_one(machine: Mac
     assert "".join(done) == "xaybzcd"
 
 
+def test_turn_that_lines_up_again_has_its_next_one_behind_a_poll_of_the_loop(machine: Machine) -> None:
+    """A long READ is sent piece by piece; others come in between."""
+    tested, done = Rounds(machine), list[str]()
+
+    def pump() -> None:
+        done.append("p")
+        if len(done) < 3:
+            tested.line_up(pump)
+
+    tested.line_up(pump)
+    for count in (1, 2, 3):
+        machine.turn()
+        assert len(done) == count
+    assert not machine.soon
+
+
 def test_those_in_line_have_a_share_of_the_round_each_and_not_too_little(machine: Machine) -> None:
     tested, shares = Rounds(machine), list[float]()
     for _ in range(2):
