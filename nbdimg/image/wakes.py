@@ -10,6 +10,8 @@ import asyncio
 from collections import deque
 from collections.abc import Iterable
 
+from nbdimg.storage.perloop import PerLoop
+
 WAKES_PER_ROUND = 64
 """They take some 1 to 2 ms."""
 
@@ -44,15 +46,9 @@ class Wakes:
         self._wake_some()
 
 
-_wakes: dict[asyncio.AbstractEventLoop, Wakes] = {}
+_wakes = PerLoop(lambda: Wakes(asyncio.get_running_loop()))
 
 
 def wakes() -> Wakes:
     """The running loop's."""
-    loop = asyncio.get_running_loop()
-    found = _wakes.get(loop)
-    if found is None:
-        for old in [old for old in _wakes if old.is_closed()]:
-            del _wakes[old]
-        found = _wakes[loop] = Wakes(loop)
-    return found
+    return _wakes.get()

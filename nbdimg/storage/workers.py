@@ -24,6 +24,8 @@ from queue import SimpleQueue
 from time import monotonic
 from typing import Any, NamedTuple, TypeVar
 
+from nbdimg.storage.perloop import PerLoop
+
 T = TypeVar("T")
 
 THREADS_MAX = 16
@@ -155,25 +157,19 @@ class _Pools(NamedTuple):
     computing: Workers
 
 
-_pools: dict[asyncio.AbstractEventLoop, _Pools] = {}
+def _close(pools: _Pools) -> None:
+    for pool in pools:
+        pool.close()
+
+
+_pools = PerLoop(lambda: _Pools(Workers(), Workers(len(os.sched_getaffinity(0)), stuck_max=0)), _close)
 
 
 def workers() -> Workers:
     """The running loop's workers for calls that may block."""
-    return _running_pools().blocking
+    return _pools.get().blocking
 
 
 def computers() -> Workers:
     """The running loop's workers for calls that compute, and release the interpreter's lock meanwhile."""
-    return _running_pools().computing
-
-
-def _running_pools() -> _Pools:
-    loop = asyncio.get_running_loop()
-    found = _pools.get(loop)
-    if found is None:
-        for old in [old for old in _pools if old.is_closed()]:
-            for pool in _pools.pop(old):
-                pool.close()
-        found = _pools[loop] = _Pools(Workers(), Workers(len(os.sched_getaffinity(0)), stuck_max=0))
-    return found
+    return _pools.get().computing
