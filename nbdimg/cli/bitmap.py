@@ -49,7 +49,7 @@ def add(
     as_json: AsJson = False,
 ) -> None:
     """Add a clean bitmap; from now on it follows every change."""
-    size = None if granularity is None else parsed("--granularity", parse_size, granularity)
+    size = parsed("--granularity", parse_size, granularity)
     _change(image, as_json, f"added {escaped(name)}", lambda editor: editor.add(name, size, is_enabled=not disabled))
 
 

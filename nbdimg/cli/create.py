@@ -156,7 +156,7 @@ def create(
     if format == "vhdx":
         vhdx_options = vhdx.CreateOptions(
             subformat=cast(vhdx.Subformat, subformat or ("differencing" if parent else "dynamic")),
-            block_size=None if block_size is None else parsed("--block-size", parse_size, block_size),
+            block_size=parsed("--block-size", parse_size, block_size),
             log_size=vhdx.LOG_SIZE if log_size is None else parsed("--log-size", parse_size, log_size),
             logical_sector_size=logical_sector_size,
             physical_sector_size=physical_sector_size,

@@ -135,7 +135,7 @@ def add(
         "format": format,
         "read_only": read_only or None,
         "description": description,
-        "min_block_size": None if min_block_size is None else parsed("--min-block-size", parse_size, min_block_size),
+        "min_block_size": parsed("--min-block-size", parse_size, min_block_size),
         "key_file": None if key_file is None else whole(key_file),
         "allow_references": None if allow_references is None else [whole(each) for each in allow_references],
     }

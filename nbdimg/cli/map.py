@@ -42,7 +42,7 @@ def map_(
     An encrypted image needs no key. A part that no file has reads as zeroes.
     """
     first = parsed("--start", parse_size, start)
-    count = None if length is None else parsed("--length", parse_size, length)
+    count = parsed("--length", parse_size, length)
     run_loop(_map(image, format, tuple(allow_references or ()), parent, first, count, as_json))
 
 

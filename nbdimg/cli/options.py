@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, TypeVar
+from typing import Annotated, TypeVar, overload
 
 import typer
 
@@ -32,8 +32,21 @@ KeyFile = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def parsed(option: str, parse: Callable[[str], T], text: str) -> T:
-    """What `text` means as the value of `option`. Raises: ConfigError: naming the option besides what `parse` says."""
+@overload
+def parsed(option: str, parse: Callable[[str], T], text: str) -> T: ...
+
+
+@overload
+def parsed(option: str, parse: Callable[[str], T], text: str | None) -> T | None: ...
+
+
+def parsed(option: str, parse: Callable[[str], T], text: str | None) -> T | None:
+    """What `text` means as the value of `option`; None: the option is not given.
+
+    Raises: ConfigError: naming the option besides what `parse` says.
+    """
+    if text is None:
+        return None
     try:
         return parse(text)
     except ConfigError as error:

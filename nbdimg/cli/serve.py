@@ -212,13 +212,13 @@ def serve(
         tls=tls,
         admin=_given(
             socket_path=admin_socket,
-            address=None if admin_listen is None else parsed("--admin-listen", tcp_address, admin_listen),
+            address=parsed("--admin-listen", tcp_address, admin_listen),
             token_path=admin_token_file,
         ),
-        metrics_address=parsed("--metrics-listen", tcp_address, metrics_listen) if metrics_listen is not None else None,
-        sandbox=None if sandbox is None else parsed("--sandbox", one_of(*SANDBOX_MODES), sandbox),
+        metrics_address=parsed("--metrics-listen", tcp_address, metrics_listen),
+        sandbox=parsed("--sandbox", one_of(*SANDBOX_MODES), sandbox),
         image_directories=tuple(image_directory) if image_directory else None,
-        log_format=None if log_format is None else parsed("--log-format", one_of(*LOG_FORMATS), log_format),
+        log_format=parsed("--log-format", one_of(*LOG_FORMATS), log_format),
     )
     inheritance = inherit()
     default_listeners = () if any(map(is_for_clients, inheritance.listeners)) else (DEFAULT_LISTENER,)

@@ -417,9 +417,7 @@ class Image:
         """Write the beginning of `view` into new space; returns how many bytes."""
         if not self.is_writable:
             raise RequestError(errno.EPERM, "the image is read-only", offset)
-        if self.driver.is_strained:
-            self.gate.changed()
-            await self.gate.flush()
+        await self._relieve()
         allocation = await self._answer(self.driver.reserve, offset, stop)
         end = allocation.offset + allocation.length
         count = min(end, stop) - offset
@@ -434,6 +432,12 @@ class Image:
         self.driver.commit(allocation)
         self._remapped(offset, offset + count)
         return count
+
+    async def _relieve(self) -> None:
+        """Flush where too much waits for a flush."""
+        if self.driver.is_strained:
+            self.gate.changed()
+            await self.gate.flush()
 
     async def _fill(self, allocation: Allocation, offset: int, payload: memoryview) -> None:
         """Write an allocation's data, with its head and tail in the same write where they are needed."""
@@ -538,9 +542,7 @@ class Image:
         pace = self.turns.pace()
         while offset < stop:
             await pace.step()
-            if self.driver.is_strained:
-                self.gate.changed()
-                await self.gate.flush()
+            await self._relieve()
             reached = await self._answer(lambda start, end: self.driver.unmap(start, end, to), offset, stop)
             if reached > offset:
                 self._remapped(offset, reached)

@@ -165,8 +165,7 @@ async def _forget(image: Image, driver: Qcow2Driver, progress: Progress | None) 
     start = offset = align_up(driver.size, driver.cluster_size)
     end = len(driver.mapping.l1.entries) * driver.header.l2_entries * driver.cluster_size
     while offset < end:
-        position = offset
-        offset = await _answer(lambda position=position: driver.drop(position))  # type: ignore[misc]
+        offset = await _answer(partial(driver.drop, offset))
         if driver.is_strained:
             await _flush(image)
         if progress is not None:
@@ -232,8 +231,7 @@ async def _grow_data_file(image: Image, driver: Qcow2Driver, old: int, size: int
         return
     position = align_up(old, driver.cluster_size)
     while position < size:
-        start = position
-        allocation = await _answer(lambda start=start: driver.reserve(start, size))  # type: ignore[misc]
+        allocation = await _answer(partial(driver.reserve, position, size))
         driver.commit(allocation)
         position = allocation.offset + allocation.length
         if driver.is_strained:
