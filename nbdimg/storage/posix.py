@@ -7,6 +7,8 @@ What may run on the loop's own thread is decided here and nowhere else:
     write   up to INLINE_WRITE_MAX bytes into the page cache, unless a page that is written in part would have to be
             read first, or the last inline write was slow (the kernel throttles writers): then workers, for a while.
     rest    fdatasync, fallocate, truncate, readahead: workers.
+
+What changes a file is done by one worker at a time.
 """
 
 from __future__ import annotations
@@ -14,13 +16,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Awaitable, Callable
 from time import perf_counter
+from typing import Any, TypeVar
 
 from nbdimg.storage import system
 from nbdimg.storage.file import Buffer
-from nbdimg.storage.workers import workers
+from nbdimg.storage.workers import Series, workers
 from nbdimg.storage.writeback import WriteBack
 from nbdimg.units import KiB
+
+T = TypeVar("T")
 
 INLINE_WRITE_MAX = 512 * KiB
 """Bytes; a copy of this size into the page cache takes about 0.1 ms, which is what a neighbour waits. While a worker
@@ -69,6 +75,7 @@ class PosixFile:
         self._writes_inline = True
         self._inline_writes_from = 0.0
         self._write_back = WriteBack(self.descriptor)
+        self._changes = Series()
 
     @property
     def size(self) -> int:
@@ -127,7 +134,7 @@ class PosixFile:
             position += count
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
-        await workers().run(self._pwrite, offset, memoryview(data))
+        await self._change(self._pwrite, offset, memoryview(data))
         self._write_back.wrote(offset, len(data))
 
     def _pwrite(self, offset: int, view: memoryview) -> None:
@@ -143,13 +150,19 @@ class PosixFile:
         self._write_back.flushed()
 
     async def punch(self, offset: int, length: int) -> bool:
-        return await workers().run(system.fallocate, self.descriptor, system.PUNCH, offset, length)
+        return await self._change(system.fallocate, self.descriptor, system.PUNCH, offset, length)
 
     async def zero(self, offset: int, length: int) -> bool:
-        return await workers().run(system.fallocate, self.descriptor, system.ZERO, offset, length)
+        return await self._change(system.fallocate, self.descriptor, system.ZERO, offset, length)
 
     async def truncate(self, size: int) -> None:
-        await workers().run(os.ftruncate, self.descriptor, size)
+        await self._change(os.ftruncate, self.descriptor, size)
+
+    def _change(self, function: Callable[..., T], *args: Any) -> Awaitable[T]:
+        """On a worker. The kernel changes a file under its inode's lock, one call at a time; devices have none."""
+        if self.is_block_device:
+            return workers().run(function, *args)
+        return workers().run_next(self._changes, function, *args)
 
     async def prefetch(self, offset: int, length: int) -> None:
         await workers().run(os.posix_fadvise, self.descriptor, offset, length, os.POSIX_FADV_WILLNEED)

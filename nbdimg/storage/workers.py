@@ -10,6 +10,9 @@ others wait: there are as many threads more, so that images elsewhere are still 
 A process may be allowed fewer threads than these (a container's limit, `ulimit -u`): then those that there are do the
 work, and where there is none the loop does it itself, which holds everybody up and fails nobody. While jobs wait for a
 thread, one more is tried now and then.
+
+Calls that the kernel does one after another anyway, the writes of one file, are given as a `Series`: one thread does
+them without a pause between two. Several threads would wait for each other, and be woken for each.
 """
 
 from __future__ import annotations
@@ -40,7 +43,41 @@ STUCK_MAX = 256
 logger = logging.getLogger("nbdimg")
 
 _Outcome = tuple["asyncio.Future[Any]", Any, BaseException | None]
-_Job = tuple["asyncio.Future[Any]", Callable[..., Any], tuple[Any, ...]]
+
+
+class Series:
+    """Jobs of which one runs at a time, in the order in which they were given."""
+
+    __slots__ = ("_is_running", "_lock", "_waiting")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: deque[_Job] = deque()
+        self._is_running = False
+
+    def admit(self, job: _Job) -> bool:
+        """Whether `job` is to be begun; else it will follow."""
+        with self._lock:
+            if self._is_running:
+                self._waiting.append(job)
+                return False
+            self._is_running = True
+            return True
+
+    def following(self) -> _Job | None:
+        """What to do behind a job that is done."""
+        with self._lock:
+            if self._waiting:
+                return self._waiting.popleft()
+            self._is_running = False
+            return None
+
+
+class _Job(NamedTuple):
+    future: asyncio.Future[Any]
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    series: Series | None
 
 
 class Workers:
@@ -59,24 +96,37 @@ class Workers:
         self._relief: asyncio.TimerHandle | None = None
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._active_count = 0
-        self._finished: deque[_Outcome] = deque()
+        """Jobs that have a thread or wait for one; not those that follow in a series."""
+        self._finished: deque[tuple[_Outcome, bool]] = deque()
+        """With whether the thread went on with what followed in the series."""
         self._is_notified = False
         self._has_told_limit = False
 
     def run(self, function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
         """Call `function(*args)` on a worker; its result or exception arrives in the future."""
         future: asyncio.Future[T] = self._loop.create_future()
+        self._begin(_Job(future, function, args, None))
+        return future
+
+    def run_next(self, series: Series, function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        """As `run`, behind what was given to `series` before."""
+        future: asyncio.Future[T] = self._loop.create_future()
+        job = _Job(future, function, args, series)
+        if series.admit(job):
+            self._begin(job)
+        return future
+
+    def _begin(self, job: _Job) -> None:
         self._active_count += 1
         if self._active_count > len(self._threads):
             is_started = len(self._threads) < self._threads_max and self._try_start_thread()
             if not is_started and self._relief is None:
                 self._relief = self._loop.call_later(STUCK_S, self._relieve)
         if self._threads:
-            self._jobs.put((future, function, args))
+            self._jobs.put(job)
         else:
-            self._finished.append(_outcome(future, function, args))
+            self._do(job)
             self._loop.call_soon(self._deliver)
-        return future
 
     def _try_start_thread(self) -> bool:
         """False: the system, or the limit of a container or a service, has not one more. `_relieve` tries again."""
@@ -122,20 +172,27 @@ class Workers:
     def _work(self, number: int) -> None:
         begun_s = self._begun_s
         while (job := self._jobs.get()) is not None:
-            begun_s[number] = monotonic()
-            self._finished.append(_outcome(*job))
+            while job is not None:
+                begun_s[number] = monotonic()
+                job = self._do(job)
+                if not self._is_notified:
+                    self._is_notified = True
+                    self._loop.call_soon_threadsafe(self._deliver)
             begun_s[number] = None
-            del job
-            if not self._is_notified:
-                self._is_notified = True
-                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _do(self, job: _Job) -> _Job | None:
+        """Returns what follows in the job's series."""
+        outcome = _outcome(job)
+        following = None if job.series is None else job.series.following()
+        self._finished.append((outcome, following is not None))
+        return following
 
     def _deliver(self) -> None:
         self._is_notified = False
         finished = self._finished
         while finished:
-            future, result, error = finished.popleft()
-            self._active_count -= 1
+            (future, result, error), goes_on = finished.popleft()
+            self._active_count -= not goes_on
             if future.cancelled():
                 continue
             if error is not None:
@@ -144,12 +201,12 @@ class Workers:
                 future.set_result(result)
 
 
-def _outcome(future: asyncio.Future[Any], function: Callable[..., Any], args: tuple[Any, ...]) -> _Outcome:
+def _outcome(job: _Job) -> _Outcome:
     """In a function of its own, so that an idle thread holds no buffer of its last job."""
     try:
-        return future, function(*args), None
+        return job.future, job.function(*job.args), None
     except BaseException as error:
-        return future, None, error
+        return job.future, None, error
 
 
 class _Pools(NamedTuple):

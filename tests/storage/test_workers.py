@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from nbdimg.storage.workers import STUCK_S, THREADS_MAX, Workers, computers, workers
+from nbdimg.storage.workers import STUCK_S, THREADS_MAX, Series, Workers, computers, workers
 
 WAIT_S = 30.0
 
@@ -147,6 +148,84 @@ def test_jobs_behind_one_that_hangs_are_done_when_threads_are_allowed_again(monk
         return found
 
     assert asyncio.run(main()) == [number**2 for number in range(20)]
+
+
+def test_run_next_does_the_jobs_of_a_series_one_at_a_time_in_order_on_one_thread() -> None:
+    async def main() -> tuple[list[int], set[int]]:
+        pool = Workers(threads_max=4)
+        series = Series()
+        lock = threading.Lock()
+        done: list[int] = []
+        threads: set[int] = set()
+
+        def job(number: int) -> int:
+            assert lock.acquire(blocking=False), "another job of the series runs"
+            time.sleep(0.002)
+            done.append(number)
+            threads.add(threading.get_ident())
+            lock.release()
+            return number
+
+        results = await asyncio.gather(*(pool.run_next(series, job, number) for number in range(20)))
+        assert results == done
+        assert await pool.run_next(series, job, 20) == 20
+        pool.close()
+        return done, threads
+
+    done, threads = asyncio.run(main())
+    assert done == list(range(21))
+    assert len(threads) == 1
+
+
+def test_run_next_goes_on_behind_a_job_that_fails_and_delivers_each_result_as_it_comes() -> None:
+    def fail() -> None:
+        raise OSError(5, "Input/output error")
+
+    async def main() -> None:
+        pool = Workers(threads_max=1)
+        series, release = Series(), threading.Event()
+        failing = pool.run_next(series, fail)
+        following = pool.run_next(series, len, b"abc")
+        held = pool.run_next(series, release.wait, WAIT_S)
+        with pytest.raises(OSError, match="Input/output error"):
+            await asyncio.wait_for(failing, WAIT_S)
+        assert await asyncio.wait_for(following, WAIT_S) == 3
+        assert not held.done()
+        release.set()
+        assert await asyncio.wait_for(held, WAIT_S)
+        pool.close()
+
+    asyncio.run(main())
+
+
+def test_series_that_hangs_keeps_one_thread_and_stops_nobody_else() -> None:
+    async def main() -> int:
+        pool = Workers(threads_max=2, stuck_max=0)
+        hanging, release = Series(), threading.Event()
+        stuck = [pool.run_next(hanging, release.wait, WAIT_S) for _ in range(20)]
+        other = Series()
+        await asyncio.wait_for(asyncio.gather(*(pool.run_next(other, pow, 2, 3) for _ in range(20))), WAIT_S)
+        await asyncio.wait_for(pool.run(pow, 2, 3), WAIT_S)
+        count = len(pool._threads)
+        release.set()
+        await asyncio.gather(*stuck)
+        pool.close()
+        return count
+
+    assert asyncio.run(main()) == 2
+
+
+def test_run_next_with_no_thread_allowed_does_the_series_on_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def main() -> list[int]:
+        pool = Workers()
+        series = Series()
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        return await asyncio.wait_for(asyncio.gather(*(pool.run_next(series, pow, n, 2) for n in range(5))), WAIT_S)
+
+    assert asyncio.run(main()) == [0, 1, 4, 9, 16]
 
 
 def test_run_on_an_idle_pool_starts_one_thread_only() -> None:
