@@ -12,7 +12,8 @@ work, and where there is none the loop does it itself, which holds everybody up 
 thread, one more is tried now and then.
 
 Calls that the kernel does one after another anyway, the writes of one file, are given as a `Series`: one thread does
-them without a pause between two. Several threads would wait for each other, and be woken for each.
+them without a pause between two. Several threads would wait for each other, and be woken for each. Where other jobs
+wait for a thread they come in between, or as many series as there are threads would keep them from all others.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class Workers:
         self._active_count = 0
         """Jobs that have a thread or wait for one; not those that follow in a series."""
         self._finished: deque[tuple[_Outcome, bool]] = deque()
-        """With whether the thread went on with what followed in the series."""
+        """With whether another of the series took its place among the active ones."""
         self._is_notified = False
         self._has_told_limit = False
 
@@ -159,7 +160,7 @@ class Workers:
         self._relief = self._loop.call_later(STUCK_S, self._relieve)
 
     def close(self) -> None:
-        """End the threads once the jobs that were given are done."""
+        """End the threads once the jobs that were given are done; what follows in a series may be left out."""
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
@@ -181,11 +182,14 @@ class Workers:
             begun_s[number] = None
 
     def _do(self, job: _Job) -> _Job | None:
-        """Returns what follows in the job's series."""
+        """Returns what follows in the job's series, unless it waits behind others now."""
         outcome = _outcome(job)
         following = None if job.series is None else job.series.following()
         self._finished.append((outcome, following is not None))
-        return following
+        if following is None or self._jobs.empty():
+            return following
+        self._jobs.put(following)
+        return None
 
     def _deliver(self) -> None:
         self._is_notified = False

@@ -215,6 +215,23 @@ def test_series_that_hangs_keeps_one_thread_and_stops_nobody_else() -> None:
     assert asyncio.run(main()) == 2
 
 
+def test_jobs_that_wait_for_a_thread_come_in_between_those_of_a_series() -> None:
+    async def main() -> str:
+        pool = Workers(threads_max=1)
+        one, other, release = Series(), Series(), threading.Event()
+        done: list[str] = []
+        jobs: list[asyncio.Future[Any]] = [pool.run_next(one, release.wait, WAIT_S)]
+        jobs += [pool.run_next(one, done.append, each) for each in "abc"]
+        jobs += [pool.run_next(other, done.append, each) for each in "xyz"]
+        jobs += [pool.run(done.append, each) for each in "12"]
+        release.set()
+        await asyncio.wait_for(asyncio.gather(*jobs), WAIT_S)
+        pool.close()
+        return "".join(done)
+
+    assert asyncio.run(main()) == "x12aybzc"
+
+
 def test_run_next_with_no_thread_allowed_does_the_series_on_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
