@@ -13,7 +13,8 @@ thread, one more is tried now and then.
 
 Calls that the kernel does one after another anyway, the writes of one file, are given as a `Series`: one thread does
 them without a pause between two. Several threads would wait for each other, and be woken for each. Where other jobs
-wait for a thread they come in between, or as many series as there are threads would keep them from all others.
+wait for a thread they come in between now and then, or as many series as there are threads would keep them from all
+others.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ THREADS_MAX = 16
 
 STUCK_S = 0.5
 """A call that takes so long does not count among them while others wait."""
+
+SERIES_S = 0.02
+"""After so long a series lets others have its thread. Were it after each job, all reads that wait, thousands perhaps,
+would go ahead of each write.
+"""
 
 STUCK_MAX = 256
 """Threads that may be replaced; requests of one connection are in flight in no larger number."""
@@ -173,23 +179,26 @@ class Workers:
     def _work(self, number: int) -> None:
         begun_s = self._begun_s
         while (job := self._jobs.get()) is not None:
+            now_s = monotonic()
+            until_s = now_s + SERIES_S
             while job is not None:
-                begun_s[number] = monotonic()
+                begun_s[number] = now_s
                 job = self._do(job)
                 if not self._is_notified:
                     self._is_notified = True
                     self._loop.call_soon_threadsafe(self._deliver)
+                now_s = monotonic()
+                if job is not None and now_s >= until_s and not self._jobs.empty():
+                    self._jobs.put(job)
+                    job = None
             begun_s[number] = None
 
     def _do(self, job: _Job) -> _Job | None:
-        """Returns what follows in the job's series, unless it waits behind others now."""
+        """Returns what follows in the job's series."""
         outcome = _outcome(job)
         following = None if job.series is None else job.series.following()
         self._finished.append((outcome, following is not None))
-        if following is None or self._jobs.empty():
-            return following
-        self._jobs.put(following)
-        return None
+        return following
 
     def _deliver(self) -> None:
         self._is_notified = False

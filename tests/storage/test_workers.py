@@ -215,7 +215,12 @@ def test_series_that_hangs_keeps_one_thread_and_stops_nobody_else() -> None:
     assert asyncio.run(main()) == 2
 
 
-def test_jobs_that_wait_for_a_thread_come_in_between_those_of_a_series() -> None:
+@pytest.mark.parametrize(("series_s", "order"), [(0.0, "x12aybzc"), (WAIT_S, "abcxyz12")])
+def test_jobs_that_wait_for_a_thread_come_in_between_those_of_a_series_when_its_time_is_over(
+    series_s: float, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbdimg.storage.workers.SERIES_S", series_s)
+
     async def main() -> str:
         pool = Workers(threads_max=1)
         one, other, release = Series(), Series(), threading.Event()
@@ -229,7 +234,7 @@ def test_jobs_that_wait_for_a_thread_come_in_between_those_of_a_series() -> None
         pool.close()
         return "".join(done)
 
-    assert asyncio.run(main()) == "x12aybzc"
+    assert asyncio.run(main()) == order
 
 
 def test_run_next_with_no_thread_allowed_does_the_series_on_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
