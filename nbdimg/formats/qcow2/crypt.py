@@ -350,6 +350,11 @@ class EncryptedFile:
     def size(self) -> int:
         return self._inner.size
 
+    def check_key(self) -> None:
+        """Raises: ConfigError: there is none, so data is neither read nor written."""
+        if isinstance(self._cipher, NoKey):
+            raise self._cipher.error()
+
     def shifted(self, shift: int) -> EncryptedFile:
         """The same file with `shift` more sectors between offsets and IVs; closing either closes both."""
         return EncryptedFile(self._inner, self._cipher, self._shift + shift)

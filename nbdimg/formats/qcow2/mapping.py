@@ -121,6 +121,11 @@ class Mapping:
         self.cache.forget()
         self.l1.entries = array("Q")
 
+    @property
+    def guest_file(self) -> BlockFile:
+        """Where the guest's data lies, but for compressed clusters."""
+        return self._store.file
+
     # Loading
 
     def _l1_entry(self, l1_index: int) -> int:

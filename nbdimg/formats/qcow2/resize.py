@@ -26,13 +26,14 @@ from typing import TypeVar
 from nbdimg.errors import ConfigError, ImageError, UnsupportedFeature, escaped
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.bitmap_store import BitmapStore
+from nbdimg.formats.qcow2.crypt import EncryptedFile
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.l1 import check_tables_differ
 from nbdimg.image.driver import ExtentKind, Miss
 from nbdimg.image.image import Image
 from nbdimg.storage.ordering import OUT_OF_SPACE
-from nbdimg.units import MiB, align_up, div_ceil
+from nbdimg.units import MiB, align_down, align_up, div_ceil
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -59,15 +60,16 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
     """Give the disk `size` bytes; durable on return, and the image goes on with the new size. What lies behind a
     smaller size is lost. With the size that it has, only what lies behind its end is freed.
 
-    Raises: as `check`; ConfigError: an encrypted image was opened without its key, and zeroes must be written.
-        CorruptImage: as `check_tables_differ`. UnsupportedFeature: a bitmap is inconsistent, or too large. ImageError,
-        OSError: the size is the old one, unless the image failed: then one of both.
+    Raises: as `check`; ConfigError: as `_check_keys`; nothing has changed. CorruptImage: as `check_tables_differ`.
+        UnsupportedFeature: a bitmap is inconsistent, or too large. ImageError, OSError: the size is the old one, unless
+        the image failed: then one of both.
     """
     driver = image.driver
     assert isinstance(driver, Qcow2Driver)
     check(driver.file.path, driver.header, size)
     check_tables_differ(driver.file.path, driver.mapping.l1.entries)
     _check_bitmaps(driver, size)
+    await _check_keys(image, driver, size)
     if size < driver.size:
         await _shrink(image, driver, size)
     await _forget(image, driver, progress)
@@ -89,6 +91,36 @@ def _check_bitmaps(driver: Qcow2Driver, size: int) -> None:
                     f"(offset {entry.offset})",
                     entry.offset,
                 )
+
+
+async def _check_keys(image: Image, driver: Qcow2Driver, size: int) -> None:
+    """Raises: ConfigError: zeroes must be written, or what is beside them copied, and an image of the chain that this
+    takes was opened without its key.
+    """
+    header, old, backing = driver.header, driver.size, image.backing
+    start = min(old, size)
+    edge = align_up(start, driver.unmap_size)
+    stop = min(max(old, size), align_up(start, driver.cluster_size))
+    cluster = align_down(start, driver.cluster_size)
+    _set_size(image, driver, max(old, size))
+    try:
+        extents = await image.map(cluster, stop - cluster, driver.cluster_size)
+    finally:
+        _set_size(image, driver, old)
+    stored = [extent for extent in extents if extent.kind is not ExtentKind.ZERO]
+    tail = [extent for extent in stored if extent.stop > start and (size > old or extent.depth == 1)]
+    is_written = any(
+        max(extent.offset, start) < edge
+        or (extent.depth == 1 and (extent.kind is ExtentKind.COMPRESSED or driver.data_file is not None))
+        for extent in tail
+    )
+    if size > old:
+        is_backing_hidden = header.version < 3 and backing is not None and backing.size > old
+        is_written = is_written or header.is_data_file_raw or is_backing_hidden
+    if is_written:
+        for file in (driver.mapping.guest_file, *(extent.file for extent in stored)):
+            if isinstance(file, EncryptedFile):
+                file.check_key()
 
 
 async def _resize_bitmaps(driver: Qcow2Driver, size: int) -> None:

@@ -467,6 +467,37 @@ def test_grow_of_an_encrypted_raw_data_file_adds_zeroes_and_no_noise(tmp_path: P
     assert qemu_check(path).exit_status == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ("cluster_size=64k,extended_l2=on", (MiB, 20 * KiB + 512)),
+        ("cluster_size=4k,data_file={data}", (MiB, 30 * KiB)),
+        ("cluster_size=4k,data_file={data},data_file_raw=on", (MiB, 66 * KiB, 30 * KiB)),
+    ],
+)
+def test_resize_that_wants_a_key_changes_nothing_without_it(
+    tmp_path: Path, options: str, wanted: tuple[int, ...]
+) -> None:
+    path, data = tmp_path / "a.qcow2", tmp_path / "d"
+    image = make_luks(path, 66048, "write -q -P 5 0 66048", options=options.format(data=data))
+    qemu_img("bitmap", "--add", *image, "dirty")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    for size in wanted:
+        with pytest.raises(ConfigError, match=r"a\.qcow2: it is encrypted, and no key file was given"):
+            resized(path, size)
+        assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_resize_that_wants_a_backing_files_key_changes_nothing_without_it(tmp_path: Path) -> None:
+    path, base = tmp_path / "a.qcow2", tmp_path / "base"
+    make_luks(base, MiB, "write -q -P 5 0 1M")
+    qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", "base", "-F", "qcow2", path, str(100 * KiB))
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="base: it is encrypted, and no key file was given"):
+        resized(path, MiB)
+    assert path.read_bytes() == before
+
+
 # Failures
 
 
