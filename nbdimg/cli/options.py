@@ -26,9 +26,6 @@ Parent = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="The parent of a differencing vhdx image, in place of the one it names."),
 ]
-KeyFile = Annotated[
-    str | None, typer.Option("--key-file", metavar="FILE", help="The passphrase of an encrypted image, from a file.")
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

@@ -10,10 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from nbdimg.cli.opened import opened_qcow2
-from nbdimg.cli.options import AsJson, KeyFile
+from nbdimg.cli.options import AsJson
 from nbdimg.cli.output import QUIET_S, ProgressReport, dated, print_json, print_table, progress, shown
 from nbdimg.errors import UnsupportedFeature
-from nbdimg.formats import read_key_file
 from nbdimg.formats.gate import DenyGate
 from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.qcow2.driver import Qcow2Driver
@@ -28,7 +27,9 @@ Image = Annotated[str, typer.Argument(metavar="IMAGE", help="A qcow2 image that 
 Wanted = Annotated[str, typer.Argument(metavar="NAME", help="The snapshot's id or name; the id is tried first.")]
 
 snapshot = typer.Typer(
-    name="snapshot", help="Make, list, apply and delete the snapshots inside a qcow2 image.", no_args_is_help=True
+    name="snapshot",
+    help="Make, list, apply and delete the snapshots inside a qcow2 image. An encrypted one needs no key.",
+    no_args_is_help=True,
 )
 
 
@@ -36,7 +37,6 @@ snapshot = typer.Typer(
 def create(
     image: Image,
     name: Annotated[str, typer.Argument(metavar="NAME", help="No snapshot's name or id yet.")],
-    key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Keep the disk as it is now under NAME."""
@@ -45,27 +45,27 @@ def create(
     async def change(driver: Qcow2Driver, report: ProgressReport | None) -> Snapshot:
         return await create_snapshot(driver, name, now_ns=now_ns, progress=report)
 
-    _change(image, key_file, change, "made", as_json=as_json)
+    _change(image, change, "made", as_json=as_json)
 
 
 @snapshot.command()
-def apply(image: Image, name: Wanted, key_file: KeyFile = None, as_json: AsJson = False) -> None:
+def apply(image: Image, name: Wanted, as_json: AsJson = False) -> None:
     """Make the disk what it was; what it is now is lost. The snapshot stays."""
 
     async def change(driver: Qcow2Driver, report: ProgressReport | None) -> Snapshot:
         return await apply_snapshot(driver, name, progress=report)
 
-    _change(image, key_file, change, "applied", as_json=as_json)
+    _change(image, change, "applied", as_json=as_json)
 
 
 @snapshot.command()
-def delete(image: Image, name: Wanted, key_file: KeyFile = None, as_json: AsJson = False) -> None:
+def delete(image: Image, name: Wanted, as_json: AsJson = False) -> None:
     """Delete a snapshot and give back the space that only it used."""
 
     async def change(driver: Qcow2Driver, report: ProgressReport | None) -> Snapshot:
         return await delete_snapshot(driver, name, progress=report)
 
-    _change(image, key_file, change, "deleted", as_json=as_json)
+    _change(image, change, "deleted", as_json=as_json)
 
 
 @snapshot.command("list")
@@ -90,24 +90,21 @@ async def _load(path: str) -> tuple[int, list[Snapshot]]:
 _Change = Callable[[Qcow2Driver, ProgressReport | None], Awaitable[Snapshot]]
 
 
-def _change(path: str, key_file: str | None, change: _Change, done: str, *, as_json: bool) -> None:
-    key = None if key_file is None else read_key_file(key_file)
+def _change(path: str, change: _Change, done: str, *, as_json: bool) -> None:
     with progress("tables", quiet_s=QUIET_S) as report:
-        size, changed = run_loop(_changed(path, key, change, report))
+        size, changed = run_loop(_changed(path, change, report))
     if as_json:
         print_json(path=path, snapshot=_described(changed, size))
     else:
         print(f"{shown(path)}: {done} snapshot {shown(changed.id)} ({shown(changed.name)})")
 
 
-async def _changed(
-    path: str, key: bytes | None, change: _Change, report: ProgressReport | None
-) -> tuple[int, Snapshot]:
-    """Open the image alone, none of its backing files, and change it."""
+async def _changed(path: str, change: _Change, report: ProgressReport | None) -> tuple[int, Snapshot]:
+    """Open the image alone, none of its backing files, and change it: its metadata, which is never encrypted."""
     async with opened_qcow2(path, writable=True, parts="snapshots") as file:
         if (await read_header(file)).has_data_file:
             raise UnsupportedFeature(path, "an image with an external data file cannot have internal snapshots")
-        driver = (await open_driver(file, OpenOptions(DenyGate(), writable=True, key=key))).driver
+        driver = (await open_driver(file, OpenOptions(DenyGate(), writable=True, is_keyless=True))).driver
         assert isinstance(driver, Qcow2Driver)
         changed = await change(driver, report)
         await driver.close()

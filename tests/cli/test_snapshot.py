@@ -22,7 +22,7 @@ from nbdimg.cli.main import run
 from nbdimg.cli.output import JSON_VERSION
 from nbdimg.storage.locks import lock_image
 from tests.cli.conftest import Command
-from tests.support.qcow2edit import qemu_check, qemu_img, qemu_io
+from tests.support.qcow2edit import make_luks, qemu_check, qemu_img, qemu_io
 
 USAGE, IMAGE = 2, 3
 SIZE = 1 << 20
@@ -123,14 +123,18 @@ def test_changes_open_no_backing_file(image: Path, said: Say) -> None:
     assert qemu_check(Path("top.qcow2")).exit_status == 0
 
 
-def test_encrypted_image_takes_its_key_from_a_file(said: Say, capfd: pytest.CaptureFixture[str]) -> None:
-    key = Path("key")
-    key.write_text("correct horse")
-    run(["create", "secret.qcow2", "1M", "--encrypt-key-file", "key"])
-    capfd.readouterr()
-    said("create", "secret.qcow2", "one", "--key-file", "key")
-    assert " one " in said("list", "secret.qcow2")
-    refused(capfd, USAGE, r"secret.qcow2: it is encrypted, .*", "create", "secret.qcow2", "two")
+def test_encrypted_image_needs_no_key(said: Say) -> None:
+    *options, image = make_luks("secret.qcow2", SIZE, "write -q -P 1 0 100k")
+    said("create", "secret.qcow2", "one")
+    qemu_io(image, "write -q -P 2 50k 100k", options=options)
+    said("create", "secret.qcow2", "two")
+    assert " two " in said("list", "secret.qcow2")
+    said("apply", "secret.qcow2", "one")
+    qemu_io(image, "read -q -P 1 0 100k", "read -q -P 0 100k 900k", options=options)
+    said("apply", "secret.qcow2", "two")
+    said("delete", "secret.qcow2", "one")
+    qemu_io(image, "read -q -P 1 0 50k", "read -q -P 2 50k 100k", "write -q -P 3 0 1M", options=options)
+    assert qemu_check(Path("secret.qcow2")).exit_status == 0
 
 
 @pytest.mark.parametrize("verb", ["apply", "delete"])
