@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from nbdimg.errors import ConfigError, UnsupportedFeature, escaped
-from nbdimg.formats.gate import DenyGate
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.bitmap_header import check_room
 from nbdimg.formats.qcow2.bitmap_store import Change, claim, replace_bitmaps, settle
@@ -150,7 +149,7 @@ async def open_editor(file: BlockFile) -> BitmapEditor:
 
     Raises: CorruptImage, UnsupportedFeature, OSError.
     """
-    header, counts = await open_metadata(file, DenyGate())
+    header, counts = await open_metadata(file)
     entries = await load_directory(file, header)
     await claim(file, header, counts, entries)
     return BitmapEditor(file, header, counts, entries)

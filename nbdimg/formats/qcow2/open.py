@@ -32,7 +32,7 @@ from nbdimg.formats.qcow2.snapshots import (
 )
 from nbdimg.formats.qcow2.structs import COPIED, OFFSET_MASK, Crypt, ExtensionType
 from nbdimg.formats.qcow2.subclusters import SubclusterMapping
-from nbdimg.image.gate import OpenGate, Reference
+from nbdimg.image.gate import Reference
 from nbdimg.storage.file import BlockFile, fetch
 from nbdimg.storage.ordering import Plan, Stage, Write, run
 from nbdimg.storage.workers import workers
@@ -57,24 +57,36 @@ async def open_driver(file: BlockFile, options: OpenOptions) -> Opened:
         ImageError: the gate refuses a reference.
     """
     header = await read_header(file)
+    backing = _backing(file, header)
     if options.writable:
-        header = await _prepare(file, header, options)
+        if options.snapshot is not None:
+            raise ConfigError(f"{file.path}: a snapshot can only be opened read-only")
+        _check_writable(file, header)
+    data_file = await _open_data_file(file, header, options)
+    try:
+        store = await _store(file, data_file, header, options)
+        driver = await _driver(file, data_file, header, store, options)
+    except BaseException:
+        if data_file is not None:
+            await data_file.close()
+        raise
+    return Opened(driver, backing)
+
+
+async def _driver(
+    file: BlockFile, data_file: BlockFile | None, header: Header, store: Store, options: OpenOptions
+) -> Qcow2Driver:
+    """What the image takes besides itself, but for a backing file, is there: from here on it may be changed."""
+    if options.writable:
+        header = await _prepare(file, header)
     snapshots = await load_snapshots(file, header) if header.snapshot_count and _wants_snapshots(options) else []
     l1, size = await _l1_table(file, header, snapshots, options.snapshot)
     refcounts = await _refcounts(file, header, l1, snapshots) if options.writable else None
     if refcounts is not None and options.file_size_max is not None:
         refcounts.clusters_max = options.file_size_max >> header.cluster_bits
     bitmaps = await open_store(file, header, refcounts) if options.snapshot is None else None
-    data_file = await _open_data_file(file, header, options)
-    try:
-        store = await _store(file, data_file, header, options)
-        make = _mapping_of(header)
-        mapping = make(file, header, l1, store, refcounts, size)
-    except BaseException:
-        if data_file is not None:
-            await data_file.close()
-        raise
-    return Opened(Qcow2Driver(file, data_file, header, mapping, refcounts, bitmaps), _backing(file, header))
+    mapping = _mapping_of(header)(file, header, l1, store, refcounts, size)
+    return Qcow2Driver(file, data_file, header, mapping, refcounts, bitmaps)
 
 
 def _backing(file: BlockFile, header: Header) -> Backing | None:
@@ -92,13 +104,14 @@ def _backing(file: BlockFile, header: Header) -> Backing | None:
     return Backing((reference,), header.backing_format)
 
 
-async def open_metadata(file: BlockFile, gate: OpenGate) -> tuple[Header, Refcounts]:
+async def open_metadata(file: BlockFile) -> tuple[Header, Refcounts]:
     """Header and refcounts of an image whose metadata alone will be changed; nothing that it refers to is opened.
 
     Raises: CorruptImage, UnsupportedFeature.
     """
-    options = OpenOptions(gate, writable=True)
-    header = await _prepare(file, await read_header(file), options)
+    header = await read_header(file)
+    _check_writable(file, header)
+    header = await _prepare(file, header)
     snapshots = await load_snapshots(file, header)
     l1, _ = await _l1_table(file, header, snapshots, None)
     return header, await _refcounts(file, header, l1, snapshots)
@@ -114,16 +127,18 @@ def _mapping_of(header: Header) -> type[Mapping]:
     return SubclusterMapping if header.has_subclusters else Mapping
 
 
-async def _prepare(file: BlockFile, header: Header, options: OpenOptions) -> Header:
-    """What comes before the first write: repair, and the autoclear bits that nobody here keeps."""
-    if options.snapshot is not None:
-        raise ConfigError(f"{file.path}: a snapshot can only be opened read-only")
+def _check_writable(file: BlockFile, header: Header) -> None:
+    """Raises: CorruptImage, UnsupportedFeature: the image can only be opened read-only."""
     if header.is_corrupt:
         raise CorruptImage(
             file.path, "it is marked corrupt (incompatible feature bit 1): repair it, or open it read-only", 72
         )
     if header.crypt_method == Crypt.AES:
         raise UnsupportedFeature(file.path, "images with legacy AES encryption can only be opened read-only", 32)
+
+
+async def _prepare(file: BlockFile, header: Header) -> Header:
+    """What comes before the first write: repair, and the autoclear bits that nobody here keeps."""
     if header.is_dirty:
         # What is refused for its size is refused before a repair walks all of it.
         snapshots = await load_snapshots(file, header)

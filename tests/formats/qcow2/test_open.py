@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import struct
 import subprocess
 from pathlib import Path
@@ -13,6 +14,9 @@ from nbdimg.errors import ConfigError, CorruptImage, ImageError, ImageLocked, Un
 from nbdimg.formats import open_file, open_image
 from nbdimg.formats.gate import DenyGate
 from nbdimg.formats.options import OpenOptions
+from nbdimg.formats.qcow2 import luks
+from nbdimg.formats.qcow2.create import create as create_qcow2
+from nbdimg.formats.qcow2.layout import CreateOptions
 from nbdimg.storage.file import Buffer
 from nbdimg.storage.memory import MemoryFile
 from tests.support.qcow2mutants import AnyGate
@@ -41,8 +45,8 @@ def field(path: Path, offset: int) -> int:
     return int(struct.unpack_from(">Q", path.read_bytes(), offset)[0])
 
 
-async def open_and_close(path: Path, *, writable: bool, work: bytes = b"") -> None:
-    image = await open_image(path, format="qcow2", writable=writable)
+async def open_and_close(path: Path, *, writable: bool, work: bytes = b"", key: bytes | None = None) -> None:
+    image = await open_image(path, format="qcow2", writable=writable, key=key)
     try:
         if work:
             await image.write(32 << 10, work)
@@ -122,6 +126,29 @@ def test_unknown_incompatible_feature_is_refused_by_qemus_name_for_it(tmp_path: 
     for writable in (False, True):
         with pytest.raises(UnsupportedFeature, match="not known here: 'compression type'"):
             asyncio.run(open_and_close(path, writable=writable))
+
+
+@pytest.mark.parametrize("missing", ["key", "right key", "data file", "format of the backing file"])
+def test_image_that_is_refused_is_not_repaired_before_and_nothing_stays_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setattr(luks, "iterations_for", lambda *_: 1000)
+    path = tmp_path / "disk.qcow2"
+    options = CreateOptions(data_file_name="data", luks_passphrase=b"key", backing_name="base", backing_format="qcow2")
+    create_qcow2(tmp_path / "base", SIZE)
+    create_qcow2(path, SIZE, options)
+    if missing == "format of the backing file":
+        poke(path, path.read_bytes().index(struct.pack(">II", 0xE2792ACA, 5)), 0x12345678, 4)
+    if missing == "data file":
+        (tmp_path / "data").unlink()
+    poke(path, 72, field(path, 72) | 1)
+    content = poke(path, 88, 1 << 40)
+    key = {"key": None, "right key": b"wrong"}.get(missing, b"key")
+    descriptors = os.listdir("/proc/self/fd")
+    with pytest.raises((ConfigError, ImageError), match=r"no key file|passphrase is wrong|data file|has no format"):
+        asyncio.run(open_and_close(path, writable=True, key=key))
+    assert path.read_bytes() == content
+    assert os.listdir("/proc/self/fd") == descriptors
 
 
 def test_backing_file_without_a_format_is_refused(tmp_path: Path) -> None:
