@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 from nbdimg.cli.output import print_json, shown
+from nbdimg.cli.streams import complain
 from nbdimg.config import ServerConfig
 from nbdimg.configfile import ConfigFileError, FileConfig, load_config
 from nbdimg.server.service import contradictions
@@ -45,7 +45,7 @@ def check(
             print_json(path=file, problems=problems)
         else:
             for problem in problems:
-                print(f"nbdimg: {problem}", file=sys.stderr)
+                complain(problem)
         return EXIT_USAGE
     if as_json:
         print_json(path=file, problems=(), config=_described(loaded))

@@ -12,6 +12,8 @@ from contextlib import suppress
 from io import TextIOWrapper
 from typing import NoReturn, TextIO
 
+from nbdimg.errors import printable
+
 EXIT_FAILED = 1
 
 
@@ -44,9 +46,9 @@ def take_no_wait_at_stderr() -> None:
 
 
 def complain(message: str) -> None:
-    """What went wrong, in one line; where nobody can be told, the exit status is left."""
+    """What went wrong, in one line that steers no terminal; where nobody can be told, the exit status is left."""
     with suppress(OSError):
-        print(f"nbdimg: {' '.join(message.split())}", file=sys.stderr)
+        print(f"nbdimg: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 
 def exit_with(status: int) -> NoReturn:

@@ -58,6 +58,7 @@ def test_output_that_nobody_reads_is_no_complaint() -> None:
     [
         (("info", "absent"), 3),
         (("check", "a.raw"), 63),
+        (("config", "check", "absent"), 2),
         (("healthcheck", "ill"), 2),
         (("healthcheck", "--socket=absent"), 1),
     ],
@@ -66,6 +67,25 @@ def test_complaint_that_finds_no_space_leaves_the_status(arguments: tuple[str, .
     Path("a.raw").write_bytes(bytes(512))
     with open("/dev/full", "w") as full:
         assert nbdimg(*arguments, stdout=subprocess.DEVNULL, stderr=full).returncode == status
+
+
+STEERING = "\x1b[2J\u202ered"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("info", STEERING),
+        ("check", STEERING),
+        ("serve", "--config", STEERING),
+        ("config", "check", STEERING),
+        ("ctl", "status", f"--socket={STEERING}"),
+    ],
+)
+def test_complaint_about_a_name_that_would_steer_the_terminal_escapes_it(arguments: tuple[str, ...]) -> None:
+    ended = nbdimg(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert r"\x1b[2J\u202ered" in ended.stderr
+    assert [line for line in ended.stderr.splitlines() if not line.isprintable()] == []
 
 
 @pytest.mark.parametrize("width", ["0", "1", "20", "80"])
