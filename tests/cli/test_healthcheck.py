@@ -169,7 +169,7 @@ def test_healthcheck_as_a_process_loads_none_of_the_server(server: FakeServer, t
     )
     assert (done.returncode, done.stderr) == (HEALTHY, "")
     loaded = set(done.stdout.split())
-    own = {"nbdimg", *(f"nbdimg.cli{name}" for name in ("", ".interrupt", ".streams", ".healthcheck"))}
+    own = {"nbdimg", "nbdimg.errors", *(f"nbdimg.cli{name}" for name in ("", ".interrupt", ".streams", ".healthcheck"))}
     assert {each for each in loaded if each.startswith("nbdimg")} == own
     assert loaded.isdisjoint({"asyncio", "ssl", "http", "email", "argparse", "typer", "json", "logging", "aiohttp"})
 
