@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nbdimg.cli.healthcheck import DEFAULT_SOCKET, SOCKET_VARIABLE
-from nbdimg.cli.options import parsed
+from nbdimg.cli.options import name_and_image, parsed
 from nbdimg.cli.output import dated, print_json, print_table, shown, sized
 from nbdimg.errors import ConfigError
 from nbdimg.formats import DRIVERS
@@ -126,11 +126,9 @@ def add(
     """
     api = server_api(socket, url, token_file)
     whole = os.path.abspath if api.is_local else str
-    name, equals, path = image.partition("=")
-    if not equals or (api.is_local and os.path.exists(image)):
-        name, path = "", image
+    name, path = name_and_image(image, is_here=api.is_local)
     given = {
-        "name": name or None,
+        "name": name,
         "path": whole(path),
         "format": format,
         "read_only": read_only or None,

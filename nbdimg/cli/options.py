@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Annotated, TypeVar, overload
 
 import typer
 
-from nbdimg.errors import ConfigError
+from nbdimg.errors import ConfigError, escaped
 from nbdimg.formats import DRIVERS
 
 T = TypeVar("T")
@@ -48,3 +49,17 @@ def parsed(option: str, parse: Callable[[str], T], text: str | None) -> T | None
         return parse(text)
     except ConfigError as error:
         raise ConfigError(f"{option}: {error}") from None
+
+
+def name_and_image(argument: str, *, is_here: bool = True) -> tuple[str | None, str]:
+    """What `[NAME=]IMAGE` says. Where the image is on this machine (`is_here`), an existing file whose own name has a
+    `=` is taken as it is.
+
+    Raises: ConfigError: a part is empty.
+    """
+    name, equals, path = argument.partition("=")
+    if (argument and not equals) or (is_here and os.path.exists(argument)):
+        return None, argument
+    if not name or not path:
+        raise ConfigError(f"{escaped(argument)} is not allowed, expected IMAGE or NAME=IMAGE, no part of it empty")
+    return name, path

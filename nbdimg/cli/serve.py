@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nbdimg.cli.options import parsed
+from nbdimg.cli.options import name_and_image, parsed
 from nbdimg.cli.running import serve_file, serve_images
 from nbdimg.config import DEFAULT_LISTENER, LOG_FORMATS, SANDBOX_MODES, ExportConfig
 from nbdimg.configfile import Overrides, config_without_file
@@ -258,12 +258,7 @@ def _given(**options: object) -> dict[str, Any]:
 
 
 def _export(argument: str) -> ExportConfig:
-    """`NAME=IMAGE` or `IMAGE`. An existing file whose own name has a `=` is taken as it is."""
-    name, equals, path = argument.partition("=")
-    if not equals or os.path.exists(argument):
-        return ExportConfig(path=argument)
-    if not name or not path:
-        raise ConfigError(f"{argument!r}: expected NAME=IMAGE with both parts")
+    name, path = name_and_image(argument)
     return ExportConfig(path=path, name=name)
 
 

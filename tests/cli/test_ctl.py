@@ -113,6 +113,14 @@ def test_add_that_is_refused_says_why_in_the_servers_words(ctl: Ctl, served: Ser
     assert ctl("add", "--min-block-size=x", missing, status=USAGE).startswith("--min-block-size: 'x'")
 
 
+@pytest.mark.parametrize("image", ["", "new=", "=new.img"])
+def test_add_with_an_empty_part_is_refused_and_not_taken_for_the_directory(ctl: Ctl, image: str) -> None:
+    assert (
+        ctl("add", image, status=USAGE)
+        == f"{image!r} is not allowed, expected IMAGE or NAME=IMAGE, no part of it empty"
+    )
+
+
 def test_resize_and_shrink(ctl: Ctl, served: Served) -> None:
     served.added("sized")
     assert ctl("resize", "sized", "3M") == "sized: 3 MiB (3145728 bytes)\n"
