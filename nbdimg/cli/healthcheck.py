@@ -14,7 +14,7 @@ from nbdimg.cli.streams import complain
 
 DEFAULT_SOCKET = "/run/nbdimg/admin.sock"
 SOCKET_VARIABLE = "NBDIMG_ADMIN_SOCKET"
-DEFAULT_HTTP_PORT = 80
+DEFAULT_HTTP_PORT, PORT_MAX = 80, 65535
 
 TIMEOUT_S = 5.0
 ANSWER_SIZE_MAX = 64 << 10
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
 def _parse(arguments: Sequence[str]) -> tuple[str, str | tuple[str, int], str]:
     """The path to ask for, the address to ask, and the host that it stands for; empty for a Unix socket."""
     given = iter(arguments)
-    kind, options = "live", {"--socket": os.environ.get(SOCKET_VARIABLE, DEFAULT_SOCKET)}
+    kind, options = "live", {"--socket": os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET}
     for argument in given:
         name, equals, value = argument.partition("=")
         if name in ("--socket", "--url"):
@@ -93,7 +93,7 @@ def _address(url: str) -> tuple[tuple[str, int], str]:
     if not colon or port.endswith("]"):
         host, port = authority, str(DEFAULT_HTTP_PORT)
     host = host.removeprefix("[").removesuffix("]")
-    is_number = port.isascii() and port.isdecimal() and len(port) <= 5
+    is_number = port.isascii() and port.isdecimal() and int(port[:6]) <= PORT_MAX
     if scheme != "http" or not separator or not host or not is_number or set(authority) & set("/?#@ \r\n"):
         raise _UsageError(f"{url!r} is not allowed, expected http://HOST:PORT")
     return (host, int(port)), authority

@@ -81,8 +81,8 @@ class Api:
             connection.request(method, target, json.dumps(body).encode() if is_post else None, headers)
             response = connection.getresponse()
             answer = response.read()
-        except OSError as error:
-            raise NbdimgError(self._unreachable(error.strerror or str(error))) from None
+        except (OSError, UnicodeError) as error:
+            raise NbdimgError(self._unreachable(getattr(error, "strerror", None) or str(error))) from None
         except http.client.HTTPException as error:
             raise NbdimgError(self._unreachable(f"no HTTP server ({error!r})")) from None
         finally:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 COLUMNS = ("EXPORT", "R/s", "W/s", "OTHER/s", "R MB/s", "W MB/s", "R ms", "W ms", "IN FLIGHT", "CLIENTS", "ERR/s")
 COUNTERS = ("reads", "read_bytes", "read_seconds", "writes", "write_bytes", "write_seconds", "others", "errors")
 
-INTERVAL_MIN_S = 0.1
+INTERVAL_MIN_S, INTERVAL_MAX_S = 0.1, 86400.0
 KEYS_MAX = 64
 
 DUMB_TERMINALS = ("dumb", "unknown")
@@ -59,7 +59,9 @@ class Row(NamedTuple):
 
 
 def top(
-    interval: Annotated[float, typer.Option(metavar="S", min=INTERVAL_MIN_S, help="Seconds between two looks.")] = 1.0,
+    interval: Annotated[
+        float, typer.Option(metavar="S", min=INTERVAL_MIN_S, max=INTERVAL_MAX_S, help="Seconds between two looks.")
+    ] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Look for one interval, print, and end.")] = False,
     socket: SocketPath = DEFAULT_SOCKET,
     url: Url = None,

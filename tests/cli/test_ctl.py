@@ -211,6 +211,7 @@ def test_without_a_server_it_exits_1_and_says_what_to_look_at(ctl: Ctl, tmp_path
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
         assert ctl("exports", f"--url={url}", status=FAILED) == f"cannot reach the server at {url}: Connection refused"
+    assert ctl("exports", "--url=http://a..b", status=FAILED).startswith("cannot reach the server at http://a..b: ")
 
 
 @pytest.mark.parametrize(

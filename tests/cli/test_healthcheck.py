@@ -81,6 +81,15 @@ def test_healthcheck_asks_at_the_socket_of_the_environment(
     assert main([]) == UNHEALTHY
 
 
+def test_healthcheck_takes_an_empty_variable_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(healthcheck, "DEFAULT_SOCKET", f"{tmp_path}/default")
+    monkeypatch.setenv(SOCKET_VARIABLE, "")
+    assert main([]) == UNHEALTHY
+    assert capsys.readouterr().err == f"nbdimg: no answer from {tmp_path}/default: No such file or directory\n"
+
+
 def test_healthcheck_tells_what_is_wrong(
     server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +150,7 @@ def test_healthcheck_of_a_server_that_hangs_is_1(
         (["--url=127.0.0.1:9809"], "'127.0.0.1:9809' is not allowed, expected http://HOST:PORT"),
         (["--url=https://h:1"], "'https://h:1' is not allowed"),
         (["--url=http://h:x"], "'http://h:x' is not allowed"),
+        (["--url=http://h:65536"], "'http://h:65536' is not allowed"),
         (["--url=http://h:1/metrics"], "'http://h:1/metrics' is not allowed"),
         (["--url=http://h\r\nX:1"], "'http://h\\r\\nX:1' is not allowed"),
     ],

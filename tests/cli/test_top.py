@@ -71,6 +71,12 @@ def test_rows_of_two_looks_at_one_moment_divide_nothing_by_zero() -> None:
     assert row.reads == 0
 
 
+@pytest.mark.parametrize("interval", ["inf", "1e10", "0", "nan"])
+def test_interval_that_is_no_time_to_wait_is_refused(capsys: pytest.CaptureFixture[str], interval: str) -> None:
+    assert run(["top", f"--interval={interval}", "--socket=/nope"]) == 2
+    assert "Invalid value for '--interval'" in capsys.readouterr().err
+
+
 def test_once_prints_a_table_with_a_line_for_each_export(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["top", "--once", "--interval=0.1", f"--socket={served.admin}"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
