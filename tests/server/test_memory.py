@@ -17,7 +17,7 @@ import pytest
 
 from tests.server.live import assert_alive, serve_time
 from tests.support.rawclient import Client, connect_negotiated
-from tests.support.rawprotocol import KIB, MIB, Option, option_bytes
+from tests.support.rawprotocol import KIB, MIB, Command, CommandFlag, Option, option_bytes
 from tests.support.rss import PeakMemory, descriptor_count, memory, settled_memory, wait_until
 from tests.support.server import NbdimgServer, PeerServer, ServerProcess
 
@@ -33,6 +33,8 @@ SMALL_LIMIT = 4 * MIB
 OPTIONS_LIMIT = MIB
 FREED_LIMIT = 2 * MIB  # what may stay over the start after the hogs left
 FREED_TIME_S = 1.0
+KEPT_READ = 4 * MIB
+KEPT_TIME_S = 10.0
 HONEST_LIMIT_S = 0.02
 CONTROL_GROWTH = 100 * MIB
 
@@ -199,6 +201,14 @@ def test_hogs_that_come_and_go_leave_nothing_behind(server: NbdimgServer) -> Non
     assert wait_until(lambda: descriptor_count(server.pid) <= descriptors, FREED_TIME_S), "descriptors leak"
     assert_freed(server, before)
     assert_alive(server, server.socket_path)
+
+
+def test_buffer_of_a_long_read_is_given_back_when_nobody_wants_one_for_a_while(server: NbdimgServer) -> None:
+    """It is kept for the next at first; the client stays."""
+    with connect_negotiated(server.socket_path, "disk") as client:
+        before = memory(server.pid)
+        assert len(client.request(Command.READ, 0, KEPT_READ, CommandFlag.DF).data) == KEPT_READ
+        assert wait_until(lambda: memory(server.pid) <= before + KEPT_READ // 4, KEPT_TIME_S)
 
 
 def test_probe_sees_the_growth_of_a_server_without_a_budget(image: Path) -> None:
