@@ -341,3 +341,20 @@ def test_repair_that_is_interrupted_leaves_what_can_be_repaired_again() -> None:
     blot(192 * KiB)(content)
     assert list(crashes(content)) == []
     assert next(crashes(content, without_barriers=True), None) is not None
+
+
+def test_repair_of_leaks_gives_a_new_file_write_guid_before_it_changes_anything_else() -> None:
+    """[MS-VHDX] 2.2.2: what a crash leaves, too, has another FileWriteGuid if anything in the file has changed."""
+    content = plain().content
+    entry(2, ZERO)(content)
+    grown(13 * MiB)(content)
+    trace = Trace()
+    asyncio.run(repair(RecordingFile(trace, content, inline_share=0), leaks_only=True))
+    is_cut = False
+    for state in crash_states(trace, seed=1):
+        left = state.files[0]
+        guids = [left[start + 16 : start + 32] for start in (64 * KiB, 128 * KiB)]
+        if len(left) < len(content) or left[MiB:] != content[MiB:]:
+            is_cut = True
+            assert craft.FILE_WRITE_GUID.bytes_le not in guids, state
+    assert is_cut
