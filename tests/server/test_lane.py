@@ -21,7 +21,7 @@ from nbdimg.export.registry import Registry
 from nbdimg.formats.raw import RawDriver
 from nbdimg.image import turns
 from nbdimg.image.image import HeadGuard, Image
-from nbdimg.limits import Limits
+from nbdimg.limits import ARENA_SIZE, PIECE_SIZE, Limits
 from nbdimg.server import rounds
 from nbdimg.server.outbox import Outbox
 from nbdimg.server.shared import Shared
@@ -315,3 +315,30 @@ def test_read_behind_a_write_that_allocates_sees_it(tmp_path: Path) -> None:
             client.send_requests([read, write, again])
             found = {reply.cookie: reply for reply in client.read_replies(3)}
             assert found[again.cookie].data == b"w" * 4096
+
+
+@pytest.mark.parametrize("last", ["read", "write", "flush", "error"])
+def test_request_behind_reads_that_fill_the_arena_is_answered(last: str) -> None:
+    """Its own reply just fits, or does not and goes out after theirs."""
+    content = random.Random(2).randbytes(SIZE)
+    command, offset, length, payload, number, data = {
+        "read": (0, 0, 512, b"", 0, content[:512]),
+        "write": (1, 0, 512, b"w" * 512, 0, b""),
+        "flush": (3, 0, 0, b"", 0, b""),
+        "error": (0, 1, SIZE, b"", 22, b""),
+    }[last]
+
+    async def main() -> None:
+        for left in (0, 1, 15, 16, 17, 16 + 511, 16 + 512, 256 * 16 - 1, 256 * 16):
+            sizes = [PIECE_SIZE - 16] * (ARENA_SIZE // PIECE_SIZE - 1) + [PIECE_SIZE - 16 - left]
+            stream = [request(False, 0, 0, cookie, cookie, size, b"") for cookie, size in enumerate(sizes)]
+            stream.append(request(False, command, 0, 9, offset, length, payload))
+            expected = [
+                pack(">IIQ", 0x67446698, 0, cookie) + content[cookie : cookie + size]
+                for cookie, size in enumerate(sizes)
+            ]
+            expected.append(pack(">IIQ", 0x67446698, number, 9) + data)
+            image = Image(RawDriver(MemoryFile(content)), writable=True)
+            assert await converse(stream, "simple", image, turn=len(stream)) == b"".join(expected), left
+
+    asyncio.run(main())
