@@ -6,9 +6,11 @@ import asyncio
 import math
 import random
 import socket
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
-from struct import pack
+from struct import pack, unpack_from
 from typing import Any, NamedTuple, Self
 
 import pytest
@@ -342,3 +344,75 @@ def test_request_behind_reads_that_fill_the_arena_is_answered(last: str) -> None
             assert await converse(stream, "simple", image, turn=len(stream)) == b"".join(expected), left
 
     asyncio.run(main())
+
+
+class PatchyFile(MemoryFile):
+    """Every other run of its bytes is a hole; of what is asked for at once, some has to be waited for."""
+
+    def __init__(self, source: random.Random) -> None:
+        super().__init__(bytes(SIZE))
+        self._source = source
+        self._ends = sorted({SIZE, *(source.randrange(1, SIZE // 512) * 512 for _ in range(source.choice([2, 9, 60])))})
+        for start, stop in list(pairwise([0, *self._ends]))[::2]:
+            self.content[start:stop] = source.randbytes(stop - start)
+
+    def data_extent(self, offset: int) -> tuple[bool, int]:
+        index = bisect_right(self._ends, offset)
+        return index % 2 == 0, self._ends[index]
+
+    def try_pread(self, offset: int, view: memoryview) -> bool:
+        return self._source.random() < 0.7 and super().try_pread(offset, view)
+
+    async def pread(self, offset: int, view: memoryview) -> None:
+        super().try_pread(offset, view)
+
+
+def chunks_of(replies: bytes, extended: bool) -> Iterator[tuple[int, int, int, bytes]]:
+    """(flags, type, cookie, payload) of each chunk. Spec: proto.md "Structured reply chunk message"."""
+    while replies:
+        if extended:
+            magic, flags, kind, cookie, _, length = unpack_from(">IHHQQQ", replies)
+        else:
+            magic, flags, kind, cookie, length = unpack_from(">IHHQI", replies)
+        assert magic == (0x6E8A278C if extended else 0x668E33EF)
+        start = 32 if extended else 20
+        yield flags, kind, cookie, replies[start : start + length]
+        replies = replies[start + length :]
+
+
+@pytest.mark.parametrize("dialect", ["structured", "extended"])
+def test_chunks_of_reads_over_holes_and_slow_data_cover_each_byte_once(dialect: str) -> None:
+    """Many at once, short ones and streams; a chunk marked DONE is the last of its reply."""
+    extended = DIALECTS[dialect][1]
+    for seed in range(12):
+        source = random.Random(seed)
+        file = PatchyFile(source)
+        asked = {}
+        for cookie in range(12):
+            length = source.choice([0, 1, 512, 4096, 100_000, PIECE_SIZE, PIECE_SIZE + 1, 700_000])
+            asked[cookie] = (source.randrange(SIZE - length + 1), length)
+        stream = [request(extended, 0, 0, cookie, *where, b"") for cookie, where in asked.items()]
+        replies = asyncio.run(converse(stream, dialect, Image(RawDriver(file), writable=True), turn=4))
+        found = {cookie: bytearray(length) for cookie, (_, length) in asked.items()}
+        seen = dict.fromkeys(asked, 0)
+        done = set()
+        for flags, kind, cookie, payload in chunks_of(replies, extended):
+            assert cookie not in done
+            if flags & 1:
+                done.add(cookie)
+            if kind == 0:
+                assert (flags, payload) == (1, b"")
+                continue
+            offset, data = unpack_from(">Q", payload)[0] - asked[cookie][0], payload[8:]
+            assert kind in (1, 2)
+            if kind == 2:
+                data = bytes(unpack_from(">I", data)[0])
+            assert data
+            assert offset == seen[cookie], "in order, and without a gap"
+            found[cookie][offset : offset + len(data)] = data
+            seen[cookie] += len(data)
+            assert flags & 1 or (asked[cookie][0] + seen[cookie]) % 512 == 0, "T3"
+        assert done == set(asked)
+        for cookie, (offset, length) in asked.items():
+            assert seen[cookie] == length
+            assert found[cookie] == file.content[offset : offset + length], (seed, cookie)
