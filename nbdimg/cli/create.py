@@ -238,7 +238,7 @@ def _size(path: str, text: str | None, options: CreateOptions) -> int:
 
 
 async def _image_size(path: str, format: str) -> int:
-    image = await open_image(path, format=format, writable=False)
+    image = await open_image(path, format=format, writable=False, is_keyless=True)
     try:
         return image.size
     finally:

@@ -115,6 +115,16 @@ def test_create_overlay_stores_the_name_as_given_and_takes_the_size_of_its_backi
     assert (found["backing-filename"], found["backing-filename-format"]) == ("../base.raw", "raw")
 
 
+def test_create_overlay_of_an_encrypted_image_takes_its_size_without_a_key(
+    said: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(luks, "iterations_for", lambda *_: luks.ITERATIONS_MIN)
+    Path("key").write_text("key")
+    said("base.qcow2", "5M", "--encrypt-key-file", "key")
+    line = said("a.qcow2", "--backing", "base.qcow2", "--backing-format", "qcow2")
+    assert line == f"a.qcow2: qcow2 image of {5 * MiB} bytes, backed by base.qcow2 (qcow2)\n"
+
+
 def test_create_overlay_with_a_size_does_not_open_its_backing_file(said: Any) -> None:
     said("a.qcow2", "1M", "--backing", "absent.vmdk", "--backing-format", "vmdk")
     assert info("a.qcow2")["backing-filename"] == "absent.vmdk"
