@@ -106,20 +106,20 @@ def run_stream(stream: list[bytes], dialect: str, *, writable: bool, guarded: bo
 class Conversation:
     """One client's transmission phase over a socket pair, without a server's loop around it."""
 
-    def __init__(self, dialect: str, image: Image) -> None:
+    def __init__(self, dialect: str, image: Image, limits: Limits | None = None) -> None:
         self.export = Export("e", image, payload_max=1 << 26)
         registry = Registry()
         registry.add(self.export)
-        self._shared = Shared(asyncio.get_running_loop(), registry, Limits())
+        self.shared = Shared(asyncio.get_running_loop(), registry, limits or Limits())
         structured, extended = DIALECTS[dialect]
         flags = self.export.info.flags | (TransmissionFlag.SEND_DF if structured else TransmissionFlag(0))
         session = Session(self.export.info, flags, structured, extended, False, {})
         self._ours, self._theirs = socket.socketpair()
         self._ours.setblocking(False)
         self._theirs.setblocking(False)
-        self._shell = Shell(self._ours, self._shared)
-        self._transmission = Transmission(self._shell, self._shared, session, self.export, b"")
-        self._shell.transmission = self._transmission
+        self._shell = Shell(self._ours, self.shared)
+        self.transmission = Transmission(self._shell, self.shared, session, self.export, b"")
+        self._shell.transmission = self.transmission
 
     def __enter__(self) -> Self:
         return self
@@ -131,18 +131,23 @@ class Conversation:
     def ask(self, requests: bytes) -> bytes:
         """They arrive; returns what is answered at once."""
         while requests:
-            view = self._transmission.buffers()[0]
+            view = self.transmission.buffers()[0]
             count = min(len(view), len(requests))
             view[:count] = requests[:count]
-            self._shared.spinner.touch()
-            self._transmission.received(count)
+            self.shared.spinner.touch()
+            self.transmission.received(count)
             requests = requests[count:]
         return drain(self._theirs)
+
+    def hang_up(self) -> None:
+        """The client is gone, as a server learns when it sends."""
+        self._shell.outbox.discard()
+        self.transmission.on_broken()
 
     async def rest(self) -> bytes:
         """What is answered until nothing is in flight any more."""
         replies = bytearray()
-        while self._shared.tasks or self._transmission.in_flight or self._shell.outbox.pending_bytes:
+        while self.shared.tasks or self.transmission.in_flight or self._shell.outbox.pending_bytes:
             await asyncio.sleep(0)
             replies += drain(self._theirs)
         return bytes(replies)
@@ -294,7 +299,7 @@ def test_sector_in_which_stored_data_ends_is_read_at_one_moment(dialect: str) ->
     async def main() -> bytes:
         image = Image(RawDriver(CutFile(b"a" * 1000 + bytes(SIZE - 1000))), writable=True)
         with Conversation(dialect, image) as conversation:
-            conversation._transmission._limits = Limits(turn_bytes=1)
+            conversation.transmission._limits = Limits(turn_bytes=1)
             replies = conversation.ask(request(extended, 0, 0, 1, 0, 4096, b""))
             await asyncio.sleep(0)
             replies += conversation.ask(request(extended, 1, 0, 2, 512, 512, b"b" * 512))

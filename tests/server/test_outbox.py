@@ -174,6 +174,7 @@ def test_all_bytes_leave_in_order_whatever_the_socket_takes(kind: str) -> None:
                 bench.loop.turn()
             assert outbox.pending_bytes == bench.left
             assert outbox.is_empty() == (bench.left == 0)
+            assert len(bench.loop.soon) + (bench.loop.writer is not None) <= 1, "it is woken in one way"
             assert (outbox.stalled_since_s is None) == (bench.loop.writer is None)
         bench.settle(100_000)
         assert bench.sink.taken == bench.put

@@ -172,8 +172,8 @@ def test_turn_ends_with_its_time_and_the_requests_behind_are_answered_in_later_o
 
     async def main() -> None:
         with Conversation("simple", Image(RawDriver(MemoryFile(bytes(SIZE))), writable=True)) as conversation:
-            transmission = conversation._transmission
-            conversation._shared.rounds.line_up(lambda: None)
+            transmission = conversation.transmission
+            conversation.shared.rounds.line_up(lambda: None)
             asked = b"".join(request(False, command, 0, cookie, cookie * 512, 512, b"") for cookie in range(100))
             replies = conversation.ask(asked)
             assert transmission.handled_count == handled_max
@@ -191,7 +191,7 @@ def test_turn_ends_with_its_time_and_the_requests_behind_are_answered_in_later_o
 def test_turn_that_ends_the_connection_takes_its_time_off_the_round_too() -> None:
     async def main() -> None:
         with Conversation("simple", Image(RawDriver(MemoryFile(bytes(SIZE))), writable=True)) as conversation:
-            shared = conversation._shared
+            shared = conversation.shared
             before_s = shared.rounds.left_s
             with pytest.raises(ProtocolError):
                 conversation.ask(request(False, READ, 0, 1, 0, 512, b"") + bytes(28))
