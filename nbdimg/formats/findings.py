@@ -49,10 +49,21 @@ class CheckReport:
             self.corruptions += times
         else:
             self.check_errors += times
-        if len(self.findings) < FINDINGS_MAX:
-            self.findings.append(Finding(kind, structure, offset, message))
-        else:
+        if self.is_full:
             self.findings_omitted += 1
+        else:
+            self.findings.append(Finding(kind, structure, offset, message))
+
+    def omit(self, leaks: int, corruptions: int) -> None:
+        """Count so many findings, each once, that there is no room for."""
+        assert self.is_full
+        self.leaks += leaks
+        self.corruptions += corruptions
+        self.findings_omitted += leaks + corruptions
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.findings) >= FINDINGS_MAX
 
     @property
     def is_clean(self) -> bool:

@@ -15,11 +15,14 @@ Spec: qcow2 "Reference counts", "Bitmaps", "Snapshots".
 
 from __future__ import annotations
 
-from array import array
+import asyncio
+from itertools import compress
+from operator import gt, lt
 
 from nbdimg.errors import CorruptImage, ImageError, UnsupportedFeature
 from nbdimg.formats.findings import CheckReport, Finding
 from nbdimg.formats.qcow2 import structs as s
+from nbdimg.formats.qcow2.counts import differing, last_used
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.packed import RefcountCodec, decode_offsets
 from nbdimg.formats.qcow2.references import MEMORY_MAX, PIECE_SIZE, Progress, References
@@ -27,15 +30,15 @@ from nbdimg.formats.qcow2.structs import Autoclear, ExtensionType
 from nbdimg.storage.file import BlockFile
 from nbdimg.units import align_up, div_ceil
 
-__all__ = ["CheckReport", "Finding", "Survey", "check", "differences", "last_used"]
+__all__ = ["CheckReport", "Finding", "Survey", "check"]
 
-_CHUNK = 32768
-"""Refcounts compared at once."""
 _SNAPSHOT_EXTRA_MIN = 16
 """Bytes that a version 3 snapshot needs: the VM state's and the disk's size."""
 _BITMAP_FLAGS_RESERVED = 0xFFFF_FFFC
 """QEMU counts bit 2 (extra data compatible) as reserved too, as it takes no extra data."""
 _BITMAP_TYPE_DIRTY = 1
+_BLOCKS_AT_ONCE = 512
+"""Refcount blocks that are counted before the loop gets its turn."""
 
 
 async def check(file: BlockFile, header: Header, *, progress: Progress | None = None) -> CheckReport:
@@ -86,8 +89,8 @@ class Survey:
         except ImageError as error:
             self.report.add("error", "image", error.offset, str(error))
             return
-        self._count_blocks()
-        self._compare()
+        await self._count_blocks()
+        await self._compare()
 
     def _check_memory(self) -> None:
         clusters = div_ceil(self.file.size, self.header.cluster_size) + 1
@@ -103,7 +106,6 @@ class Survey:
 
     async def _load_refcounts(self) -> None:
         header, references = self.header, self.references
-        stored = references.stored
         for start in range(0, header.refcount_table_clusters * header.cluster_size, PIECE_SIZE):
             length = min(PIECE_SIZE, header.refcount_table_clusters * header.cluster_size - start)
             piece = await references.read(header.refcount_table_offset + start, length)
@@ -113,10 +115,17 @@ class Survey:
                 if not entry or not self._is_block(index, entry):
                     continue
                 self.blocks[index] = entry
-                first = index * header.refcount_entries
-                if first < len(stored):
-                    counts = self.codec.decode(await references.read(entry, header.cluster_size))
-                    stored[first : first + len(counts)] = counts[: len(stored) - first]
+                await self._load_block(index * header.refcount_entries, entry)
+
+    async def _load_block(self, first: int, offset: int) -> None:
+        """The refcounts of clusters from `first` on."""
+        stored, size = self.references.stored, self.header.cluster_size
+        for start in range(0, size, PIECE_SIZE):
+            if first >= len(stored):
+                break
+            counts = self.codec.decode(await self.references.read(offset + start, min(PIECE_SIZE, size - start)))
+            stored[first : first + len(counts)] = counts[: len(stored) - first]
+            first += len(counts)
 
     def _is_block(self, index: int, entry: int) -> bool:
         """Whether a refcount table entry points at something that can be a block."""
@@ -130,7 +139,7 @@ class Survey:
         self.references.corruption("refcount table", at, f"entry {index} is {entry:#018x}, {expected}")
         return False
 
-    def _count_blocks(self) -> None:
+    async def _count_blocks(self) -> None:
         """The refcount structures, counted last: what else refers to a block makes it unusable."""
         references, header = self.references, self.header
         length = header.refcount_table_clusters * header.cluster_size
@@ -143,7 +152,9 @@ class Survey:
             table = references.add_region("refcount table", offset, length) or range(0)
             self.refcount_clusters.extend(table)
             self.needs_rebuild |= any(references.counts[cluster] != 1 for cluster in table)
-        for index, offset in list(self.blocks.items()):
+        for number, (index, offset) in enumerate(list(self.blocks.items())):
+            if number % _BLOCKS_AT_ONCE == 0:
+                await asyncio.sleep(0)
             cluster = offset >> header.cluster_bits
             is_counted = references.add("refcount block", cluster)
             count = references.counts[cluster]
@@ -288,35 +299,29 @@ class Survey:
 
     # Comparison
 
-    def _compare(self) -> None:
+    async def _compare(self) -> None:
         references, bits = self.references, self.header.cluster_bits
         counts, stored = references.counts, references.stored
         end = references.cluster_count + (1 if counts[-1] else 0)
-        self.report.image_end_offset = (last_used(counts, stored, end) + 1) << bits
-        for cluster in differences(stored, counts, end):
-            refcount, count = stored[cluster], counts[cluster]
-            message = f"cluster {cluster} has refcount {refcount}, expected {count}"
-            self.report.add("leak" if refcount > count else "corruption", "refcount", cluster << bits, message)
-            if refcount < count and cluster // self.header.refcount_entries not in self.blocks:
-                self.needs_rebuild = True
+        self.report.image_end_offset = (await last_used(counts, stored, end) + 1) << bits
+        async for first, found, expected in differing(stored, counts, end):
+            self._report(first, found, expected)
+            clusters = compress(range(first, first + len(found)), map(lt, found, expected))
+            per_block = self.header.refcount_entries
+            self.needs_rebuild |= any(cluster // per_block not in self.blocks for cluster in clusters)
 
-
-def differences(left: array[int], right: array[int], stop: int) -> list[int]:
-    """Indexes below `stop` at which two arrays differ."""
-    found: list[int] = []
-    for start in range(0, stop, _CHUNK):
-        chunk = slice(start, min(start + _CHUNK, stop))
-        if left[chunk] != right[chunk]:
-            found.extend(index for index in range(chunk.start, chunk.stop) if left[index] != right[index])
-    return found
-
-
-def last_used(left: array[int], right: array[int], stop: int) -> int:
-    """The last index below `stop` at which either is not 0; 0 if there is none."""
-    while stop > 0:
-        start = max(0, stop - _CHUNK)
-        parts = left[start:stop], right[start:stop]
-        if any(part != array(part.typecode, bytes(len(part) * part.itemsize)) for part in parts):
-            return next(index for index in range(stop - 1, start - 1, -1) if left[index] or right[index])
-        stop = start
-    return 0
+    def _report(self, first: int, found: list[int], expected: list[int]) -> None:
+        """Of the clusters from `first` on, those that differ; by number alone once there is no room for more."""
+        position = 0
+        for position, (refcount, count) in enumerate(zip(found, expected, strict=True)):
+            if self.report.is_full:
+                break
+            if refcount != count:
+                cluster = first + position
+                message = f"cluster {cluster} has refcount {refcount}, expected {count}"
+                offset = cluster << self.header.cluster_bits
+                self.report.add("leak" if refcount > count else "corruption", "refcount", offset, message)
+        else:
+            return
+        found, expected = found[position:], expected[position:]
+        self.report.omit(sum(map(gt, found, expected)), sum(map(lt, found, expected)))

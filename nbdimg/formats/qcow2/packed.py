@@ -12,9 +12,10 @@ from array import array
 from functools import lru_cache
 
 from nbdimg.formats.qcow2.structs import SECTOR_SIZE
+from nbdimg.formats.zeroed import Typecode
 
 _IS_LITTLE = sys.byteorder == "little"
-_TYPES = {3: "B", 4: "H", 5: "I", 6: "Q"}
+_TYPES: dict[int, Typecode] = {3: "B", 4: "H", 5: "I", 6: "Q"}
 
 
 def decode_offsets(content: bytes | bytearray) -> array[int]:
@@ -46,14 +47,15 @@ class RefcountCodec:
 
     def __init__(self, order: int) -> None:
         self._bits = 1 << order
-        self._typecode = _TYPES[max(order, 3)]
+        self.typecode = _TYPES[max(order, 3)]
+        """Of the arrays."""
 
     def zeroes(self, count: int) -> array[int]:
-        return array(self._typecode, [0]) * count
+        return array(self.typecode, [0]) * count
 
     def decode(self, content: bytes | bytearray) -> array[int]:
         if self._bits >= 8:
-            return _decode(self._typecode, content)
+            return _decode(self.typecode, content)
         unpacked = _unpacked(self._bits)
         return array("B", b"".join([unpacked[byte] for byte in content]))
 

@@ -23,14 +23,18 @@ from operator import ne
 from nbdimg.errors import UnsupportedFeature
 from nbdimg.formats.findings import CheckReport
 from nbdimg.formats.qcow2 import structs as s
+from nbdimg.formats.qcow2.counts import is_zero
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.paced import PacedReader
 from nbdimg.formats.qcow2.packed import RefcountCodec, decode_offsets
+from nbdimg.formats.zeroed import zeroed
 from nbdimg.storage.file import BlockFile
 from nbdimg.units import GiB, KiB, align_down, div_ceil
 
 MEMORY_MAX = 1 * GiB
-"""For two arrays of refcounts: 16 TiB of 64 KiB clusters with 16-bit refcounts, 4 bytes a cluster."""
+"""For two arrays of refcounts: 16 TiB of 64 KiB clusters with 16-bit refcounts, 4 bytes a cluster. Where a sparse file
+has none they take no room, but time.
+"""
 
 METADATA_MAX = 8 * GiB
 """Metadata read in one check; tables that map 64 TiB in 64 KiB clusters. A sparse file can claim far more."""
@@ -94,11 +98,11 @@ class References:
         self._file_size = file.size
         self._is_fixing = is_fixing
         self.cluster_count = div_ceil(self._file_size, self._cluster_size)
-        codec = RefcountCodec(header.refcount_order)
+        typecode = RefcountCodec(header.refcount_order).typecode
         self.count_max = (1 << header.refcount_bits) - 1
-        self.counts = codec.zeroes(self.cluster_count + 1)
+        self.counts = zeroed(typecode, self.cluster_count + 1)
         """References by cluster. The last one is for data that ends within a cluster behind the file's end."""
-        self.stored = codec.zeroes(self.cluster_count + 1)
+        self.stored = zeroed(typecode, self.cluster_count + 1)
         """The refcounts that the image holds."""
         self.metadata: list[tuple[int, int]] = []
         """First and last cluster of every counted table but L2 tables and refcount blocks."""
@@ -111,7 +115,7 @@ class References:
         self.beyond: set[int] = set()
         self.has_broken_references = False
         self.bytes_read = 0
-        self._ones = array(self.counts.typecode, [1]) * (PIECE_SIZE // 8)
+        self._ones = array(typecode, [1]) * (PIECE_SIZE // 8)
         zero_bit = s.ZERO if header.version >= 3 and not header.has_subclusters else 0
         self._plain = s.COPIED | align_down(s.OFFSET_MASK, self._cluster_size) | zero_bit
         self._reserved = s.L2_RESERVED | (s.ZERO & ~zero_bit)
@@ -299,11 +303,10 @@ class References:
             return False
         ones = self._ones if length == len(self._ones) else self._ones[:length]
         if active:
-            stored = self.stored[start:stop]
+            stored = array(ones.typecode, self.stored[start:stop].tobytes())
             if (stored != ones) if first >= s.COPIED else (1 in stored):
                 return False
-        counts = memoryview(self.counts)[start:stop].cast("B")
-        if counts.tobytes().count(0) != len(counts):
+        if not is_zero(self.counts[start:stop]):
             return False
         self.counts[start:stop] = ones if total == 1 else array(ones.typecode, [total]) * length
         self.report.allocated_clusters += active * length

@@ -24,15 +24,19 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import compress
+from operator import ne
 
 from nbdimg.errors import UnsupportedFeature
 from nbdimg.formats.findings import CheckReport
 from nbdimg.formats.qcow2 import structs as s
-from nbdimg.formats.qcow2.check import Survey, check, differences, last_used
+from nbdimg.formats.qcow2.check import Survey, check
+from nbdimg.formats.qcow2.counts import Counts, differing, last_used, used_blocks
 from nbdimg.formats.qcow2.header import KNOWN_AUTOCLEAR, Header
 from nbdimg.formats.qcow2.packed import decode_offsets, encode_offsets
 from nbdimg.formats.qcow2.references import BEYOND_MAX, PIECE_SIZE, Progress
 from nbdimg.formats.qcow2.structs import Incompatible
+from nbdimg.formats.zeroed import zeroed
 from nbdimg.storage.file import BlockFile, Buffer
 from nbdimg.units import div_ceil
 
@@ -106,6 +110,7 @@ class _Repair:
         self._references = survey.references
         self._bits = survey.header.cluster_bits
         self._cluster_size = survey.header.cluster_size
+        self._piece_size = min(PIECE_SIZE, survey.header.cluster_size)
         self._stored = self._references.stored
 
     async def all(self) -> None:
@@ -126,20 +131,30 @@ class _Repair:
     # Refcounts in place
 
     async def _store(self, pick: Callable[[int, int], int]) -> None:
-        """Write the blocks whose counts change. Each count stands for itself, so a torn block is a half-done one."""
-        counts, stored, per_block = self._references.counts, self._stored, self._header.refcount_entries
-        changed = {cluster // per_block for cluster in differences(stored, counts, len(counts))}
-        for index in sorted(changed & self._survey.blocks.keys()):
-            part = slice(index * per_block, (index + 1) * per_block)
-            wanted = array(counts.typecode, map(pick, stored[part], counts[part]))
-            if wanted == stored[part]:
-                continue
-            offset = self._survey.blocks[index]
-            entries = self._survey.codec.decode(await self._read(offset, self._cluster_size))
-            entries[: len(wanted)] = wanted
-            await _write(self._file, offset, self._survey.codec.encode(entries))
-            stored[part] = wanted
+        """Write the pieces of blocks whose counts change. Each count stands for itself: a torn piece is half done."""
+        per_piece = self._piece_size * 8 // self._header.refcount_bits
+        changed: set[int] = set()
+        counts = self._references.counts
+        async for first, found, expected in differing(self._stored, counts, len(counts)):
+            clusters = compress(range(first, first + len(found)), map(ne, found, map(pick, found, expected)))
+            changed.update(cluster // per_piece for cluster in clusters)
+        for piece in sorted(changed):
+            await self._store_piece(slice(piece * per_piece, (piece + 1) * per_piece), pick)
         await self._file.fdatasync()
+
+    async def _store_piece(self, part: slice, pick: Callable[[int, int], int]) -> None:
+        """The counts of these clusters, in one block."""
+        codec, stored, counts = self._survey.codec, self._stored[part], self._references.counts[part]
+        index, position = divmod(part.start, self._header.refcount_entries)
+        block = self._survey.blocks.get(index)
+        if block is None:
+            return
+        offset = block + position * self._header.refcount_bits // 8
+        entries = codec.decode(await self._read(offset, self._piece_size))
+        async for first, found, expected in differing(stored, counts, len(stored)):
+            stored[first : first + len(found)] = array(codec.typecode, map(pick, found, expected))
+        entries[: len(stored)] = array(codec.typecode, stored.tobytes())
+        await _write(self._file, offset, codec.encode(entries))
 
     async def _read(self, offset: int, length: int) -> bytearray:
         content = bytearray(length)
@@ -151,16 +166,17 @@ class _Repair:
     async def _rebuild(self) -> bool:
         """False: not done, as the file would grow over what something refers to already."""
         references = self._references
-        start = last_used(references.counts, references.counts, len(references.counts)) + 1
+        wanted = references.counts
+        start = await last_used(wanted, wanted, len(wanted)) + 1
         if references.has_broken_references:
             start = max(start, references.cluster_count)
         for cluster in self._survey.refcount_clusters:
             if not (references.has_broken_references and references.counts[cluster] == references.count_max):
-                references.counts[cluster] -= 1
-        wanted = references.counts
+                wanted[cluster] -= 1
         if references.has_broken_references:
-            wanted = array(wanted.typecode, map(max, self._stored, wanted))
-        layout = self._layout(wanted, start)
+            async for first, found, expected in differing(self._stored, wanted, len(wanted)):
+                wanted[first : first + len(found)] = array(self._survey.codec.typecode, map(max, found, expected))
+        layout = self._layout(await used_blocks(wanted, self._header.refcount_entries), start)
         if len(references.beyond) >= BEYOND_MAX or any(
             references.cluster_count <= cluster < layout.stop for cluster in references.beyond
         ):
@@ -170,13 +186,13 @@ class _Repair:
         self._survey.needs_rebuild = False
         return True
 
-    async def _write_structures(self, layout: _Layout, wanted: array[int]) -> None:
+    async def _write_structures(self, layout: _Layout, wanted: Counts) -> None:
         header, codec, per_block = self._header, self._survey.codec, self._header.refcount_entries
         table = array("Q", bytes(layout.table_clusters * self._cluster_size))
         for position, index in enumerate(layout.blocks):
             first = index * per_block
             entries = codec.zeroes(per_block)
-            part = wanted[first : first + per_block]
+            part = array(codec.typecode, wanted[first : first + per_block].tobytes())
             entries[: len(part)] = part
             for cluster in range(max(first, layout.start), min(first + per_block, layout.stop)):
                 entries[cluster - first] = 1
@@ -191,8 +207,8 @@ class _Repair:
         header.refcount_table_offset, header.refcount_table_clusters = table_offset, layout.table_clusters
         self._survey.blocks = {index: table[index] for index in layout.blocks}
 
-    def _layout(self, counts: array[int], start: int) -> _Layout:
-        """Blocks and table together count themselves: they grow until they do.
+    def _layout(self, used: set[int], start: int) -> _Layout:
+        """Blocks and table together count themselves: they grow until they do. Args: used: blocks that are needed.
 
         64 KiB clusters, 16 bits: a file of 32767 clusters needs one block for them and, as the block itself is number
         32767 and the table 32768, a second one.
@@ -200,9 +216,6 @@ class _Repair:
         Raises: UnsupportedFeature: REFCOUNT_TABLE_BYTES_MAX.
         """
         per_block = self._header.refcount_entries
-        used = {
-            first // per_block for first in range(0, len(counts), per_block) if any(counts[first : first + per_block])
-        }
         blocks, table_clusters = used, 1
         while True:
             stop = start + len(blocks) + table_clusters
@@ -222,7 +235,7 @@ class _Repair:
 
     def _writable_l2_tables(self) -> list[int]:
         """Clusters of the L2 tables that are no other metadata as well: writing there would do damage."""
-        marks = bytearray(self._references.cluster_count + 1)
+        marks = zeroed("B", self._references.cluster_count + 1)
         for first, last in self._references.metadata:
             marks[first : last + 1] = b"\1" * (last + 1 - first)
         return [cluster for cluster in self._references.l2_tables if not marks[cluster]]

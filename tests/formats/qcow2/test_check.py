@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import shutil
 import struct
+import subprocess
 import time
-from array import array
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,10 @@ import pytest
 from nbdimg.errors import ImageError
 from nbdimg.formats import findings
 from nbdimg.formats.qcow2 import references
-from nbdimg.formats.qcow2.check import CheckReport, Survey, check, last_used
+from nbdimg.formats.qcow2.check import CheckReport, Survey, check
+from nbdimg.formats.qcow2.counts import PIECE, last_used
 from nbdimg.formats.qcow2.header import Header
+from nbdimg.formats.zeroed import zeroed
 from nbdimg.storage.file import BlockFile
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.storage.posix import PosixFile
@@ -221,8 +224,77 @@ def test_check_progress_goes_from_the_first_table_to_the_last(sound: Path) -> No
 
 
 def test_last_used_cluster_of_a_long_and_empty_file_is_found_fast() -> None:
-    counts, stored = (array("H", bytes(2 << 24)) for _ in range(2))
+    counts, stored = (zeroed("H", 1 << 24) for _ in range(2))
     stored[1] = counts[0] = 1
     started = time.process_time()
-    assert [last_used(counts, stored, stop) for stop in (len(counts), 2, 1, 0)] == [1, 1, 0, 0]
+    found = [asyncio.run(last_used(counts, stored, stop)) for stop in (len(counts), 2, 1, 0)]
+    assert found == [1, 1, 0, 0]
     assert time.process_time() - started < 0.5
+
+
+def sparse_image(path: Path, size: int, shared_blocks: int = 0) -> Path:
+    """A new image whose file has this size; from the second one on, `shared_blocks` entries of the refcount table name
+    the same block, which says 1 for each of its 32768 clusters.
+    """
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), "1G"], check=True)
+    block = 1 << 20
+    with path.open("r+b") as file:
+        file.seek(48)
+        (table,) = struct.unpack(">Q", file.read(8))
+        file.seek(table + 8)
+        file.write(struct.pack(">Q", block) * shared_blocks)
+        file.seek(block)
+        file.write(b"\0\1" * 32768 if shared_blocks else b"")
+        file.truncate(size)
+    return path
+
+
+def resident_bytes() -> int:
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) << 10
+
+
+def test_check_of_a_sparse_file_takes_memory_only_for_what_is_in_use(tmp_path: Path) -> None:
+    path = sparse_image(tmp_path / "far.qcow2", 4 << 40)
+
+    async def main() -> int:
+        file = PosixFile(path, writable=False)
+        survey = Survey(file, await header_of(file))
+        before = resident_bytes()
+        await survey.run()
+        taken = resident_bytes() - before
+        assert survey.report.is_clean
+        await file.close()
+        return taken
+
+    assert asyncio.run(main()) < 32 << 20
+
+
+def test_check_of_millions_of_differences_lets_others_have_their_turn_and_remembers_none(tmp_path: Path) -> None:
+    path = sparse_image(tmp_path / "shared.qcow2", 16 << 30, 7)
+    turns = 0
+
+    async def neighbour() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def main() -> CheckReport:
+        file = PosixFile(path, writable=False)
+        header = await header_of(file)
+        other = asyncio.create_task(neighbour())
+        tracemalloc.start()
+        try:
+            report = await check(file, header)
+            assert tracemalloc.get_traced_memory()[1] < 6 << 20
+        finally:
+            tracemalloc.stop()
+            other.cancel()
+            await file.close()
+        return report
+
+    report = asyncio.run(main())
+    assert (report.leaks, report.corruptions) == (7 * 32768, 7)
+    assert report.findings_omitted + len(report.findings) == report.leaks + report.corruptions
+    assert turns > 7 * 32768 // PIECE
