@@ -8,7 +8,7 @@ What may run on the loop's own thread is decided here and nowhere else:
             read first, or the last inline write was slow (the kernel throttles writers): then workers, for a while.
     rest    fdatasync, fallocate, truncate, readahead: workers.
 
-What changes a file is done by one worker at a time.
+What changes a file is done by few workers at a time.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ SLOW_WRITE_S = 0.020
 SLOW_WRITE_PAUSES = 10
 """For so many times as long as it took, writes then go to workers: a throttled writer holds the loop up for at most a
 tenth of the time, and one that was merely preempted loses little.
+"""
+
+CHANGES_MAX = 3
+"""Workers that change one file at a time: the kernel lets one do so, and where the loop is busy the others wait for the
+interpreter's lock meanwhile, some milliseconds for each call. More of them would wait for each other.
 """
 
 _PAGE_MASK = os.sysconf("SC_PAGE_SIZE") - 1
@@ -75,7 +80,7 @@ class PosixFile:
         self._writes_inline = True
         self._inline_writes_from = 0.0
         self._write_back = WriteBack(self.descriptor)
-        self._changes = Series()
+        self._changes = Series(CHANGES_MAX)
 
     @property
     def size(self) -> int:

@@ -11,8 +11,8 @@ A process may be allowed fewer threads than these (a container's limit, `ulimit 
 work, and where there is none the loop does it itself, which holds everybody up and fails nobody. While jobs wait for a
 thread, one more is tried now and then.
 
-Calls that the kernel does one after another anyway, the writes of one file, are given as a `Series`: one thread does
-them without a pause between two. Several threads would wait for each other, and be woken for each. Where other jobs
+Calls that the kernel does one after another anyway, the writes of one file, are given as a `Series`: few threads do
+them without a pause between two. Many threads would wait for each other, and be woken for each. Where other jobs
 wait for a thread they come in between now and then, or as many series as there are threads would keep them from all
 others.
 """
@@ -53,22 +53,23 @@ _Outcome = tuple["asyncio.Future[Any]", Any, BaseException | None]
 
 
 class Series:
-    """Jobs of which one runs at a time, in the order in which they were given."""
+    """Jobs of which at most `running_max` run at a time, begun in the order in which they were given."""
 
-    __slots__ = ("_is_running", "_lock", "_waiting")
+    __slots__ = ("_lock", "_running_count", "_running_max", "_waiting")
 
-    def __init__(self) -> None:
+    def __init__(self, running_max: int = 1) -> None:
         self._lock = threading.Lock()
         self._waiting: deque[_Job] = deque()
-        self._is_running = False
+        self._running_max = running_max
+        self._running_count = 0
 
     def admit(self, job: _Job) -> bool:
         """Whether `job` is to be begun; else it will follow."""
         with self._lock:
-            if self._is_running:
+            if self._running_count == self._running_max:
                 self._waiting.append(job)
                 return False
-            self._is_running = True
+            self._running_count += 1
             return True
 
     def following(self) -> _Job | None:
@@ -76,7 +77,7 @@ class Series:
         with self._lock:
             if self._waiting:
                 return self._waiting.popleft()
-            self._is_running = False
+            self._running_count -= 1
             return None
 
 

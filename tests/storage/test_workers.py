@@ -177,6 +177,28 @@ def test_run_next_does_the_jobs_of_a_series_one_at_a_time_in_order_on_one_thread
     assert len(threads) == 1
 
 
+def test_series_has_as_many_jobs_running_as_it_may_and_no_more() -> None:
+    async def main() -> int:
+        pool = Workers(threads_max=8)
+        series, meeting, lock = Series(3), threading.Barrier(3), threading.Lock()
+        now = peak = 0
+
+        def job() -> None:
+            nonlocal now, peak
+            with lock:
+                now += 1
+                peak = max(peak, now)
+            meeting.wait(WAIT_S)
+            with lock:
+                now -= 1
+
+        await asyncio.wait_for(asyncio.gather(*(pool.run_next(series, job) for _ in range(30))), WAIT_S)
+        pool.close()
+        return peak
+
+    assert asyncio.run(main()) == 3
+
+
 def test_run_next_goes_on_behind_a_job_that_fails_and_delivers_each_result_as_it_comes() -> None:
     def fail() -> None:
         raise OSError(5, "Input/output error")
