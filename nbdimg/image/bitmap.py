@@ -56,6 +56,12 @@ class DirtyBitmap:
     def clear(self) -> None:
         self.bits[:] = bytes(len(self.bits))
 
+    def copy(self) -> DirtyBitmap:
+        """As it is now; each then goes its own way."""
+        made = DirtyBitmap(self.name, self.granularity, self.size)
+        made.bits[:] = self.bits
+        return made
+
     def merge(self, other: DirtyBitmap) -> None:
         """What is dirty in `other`, of the same size, is dirty here too."""
         assert other.size == self.size

@@ -121,7 +121,10 @@ class BitmapStore(Protocol):
     is_marked: bool
 
     async def get(self, name: str) -> DirtyBitmap:
-        """The bitmap of one of `names`. Raises: OSError, ImageError: it cannot be loaded."""
+        """The bitmap of one of `names`.
+
+        Raises: OSError, ImageError: it cannot be loaded. RequestError: EINVAL, there is none of this name any more.
+        """
         ...
 
     async def mark(self) -> None:

@@ -101,10 +101,10 @@ class Image:
         self.gate = FlushGate(self.path, self._barrier)
         self.sync_times = Histogram()
         """Of the single files' barriers that a flush consists of."""
-        bitmaps = driver.bitmaps if isinstance(driver, HasBitmaps) else None
-        self._bitmaps = bitmaps
-        self._recording: BitmapStore | None = bitmaps if bitmaps and writable and bitmaps.recording else None
+        self._bitmaps: BitmapStore | None = None
+        self._recording: BitmapStore | None = None
         """What must know of every change; None: nothing does, and then it costs nothing."""
+        self.bitmaps_changed()
         self._marking = asyncio.Lock()
         self.turns = Turns()
 
@@ -135,13 +135,22 @@ class Image:
 
     # Dirty bitmaps
 
+    def bitmaps_changed(self) -> None:
+        """The driver has other bitmaps than before, or others of them record."""
+        bitmaps = self.driver.bitmaps if isinstance(self.driver, HasBitmaps) else None
+        self._bitmaps = bitmaps
+        self._recording = bitmaps if bitmaps and self.is_writable and bitmaps.recording else None
+
     @property
     def bitmap_names(self) -> Sequence[str]:
         """The dirty bitmaps that can be asked for."""
         return self._bitmaps.names if self._bitmaps is not None else ()
 
     async def bitmap(self, name: str) -> DirtyBitmap:
-        """One of `bitmap_names`; it follows changes if it is enabled. Raises: OSError, ImageError."""
+        """One of `bitmap_names`; it follows changes if it is enabled.
+
+        Raises: RequestError: EINVAL, it has been removed since. OSError, ImageError.
+        """
         assert self._bitmaps is not None
         return await self._bitmaps.get(name)
 

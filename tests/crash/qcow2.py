@@ -12,7 +12,8 @@ import random
 from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from nbdimg.formats.qcow2.bitmap_edit import open_editor
+from nbdimg.formats.qcow2.bitmap_edit import BitmapAction, open_editor
+from nbdimg.formats.qcow2.bitmap_live import change_bitmaps
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.resize import resize
 from nbdimg.formats.qcow2.snapshot_changes import apply_snapshot, create_snapshot, delete_snapshot
@@ -20,7 +21,7 @@ from nbdimg.image.image import Image
 from nbdimg.storage.memory import MemoryFile
 from tests.crash import images
 from tests.crash.images import KiB, Make
-from tests.crash.qcow2check import Checker, digest, opened, whole
+from tests.crash.qcow2check import Checker, digest, kept, opened, whole
 from tests.crash.workloads import Workload, clients, discard_and_reuse
 from tests.support.crash import (
     SECTOR,
@@ -211,6 +212,40 @@ def bitmaps_edited(make: Make) -> Workload:
     return workload
 
 
+async def change_tracking(client: Client, states: str, *actions: BitmapAction) -> None:
+    """A step that the checker knows."""
+    guest = await flushed_guest(client)
+    work = change_bitmaps(image_of(client), actions)
+    await client.step(f"bitmaps {kept(guest)} {states}", lambda: change_alone(client, work))
+
+
+async def bitmaps_changed_live(client: Client, rng: random.Random) -> None:
+    """One stops as another begins; that is cleared, then the first in its place; the other goes."""
+    await some(client, rng)
+    stop, more = BitmapAction("disable", images.BITMAP), BitmapAction("add", "third", 512)
+    await change_tracking(client, f"third=new {images.BITMAP}=still", more, stop)
+    await some(client, rng)
+    await change_tracking(client, "third=new", BitmapAction("clear", "third"))
+    await some(client, rng)
+    merge = BitmapAction("merge", images.IDLE_BITMAP, sources=("third", images.BITMAP))
+    again = BitmapAction("clear", images.BITMAP), BitmapAction("enable", images.BITMAP)
+    await change_tracking(client, f"third=still {images.BITMAP}=new", BitmapAction("disable", "third"), merge, *again)
+    await some(client, rng)
+    await change_tracking(client, "third=gone", BitmapAction("remove", "third"))
+    await some(client, rng)
+
+
+async def first_and_last_bitmap(client: Client, rng: random.Random) -> None:
+    """An image without bitmaps gets some, and loses them."""
+    await some(client, rng)
+    await change_tracking(client, "one=new", BitmapAction("add", "one", 512))
+    await some(client, rng)
+    await change_tracking(client, "two=new", BitmapAction("add", "two", 4 * KiB))
+    await some(client, rng)
+    await change_tracking(client, "one=gone two=gone", BitmapAction("remove", "one"), BitmapAction("remove", "two"))
+    await some(client, rng)
+
+
 _three = clients(3, 15, 8 * KiB)
 _few = clients(2, 5, 8 * KiB)
 _bitmaps = images.with_bitmaps("cluster_size=4k", 128 * KiB)
@@ -274,6 +309,12 @@ FIRST = (
     scenario("bitmaps of a disk that shrinks and grows", _bitmaps, sizes(0.5, 1.2)),
     scenario("bitmaps edited", _bitmaps, bitmaps_edited(_bitmaps)),
     scenario("bitmaps edited, 512-byte clusters", _small_bitmaps, bitmaps_edited(_small_bitmaps)),
+    scenario("bitmaps changed live", _bitmaps, bitmaps_changed_live),
+    scenario("bitmaps changed live, 512-byte clusters", _small_bitmaps, bitmaps_changed_live),
+    scenario("first and last bitmap, lazy refcounts", images.plain(_lazy, 64 * KiB), first_and_last_bitmap),
+    scenario(
+        "first and last bitmap, backing file", images.overlay(_tiny, 64 * KiB, 32 * KiB, "raw"), first_and_last_bitmap
+    ),
 )
 
 _by_name = {each.name.removeprefix("qcow2, "): each for each in FIRST}

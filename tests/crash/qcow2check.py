@@ -9,7 +9,7 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -142,11 +142,45 @@ def digest(guest: bytes) -> str:
     return hashlib.blake2b(guest, digest_size=8).hexdigest()
 
 
+_kept: dict[str, bytes] = {}
+
+
+def kept(guest: bytes) -> str:
+    """A digest by which the checker finds it again."""
+    _kept[digest(guest)] = guest
+    return digest(guest)
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """What a bitmap has to know: what differs between the two. `until` None: it records, up to what the disk is."""
+
+    since: bytes
+    until: bytes | None = None
+
+
+def tracked(start: Start, steps: Sequence[str]) -> dict[str, Tracked]:
+    """The bitmaps after these steps, but for IDLE_BITMAP."""
+    found = {BITMAP: Tracked(start.guest)} if start.has_bitmaps else {}
+    for step in steps:
+        kind, *words = step.split()
+        if kind != "bitmaps":
+            continue
+        guest = _kept[words[0]]
+        for name, state in (word.split("=") for word in words[1:]):
+            if state == "gone":
+                del found[name]
+            else:
+                found[name] = Tracked(guest) if state == "new" else replace(found[name], until=guest)
+    return found
+
+
 class Checker:
     """The check of one scenario. A dirty image is looked at when it has been recovered, and is then without leaks.
 
     Steps it knows, in the order of `expected.steps_begun`: "create NAME DIGEST" of what the snapshot reads as,
-    "delete NAME"; others change no snapshot.
+    "delete NAME"; others change no snapshot. "bitmaps DIGEST NAME=STATE...": what `kept` has kept the disk under, and
+    what becomes of bitmaps all at once: they record from here on ("new"), stay as they are ("still"), or are "gone".
 
     checked: states that our check saw, `distinct` of them different in metadata; `peer_checked`: those that qemu-img
     saw too.
@@ -173,7 +207,11 @@ class Checker:
         if problems:
             return problems
         problems += await self._wrong_snapshots(state)
-        problems += await self._wrong_bitmaps(state)
+        problems += await (
+            self._wrong_tracking(state)
+            if any(each.startswith("bitmaps ") for each in state.expected.steps_begun)
+            else self._wrong_bitmaps(state)
+        )
         if header.is_data_file_raw and not header.has_subclusters:
             problems += await self._wrong_raw_file(state)
         if is_new:
@@ -235,6 +273,45 @@ class Checker:
                 stop = offset + length
                 if not is_dirty and guest[offset:stop] != start.guest[offset:stop].ljust(length, b"\0"):
                     problems.append(f"the bitmap calls bytes {offset} to {stop} clean, and they have changed")
+                offset = stop
+        return problems
+
+    async def _wrong_tracking(self, state: CrashState) -> list[str]:
+        """All bitmaps are as they were before the change that is under way, or all as after it."""
+        start = self.start()
+        before = tracked(start, state.expected.steps_done)
+        problems = await self._not_tracked(state, before)
+        if problems and len(state.expected.steps_begun) > len(state.expected.steps_done):
+            later = await self._not_tracked(state, tracked(start, state.expected.steps_begun))
+            return [*problems, *later] if later else []
+        return problems
+
+    async def _not_tracked(self, state: CrashState, wanted: dict[str, Tracked]) -> list[str]:
+        """Of a bitmap that records a crash may leave nothing but its name."""
+        image = await opened(self.start(), [MemoryFile(content) for content in state.files], writable=False)
+        driver = image.driver
+        assert isinstance(driver, Qcow2Driver)
+        store = driver.made_bitmaps()
+        listed = {each.name: each for each in store.entries}
+        idle = {IDLE_BITMAP} if self.start().has_bitmaps else set()
+        if listed.keys() != wanted.keys() | idle:
+            return [f"there are the bitmaps {sorted(listed)}, expected {sorted(wanted.keys() | idle)}"]
+        problems = []
+        now = await whole(image)
+        for name in idle:
+            if any(not is_dirty for _, is_dirty in (await store.get(name)).runs(0, image.size)):
+                problems.append("the bitmap that does not record has changed")
+        for name, each in wanted.items():
+            if listed[name].is_enabled != (each.until is None):
+                problems.append(f"bitmap {name} is enabled or not: {listed[name].is_enabled}")
+            if not listed[name].is_consistent:
+                problems += [f"bitmap {name} does not record and is lost"] if each.until is not None else []
+                continue
+            until, offset = each.until or now, 0
+            for length, is_dirty in (await store.get(name)).runs(0, image.size):
+                stop = offset + length
+                if not is_dirty and each.since[offset:stop] != until[offset:stop]:
+                    problems.append(f"bitmap {name} calls bytes {offset} to {stop} clean, and they have changed")
                 offset = stop
         return problems
 

@@ -1,18 +1,20 @@
-"""Changes to the dirty bitmaps of an image that nobody uses: add, remove, clear, enable, disable, merge.
+"""Changes to the dirty bitmaps of an image: add, remove, clear, enable, disable, merge.
 
 An editor works on the list in memory; `save` puts all of it in the old one's place in one step. What is not changed
-stays where it is on disk. Nothing that the image refers to is opened.
+stays where it is on disk. `open_editor` is for an image that nobody uses, of which nothing that it refers to is opened;
+`bitmap_live` for one that is open.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from nbdimg.errors import ConfigError, UnsupportedFeature, escaped
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.bitmap_header import check_room
-from nbdimg.formats.qcow2.bitmap_store import Change, claim, replace_bitmaps, settle
+from nbdimg.formats.qcow2.bitmap_store import MEMORY_MAX, Change, claim, replace_bitmaps, settle
 from nbdimg.formats.qcow2.bitmaps import (
     TABLE_BYTES_MAX,
     BitmapEntry,
@@ -24,7 +26,6 @@ from nbdimg.formats.qcow2.bitmaps import (
 )
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.open import open_metadata
-from nbdimg.formats.qcow2.refcount import Refcounts
 from nbdimg.image.bitmap import DirtyBitmap, byte_count
 from nbdimg.storage.file import BlockFile
 from nbdimg.units import KiB, is_power_of_two
@@ -37,15 +38,51 @@ GRANULARITY_MIN = 1 << s.BITMAP_GRANULARITY_BITS_MIN
 GRANULARITY_MAX = 1 << s.BITMAP_GRANULARITY_BITS_MAX
 
 
-class BitmapEditor:
-    """Made by `open_editor`. Every method raises ConfigError when the bitmap that it means is missing or unfit."""
+Load = Callable[[BitmapEntry], Awaitable[DirtyBitmap]]
+Save = Callable[[list[Change]], Awaitable[None]]
 
-    def __init__(self, file: BlockFile, header: Header, counts: Refcounts, entries: list[BitmapEntry]) -> None:
+
+@dataclass(frozen=True, slots=True)
+class BitmapAction:
+    """One of several that are made together. `granularity`, `is_enabled`: of "add". `sources`: of "merge"."""
+
+    action: Literal["add", "remove", "clear", "enable", "disable", "merge"]
+    name: str
+    granularity: int | None = None
+    is_enabled: bool = True
+    sources: tuple[str, ...] = ()
+
+
+class BitmapEditor:
+    """Every method raises ConfigError when the bitmap that it means is missing or unfit.
+
+    Args:
+        entries: as they are now.
+        load: the bits of a consistent one; they are the editor's.
+        save: puts the changes in the place of all; raises OSError, ImageError.
+    """
+
+    def __init__(self, file: BlockFile, header: Header, entries: Sequence[BitmapEntry], load: Load, save: Save) -> None:
         self._file = file
         self._header = header
-        self._counts = counts
-        self._before = entries
+        self._load = load
+        self._save = save
         self._changes: dict[str, Change] = {entry.name: (entry, None) for entry in entries}
+
+    async def carry_out(self, actions: Sequence[BitmapAction]) -> None:
+        """One after the other, each on what those before it have left."""
+        for each in actions:
+            match each.action:
+                case "add":
+                    self.add(each.name, each.granularity, is_enabled=each.is_enabled)
+                case "remove":
+                    self.remove(each.name)
+                case "clear":
+                    self.clear(each.name)
+                case "enable" | "disable":
+                    self.enable(each.name, is_enabled=each.action == "enable")
+                case "merge":
+                    await self.merge(each.name, each.sources)
 
     @property
     def entries(self) -> list[BitmapEntry]:
@@ -79,7 +116,7 @@ class BitmapEditor:
             raise UnsupportedFeature(path, "a disk of size 0 has no bitmaps")
         flags = int(BitmapFlag.AUTO) if is_enabled else 0
         entry = BitmapEntry(name, granularity.bit_length() - 1, flags)
-        self._changes[name] = entry, DirtyBitmap(name, granularity, header.size)
+        self._changes[name] = entry, self._clean(entry)
 
     def remove(self, name: str) -> None:
         """Inconsistent ones too."""
@@ -88,7 +125,7 @@ class BitmapEditor:
 
     def clear(self, name: str) -> None:
         entry = self._usable(name)
-        self._changes[name] = entry, DirtyBitmap(name, entry.granularity, self._header.size)
+        self._changes[name] = entry, self._clean(entry)
 
     def enable(self, name: str, *, is_enabled: bool) -> None:
         """From the next change on the bitmap follows, or it stays as it is."""
@@ -108,17 +145,22 @@ class BitmapEditor:
 
     async def save(self) -> None:
         """Raises: OSError, ImageError: all of it has changed or nothing, and space may be lost."""
-        changes = list(self._changes.values())
-        self._before = await replace_bitmaps(self._file, self._header, self._counts, self._before, changes)
-        self._changes = {entry.name: (entry, None) for entry in self._before}
-        await settle(self._file, self._counts)
+        await self._save(list(self._changes.values()))
+
+    def _clean(self, entry: BitmapEntry) -> DirtyBitmap:
+        size = byte_count(self._header.size, entry.granularity)
+        taken = sum(len(bits.bits) for other, bits in self._changes.values() if bits and other.name != entry.name)
+        if taken + size > MEMORY_MAX:
+            raise UnsupportedFeature(
+                self._file.path,
+                f"bitmap {escaped(entry.name)} takes {size} bytes of memory and others that change with it take "
+                f"{taken}, allowed are {MEMORY_MAX}",
+            )
+        return DirtyBitmap(entry.name, entry.granularity, self._header.size)
 
     async def _bits(self, name: str) -> DirtyBitmap:
         entry, bitmap = self._changes[name]
-        if bitmap is not None:
-            return bitmap
-        table = await load_table(self._file, self._header, entry)
-        return await load_bits(self._file, self._header, entry, table)
+        return bitmap if bitmap is not None else await self._load(entry)
 
     def _find(self, name: str) -> BitmapEntry:
         if name not in self._changes:
@@ -152,4 +194,12 @@ async def open_editor(file: BlockFile) -> BitmapEditor:
     header, counts = await open_metadata(file)
     entries = await load_directory(file, header)
     await claim(file, header, counts, entries)
-    return BitmapEditor(file, header, counts, entries)
+
+    async def load(entry: BitmapEntry) -> DirtyBitmap:
+        return await load_bits(file, header, entry, await load_table(file, header, entry))
+
+    async def save(changes: list[Change]) -> None:
+        await replace_bitmaps(file, header, counts, entries, changes)
+        await settle(file, counts)
+
+    return BitmapEditor(file, header, entries, load, save)

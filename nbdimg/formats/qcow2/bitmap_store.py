@@ -19,16 +19,21 @@ QEMU as well, which does the same to all bitmaps as soon as it opens the image f
          (`bitmap_header`).
     (B5) If marking failed at its barrier nobody knows what the disk has: every later change fails too, as nothing was
          changed so far.
+    (B6) When the list changes under an open image, what is in use and goes on recording stays in use, with the bits
+         that it had on disk; what stops to record is stored, and what is new or cleared is consistent until the next
+         change marks it (B1). For that no request may be in flight, and all that was written must be durable.
 """
 
 from __future__ import annotations
 
+import asyncio
+import errno
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from struct import Struct
 
-from nbdimg.errors import CorruptImage, UnsupportedFeature, escaped
+from nbdimg.errors import CorruptImage, ImageError, RequestError, UnsupportedFeature, escaped
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.bitmap_header import check_room, switch
 from nbdimg.formats.qcow2.bitmaps import (
@@ -47,14 +52,14 @@ from nbdimg.formats.qcow2.refcount import Refcounts, Run
 from nbdimg.image.bitmap import DirtyBitmap, byte_count
 from nbdimg.image.driver import Miss
 from nbdimg.storage.file import BlockFile
-from nbdimg.storage.ordering import Plan, Stage, UnwrittenError, Write, merged, run
+from nbdimg.storage.ordering import Plan, Stage, UnwrittenError, Write, hindered, leaves_no_doubt, merged, run
 from nbdimg.units import MiB, align_up, div_ceil
 
 MEMORY_MAX = 512 * MiB
 """Bits of one image in memory: what QEMU allows a single bitmap, 256 TiB at 64 KiB."""
 
 WRITE_SIZE = 1 * MiB
-"""Bytes of bits in one write."""
+"""Bytes of bits in one write, and looked at between two turns of the loop."""
 
 _FLAGS_OFFSET = 12
 _U32 = Struct(">I")
@@ -87,11 +92,16 @@ class BitmapStore:
         return tuple(entry.name for entry in self.entries if entry.is_consistent or entry.name in self._marked)
 
     async def get(self, name: str) -> DirtyBitmap:
-        """The bitmap of one of `names`, as it is now. Raises: UnsupportedFeature: it would take too much memory."""
+        """The bitmap of one of `names`, as it is now.
+
+        Raises: UnsupportedFeature: it would take too much memory. RequestError: EINVAL, there is none of this name.
+        """
         found = self._loaded.get(name)
         if found is not None:
             return found
-        entry = next(entry for entry in self.entries if entry.name == name)
+        entry = next((entry for entry in self.entries if entry.name == name), None)
+        if entry is None:
+            raise RequestError(errno.EINVAL, f"bitmap {escaped(name)} is not there any more")
         size = byte_count(self._header.size, entry.granularity)
         taken = sum(len(bitmap.bits) for bitmap in self._loaded.values())
         if taken + size > MEMORY_MAX:
@@ -104,6 +114,10 @@ class BitmapStore:
         table = await load_table(self._file, self._header, entry)
         bitmap = await load_bits(self._file, self._header, entry, table)
         return self._loaded.setdefault(name, bitmap)
+
+    async def copy(self, name: str) -> DirtyBitmap:
+        """As `get`, for whoever changes it."""
+        return (await self.get(name)).copy()
 
     async def record(self) -> None:
         """Load the enabled bitmaps: from now on every change must be set in them."""
@@ -118,8 +132,7 @@ class BitmapStore:
         await self._mark({bitmap.name for bitmap in self.recording})
 
     async def _mark(self, names: set[str]) -> None:
-        if self._failure is not None:
-            raise OSError(self._failure.errno, self._failure.strerror)
+        self._check()
         entries = [entry for entry in self.entries if entry.name in names - self._marked]
         if not entries:
             return
@@ -134,6 +147,11 @@ class BitmapStore:
             raise
         self._marked |= names
         self.is_marked = all(bitmap.name in self._marked for bitmap in self.recording)
+
+    def _check(self) -> None:
+        """Raises: OSError (B5)."""
+        if self._failure is not None:
+            raise OSError(self._failure.errno, self._failure.strerror)
 
     async def resize(self, size: int) -> None:
         """Before the header says that the disk has `size` bytes: all consistent bitmaps are loaded and marked, and are
@@ -159,6 +177,48 @@ class BitmapStore:
         self._marked = set()
         self.is_marked = False
         await settle(self._file, counts)
+
+    async def replace(self, counts: Refcounts, changes: Sequence[Change]) -> None:
+        """Put `changes`, made of `entries`, in the place of all bitmaps (B6), and record those that are enabled then.
+        `settle` follows, as behind `replace_bitmaps`.
+
+        Raises: OSError, ImageError: as `get` and `replace_bitmaps`; then nothing is recorded otherwise than before.
+        """
+        self._check()
+        loaded = await self._loaded_with(changes)
+        in_use = {entry.name for entry, bits in changes if bits is None and entry.is_enabled} & self._marked
+        on_disk: list[Change] = []
+        for entry, bits in changes:
+            if entry.name in in_use:
+                on_disk.append((replace(entry, flags=entry.flags | BitmapFlag.IN_USE), None))
+            elif bits is None and entry.name in self._marked:
+                on_disk.append((entry, loaded[entry.name]))
+            else:
+                on_disk.append((entry, bits))
+        placed = await replace_bitmaps(self._file, self._header, counts, self.entries, on_disk)
+        self.entries = [
+            replace(now, flags=entry.flags) if entry.name in in_use else now
+            for (entry, _), now in zip(changes, placed, strict=True)
+        ]
+        self._loaded, self._marked = loaded, in_use
+        self.recording = tuple(loaded[entry.name] for entry in self.entries if entry.is_consistent and entry.is_enabled)
+        self.is_marked = all(bitmap.name in in_use for bitmap in self.recording)
+
+    async def _loaded_with(self, changes: Sequence[Change]) -> dict[str, DirtyBitmap]:
+        """What is in memory when they are made: all that record then, and of the others those that are now."""
+        loaded: dict[str, DirtyBitmap] = {}
+        for entry, bits in changes:
+            if bits is None and entry.is_consistent and entry.is_enabled:
+                bits = await self.get(entry.name)
+            bits = bits or self._loaded.get(entry.name)
+            if bits is not None:
+                loaded[entry.name] = bits
+        taken = sum(len(bitmap.bits) for bitmap in loaded.values())
+        if taken > MEMORY_MAX:
+            raise UnsupportedFeature(
+                self._file.path, f"its bitmaps would take {taken} bytes of memory, allowed are {MEMORY_MAX}"
+            )
+        return loaded
 
 
 async def open_store(file: BlockFile, header: Header, counts: Refcounts | None) -> BitmapStore | None:
@@ -198,11 +258,29 @@ async def replace_bitmaps(
     """Put `changes` in the place of all bitmaps in one step (B3); returns the new entries. `settle` follows: it frees
     what the old ones had.
 
-    On an error the old ones hold, and space may be lost.
+    On an error the old ones hold, and space may be lost; not where it leaves no doubt about what the disk has.
 
     Raises: OSError. UnsupportedFeature: the header, or the file, has no room. CorruptImage: from the refcounts.
     """
     check_room(file, header, len(changes))
+    space = _Space(counts)
+    try:
+        old, entries, extension = await hindered(_prepare(file, header, space, before, changes))
+        await settle(file, counts)
+        await switch(file, header, extension)
+    except (OSError, ImageError) as error:
+        if leaves_no_doubt(error) or isinstance(error, UnsupportedFeature):
+            space.give_back()
+        raise
+    for cluster in old:
+        counts.free(cluster, punch=True)
+    return entries
+
+
+async def _prepare(
+    file: BlockFile, header: Header, space: _Space, before: Sequence[BitmapEntry], changes: Sequence[Change]
+) -> tuple[list[int], list[BitmapEntry], bytes | None]:
+    """Write what is new where nothing refers to it: the clusters of what goes, the new entries, the extension."""
     kept = {entry.table_offset for entry, bitmap in changes if bitmap is None}
     gone = [entry for entry in before if entry.table_offset not in kept]
     old = clusters_of(header, gone, [await load_table(file, header, entry) for entry in gone])
@@ -212,15 +290,11 @@ async def replace_bitmaps(
         old.extend(range(first, first + div_ceil(region[1], header.cluster_size)))
     entries = []
     for entry, bitmap in changes:
-        entries.append(entry if bitmap is None else await _write_bitmap(file, header, counts, entry, bitmap))
+        entries.append(entry if bitmap is None else await _write_bitmap(file, header, space, entry, bitmap))
     extension = None
     if entries:
-        entries, extension = await _write_directory(file, header, counts, entries)
-    await settle(file, counts)
-    await switch(file, header, extension)
-    for cluster in old:
-        counts.free(cluster, punch=True)
-    return entries
+        entries, extension = await _write_directory(file, header, space, entries)
+    return old, entries, extension
 
 
 async def settle(file: BlockFile, counts: Refcounts) -> None:
@@ -233,16 +307,29 @@ async def settle(file: BlockFile, counts: Refcounts) -> None:
         await counts.reclaim()
 
 
-async def _allocate(counts: Refcounts, count: int, *, is_contiguous: bool) -> Run:
-    ask = counts.allocate_contiguous if is_contiguous else counts.allocate
-    while isinstance(answer := ask(count), Miss):
-        await answer.load()
-    counts.metadata.update(range(answer.cluster, answer.cluster + answer.count))
-    return answer
+class _Space:
+    """Clusters for one change, that may be given back until something refers to them."""
+
+    def __init__(self, counts: Refcounts) -> None:
+        self._counts = counts
+        self._taken: list[Run] = []
+
+    async def allocate(self, count: int, *, is_contiguous: bool) -> Run:
+        counts = self._counts
+        ask = counts.allocate_contiguous if is_contiguous else counts.allocate
+        while isinstance(answer := ask(count), Miss):
+            await answer.load()
+        counts.metadata.update(range(answer.cluster, answer.cluster + answer.count))
+        self._taken.append(answer)
+        return answer
+
+    def give_back(self) -> None:
+        for taken in self._taken:
+            self._counts.give_back(taken)
 
 
 async def _write_bitmap(
-    file: BlockFile, header: Header, counts: Refcounts, entry: BitmapEntry, bitmap: DirtyBitmap
+    file: BlockFile, header: Header, space: _Space, entry: BitmapEntry, bitmap: DirtyBitmap
 ) -> BitmapEntry:
     """Bits and table in new clusters; clusters that are all clean or all dirty take none."""
     cluster_size, bits = header.cluster_size, bitmap.bits
@@ -251,34 +338,36 @@ async def _write_bitmap(
     mixed = []
     for index in range(len(table)):
         start = index * cluster_size
+        if start % WRITE_SIZE == 0:
+            await asyncio.sleep(0)
         stop = min(start + cluster_size, len(bits))
         if bits.count(0xFF, start, stop) == cluster_size:
             table[index] = 1
         elif bits.count(0, start, stop) != stop - start:
             mixed.append(index)
     while mixed:
-        place = await _allocate(counts, min(len(mixed), max(1, WRITE_SIZE // cluster_size)), is_contiguous=False)
+        place = await space.allocate(min(len(mixed), max(1, WRITE_SIZE // cluster_size)), is_contiguous=False)
         offset = place.cluster << header.cluster_bits
         batch, mixed = mixed[: place.count], mixed[place.count :]
         pieces = [bits[index * cluster_size : (index + 1) * cluster_size].ljust(cluster_size, b"\0") for index in batch]
         for number, index in enumerate(batch):
             table[index] = offset + number * cluster_size
         await file.pwrite(offset, b"".join(pieces))
-    table_offset = await _write_table(file, header, counts, encode_offsets(table))
+    table_offset = await _write_table(file, header, space, encode_offsets(table))
     flags = entry.flags & ~int(BitmapFlag.IN_USE)
     return replace(entry, flags=flags, table_offset=table_offset, table_size=len(table))
 
 
-async def _write_table(file: BlockFile, header: Header, counts: Refcounts, content: bytes) -> int:
+async def _write_table(file: BlockFile, header: Header, space: _Space, content: bytes) -> int:
     """Into new contiguous clusters, padded with zeroes; returns where."""
-    place = await _allocate(counts, div_ceil(len(content), header.cluster_size), is_contiguous=True)
+    place = await space.allocate(div_ceil(len(content), header.cluster_size), is_contiguous=True)
     offset = place.cluster << header.cluster_bits
     await file.pwrite(offset, content.ljust(align_up(len(content), header.cluster_size), b"\0"))
     return offset
 
 
 async def _write_directory(
-    file: BlockFile, header: Header, counts: Refcounts, entries: list[BitmapEntry]
+    file: BlockFile, header: Header, space: _Space, entries: list[BitmapEntry]
 ) -> tuple[list[BitmapEntry], bytes]:
     """The entries with their new offsets, and the extension that names the directory."""
     pieces = [entry.to_bytes() for entry in entries]
@@ -288,7 +377,7 @@ async def _write_directory(
             file.path,
             f"the bitmap directory would take {len(content)} bytes, allowed are {s.BITMAP_DIRECTORY_BYTES_MAX}",
         )
-    offset = position = await _write_table(file, header, counts, content)
+    offset = position = await _write_table(file, header, space, content)
     placed = []
     for entry, piece in zip(entries, pieces, strict=True):
         placed.append(replace(entry, offset=position))

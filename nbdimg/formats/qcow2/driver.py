@@ -125,6 +125,12 @@ class Qcow2Driver:
         except CorruptImage as error:
             raise self._failed(error) from None
 
+    def made_bitmaps(self) -> BitmapStore:
+        """The image's bitmaps, so that there may be some; until then it has none."""
+        if self._bitmaps is None:
+            self._bitmaps = self.bitmaps = BitmapStore(self.file, self.header, [])
+        return self._bitmaps
+
     def resized(self) -> None:
         """`header` has another size, or names another L1 table: the next plan writes it (Q6)."""
         self._has_new_size = True
