@@ -141,7 +141,7 @@ class Export:
             block_size_min=block_size_min,
             block_size_preferred=max(block_size_min, PREFERRED_SIZE, SECTOR_SIZE),
             payload_max=payload_max,
-            contexts=(BASE_ALLOCATION, ALLOCATION_DEPTH, *_bitmap_contexts(image)),
+            contexts=_contexts(image),
         )
         self.overlays: Overlays | None = None
 
@@ -331,7 +331,7 @@ class Export:
     async def standstill(self) -> AsyncIterator[None]:
         """Within it no request is in flight and no flush runs; those that come wait. One at a time.
 
-        Afterwards the export's size is the image's. Must not be cancelled while it waits.
+        Afterwards the export has the image's size, and offers its bitmaps. Must not be cancelled while it waits.
         """
         assert self._standstill_end is None
         end = self._standstill_end = asyncio.Event()
@@ -343,10 +343,15 @@ class Export:
                 await self._is_quiet.wait()
             yield
         finally:
-            self.info = replace(self.info, size=align_down(self.image.size, self.info.block_size_min))
+            size = align_down(self.image.size, self.info.block_size_min)
+            self.info = replace(self.info, size=size, contexts=_contexts(self.image))
             self._standstill_end = None
             self.inflight.leave(entry)
             end.set()
+
+    def withdraw(self, contexts: Collection[str]) -> None:
+        """Offer these metadata contexts to nobody, until the end of a standstill."""
+        self.info = replace(self.info, contexts=tuple(each for each in self.info.contexts if each not in contexts))
 
     async def close(self) -> None:
         """Flush and close the image. No request may be in flight. Raises: ImageError."""
@@ -366,8 +371,9 @@ async def _until_ready(entry: Entry) -> None:
         await ready
 
 
-def _bitmap_contexts(image: Image) -> list[str]:
-    return [DIRTY_BITMAP + name for name in image.bitmap_names[:BITMAP_CONTEXTS_MAX]]
+def _contexts(image: Image) -> tuple[str, ...]:
+    bitmaps = [DIRTY_BITMAP + name for name in image.bitmap_names[:BITMAP_CONTEXTS_MAX]]
+    return BASE_ALLOCATION, ALLOCATION_DEPTH, *bitmaps
 
 
 def _fits_the_wire(text: str) -> bool:

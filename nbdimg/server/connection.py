@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from nbdimg.errors import NbdimgError, ProtocolError, TlsError, escaped
@@ -163,6 +163,11 @@ class Connection:
     def is_read_only(self) -> bool:
         """Whether the client was given an export that it may not change."""
         return self._session is not None and bool(self._session.export.flags & TransmissionFlag.READ_ONLY)
+
+    @property
+    def contexts(self) -> Collection[str]:
+        """Metadata contexts that the client may ask for."""
+        return () if self._session is None else self._session.contexts.values()
 
     @property
     def in_flight(self) -> int:

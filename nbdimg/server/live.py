@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -23,13 +23,25 @@ from nbdimg.errors import ConfigError, ImageFailed, ImageLocked, NbdimgError, No
 from nbdimg.export.export import Export, default_name
 from nbdimg.formats import resize_image
 from nbdimg.formats.newfile import naming
+from nbdimg.formats.qcow2.bitmap_edit import BitmapAction
+from nbdimg.formats.qcow2.bitmap_live import change_bitmaps, foresee
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.snapshot_changes import create_snapshot, delete_snapshot
 from nbdimg.formats.qcow2.snapshots import Snapshot, find_snapshot, load_snapshots
 from nbdimg.server.connection import Connection
 from nbdimg.server.reload import Reloader
 from nbdimg.server.service import SNAPSHOT_EXPORTS_MAX, Leaving, Service, image_of, named
-from nbdimg.server.states import ClientState, ExportState, SnapshotState, client_state, export_state, snapshot_state
+from nbdimg.server.states import (
+    BitmapState,
+    ClientState,
+    ExportState,
+    SnapshotState,
+    bitmap_state,
+    client_state,
+    export_state,
+    snapshot_state,
+)
+from nbdimg.wire.constants import DIRTY_BITMAP
 
 T = TypeVar("T")
 
@@ -230,7 +242,7 @@ class Control:
 
     async def _snapshot_create(self, name: str, tag: str) -> SnapshotState:
         export = self._changeable(name)
-        driver = _qcow2_driver(export)
+        driver = _qcow2_driver(export, "snapshots")
         self._check_free(f"{name}@{tag}")
         async with _overhaul(export):
             made = await create_snapshot(driver, tag, now_ns=time.time_ns())
@@ -247,7 +259,7 @@ class Control:
 
     async def _snapshot_delete(self, name: str, tag: str) -> None:
         export = self._changeable(name)
-        driver = _qcow2_driver(export)
+        driver = _qcow2_driver(export, "snapshots")
         service = self._service
         snapshot = find_snapshot(driver.file.path, await load_snapshots(driver.file, driver.header), tag)
         exported = service.remove_snapshot(name, snapshot.id)
@@ -273,6 +285,50 @@ class Control:
             await service.add_snapshot(name, snapshot_id, label)
         except (NbdimgError, OSError) as error:
             logger.error("snapshot %s of %s is not exported: %s", escaped(label), escaped(name), error)
+
+    async def bitmaps(self, name: str) -> list[BitmapState]:
+        """An image's dirty bitmaps; of a format without them, none."""
+        return await self._alone(self._bitmaps(name))
+
+    async def _bitmaps(self, name: str) -> list[BitmapState]:
+        driver = self._image_export(name).image.driver
+        if not isinstance(driver, Qcow2Driver) or driver.stored_bitmaps is None:
+            return []
+        return [bitmap_state(each) for each in driver.stored_bitmaps.entries]
+
+    async def bitmaps_change(self, name: str, actions: Sequence[BitmapAction]) -> list[BitmapState]:
+        """Carry out all of `actions`, one after the other and in one moment at which no request is half done, or none
+        of them; durably. Requests wait meanwhile. Returns the bitmaps that there are then.
+
+        Clients that connect are offered these. One that a client has chosen as a metadata context is not removed.
+
+        Raises: ConfigError: a bitmap is missing, there already, inconsistent, or in use by a client; the export is
+            read-only or a snapshot. UnsupportedFeature: the format has none, or no room. ImageError, OSError.
+        """
+        return await self._alone(self._bitmaps_change(name, actions))
+
+    async def _bitmaps_change(self, name: str, actions: Sequence[BitmapAction]) -> list[BitmapState]:
+        export = self._changeable(name)
+        _qcow2_driver(export, "dirty bitmaps")
+        with naming(export.image.path):
+            left = await foresee(export.image, actions)
+        gone = {f"{DIRTY_BITMAP}{each.name}" for each in await self._bitmaps(name) if each.name not in left}
+        self._check_unused(export, gone)
+        export.withdraw(gone)
+        async with _overhaul(export):
+            await change_bitmaps(export.image, actions)
+        said = ", ".join(f"{each.action} {escaped(each.name)}" for each in actions)
+        logger.info("export %s: bitmaps were changed: %s", escaped(name), said)
+        return await self._bitmaps(name)
+
+    def _check_unused(self, export: Export, contexts: Set[str]) -> None:
+        for client in self._service.server.clients_of([export]):
+            for context in contexts & set(client.contexts):
+                bitmap = escaped(context.removeprefix(DIRTY_BITMAP))
+                raise ConfigError(
+                    f"bitmap {bitmap} is in use by client {client.number} ({client.peer}), expected one that no client "
+                    "has asked for: disconnect it first"
+                )
 
     def _snapshot_state(self, name: str, snapshot: Snapshot, size: int) -> SnapshotState:
         exports = self._service.exports[name]
@@ -369,9 +425,9 @@ async def _overhaul(export: Export) -> AsyncIterator[None]:
                 export.image.overhauled()
 
 
-def _qcow2_driver(export: Export) -> Qcow2Driver:
+def _qcow2_driver(export: Export, parts: str) -> Qcow2Driver:
     """Raises: UnsupportedFeature: it is another format's."""
     driver = export.image.driver
     if not isinstance(driver, Qcow2Driver):
-        raise UnsupportedFeature(export.image.path, f"{driver.name} images have no snapshots, qcow2 images do")
+        raise UnsupportedFeature(export.image.path, f"{driver.name} images have no {parts}, qcow2 images do")
     return driver

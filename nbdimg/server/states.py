@@ -1,4 +1,4 @@
-"""What is told of a running server's exports, clients and snapshots."""
+"""What is told of a running server's exports, clients, snapshots and bitmaps."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nbdimg.export.export import Export
+from nbdimg.formats.qcow2.bitmaps import BitmapEntry
 from nbdimg.formats.qcow2.snapshots import Snapshot
 from nbdimg.server.connection import Connection
 from nbdimg.wire.constants import TransmissionFlag
@@ -69,6 +70,18 @@ class SnapshotState:
     export: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class BitmapState:
+    """A dirty bitmap. `is_consistent` False: it misses what a crash has lost, and can only be removed."""
+
+    name: str
+    granularity: int
+    """Bytes that a bit stands for."""
+    is_enabled: bool
+    """Whether it follows changes."""
+    is_consistent: bool
+
+
 def export_state(export: Export, clients: Sequence[Connection], *, is_live: bool, is_hidden: bool) -> ExportState:
     image = export.image
     return ExportState(
@@ -108,4 +121,13 @@ def snapshot_state(snapshot: Snapshot, current_size: int, export: str | None) ->
         size=current_size if snapshot.disk_size is None else snapshot.disk_size,
         created_s=snapshot.seconds + snapshot.nanoseconds / 1e9,
         export=export,
+    )
+
+
+def bitmap_state(entry: BitmapEntry) -> BitmapState:
+    return BitmapState(
+        name=entry.name,
+        granularity=entry.granularity,
+        is_enabled=entry.is_enabled,
+        is_consistent=entry.is_consistent,
     )

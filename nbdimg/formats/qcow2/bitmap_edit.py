@@ -38,6 +38,8 @@ GRANULARITY_MIN = 1 << s.BITMAP_GRANULARITY_BITS_MIN
 GRANULARITY_MAX = 1 << s.BITMAP_GRANULARITY_BITS_MAX
 
 
+BitmapVerb = Literal["add", "remove", "clear", "enable", "disable", "merge"]
+
 Load = Callable[[BitmapEntry], Awaitable[DirtyBitmap]]
 Save = Callable[[list[Change]], Awaitable[None]]
 
@@ -46,7 +48,7 @@ Save = Callable[[list[Change]], Awaitable[None]]
 class BitmapAction:
     """One of several that are made together. `granularity`, `is_enabled`: of "add". `sources`: of "merge"."""
 
-    action: Literal["add", "remove", "clear", "enable", "disable", "merge"]
+    action: BitmapVerb
     name: str
     granularity: int | None = None
     is_enabled: bool = True

@@ -125,6 +125,11 @@ class Qcow2Driver:
         except CorruptImage as error:
             raise self._failed(error) from None
 
+    @property
+    def stored_bitmaps(self) -> BitmapStore | None:
+        """`bitmaps`, with what this format knows of them."""
+        return self._bitmaps
+
     def made_bitmaps(self) -> BitmapStore:
         """The image's bitmaps, so that there may be some; until then it has none."""
         if self._bitmaps is None:
