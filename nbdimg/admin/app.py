@@ -44,6 +44,8 @@ ADMIN_ROUTES = (
     web.get(f"{_EXPORT}/snapshots", exports.list_snapshots),
     web.post(f"{_EXPORT}/snapshots", exports.create_snapshot),
     web.delete(f"{_EXPORT}/snapshots/{{snapshot:[^/]+}}", exports.delete_snapshot),
+    web.get(f"{_EXPORT}/bitmaps", exports.list_bitmaps),
+    web.post(f"{_EXPORT}/bitmaps", exports.change_bitmaps),
 )
 
 logger = logging.getLogger("nbdimg")

@@ -13,7 +13,7 @@ from nbdimg.admin.metrics import exposition
 from nbdimg.admin.problems import Refusal
 from nbdimg.server.live import Control
 from nbdimg.server.service import Service
-from nbdimg.server.states import ClientState, ExportState, SnapshotState
+from nbdimg.server.states import BitmapState, ClientState, ExportState, SnapshotState
 
 
 class Backend:
@@ -85,7 +85,7 @@ def _starting() -> Refusal:
     return Refusal(503, "the server is starting: images are being opened")
 
 
-def fields_of(state: ExportState | ClientState | SnapshotState) -> dict[str, Any]:
+def fields_of(state: ExportState | ClientState | SnapshotState | BitmapState) -> dict[str, Any]:
     """As JSON wants it. `dataclasses.asdict` copies deeply and takes five times as long; exports may be many."""
     return {name: getattr(state, name) for name in state.__slots__}
 

@@ -1,8 +1,9 @@
-"""`/v1/exports`: what is exported, and its snapshots."""
+"""`/v1/exports`: what is exported, its snapshots and its bitmaps."""
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
+from typing import cast, get_args
 from urllib.parse import quote
 
 from aiohttp import web
@@ -11,11 +12,16 @@ from nbdimg.admin.backend import BACKEND, fields_of
 from nbdimg.admin.problems import Refusal
 from nbdimg.admin.requests import BODY_NAME, checked, json_body, query_choice, table_body
 from nbdimg.configfile import export_of
-from nbdimg.configfile.values import boolean, export_name, size_in_bytes
+from nbdimg.configfile.reader import Table
+from nbdimg.configfile.values import boolean, export_name, list_of, one_of, size_in_bytes, string
+from nbdimg.formats.qcow2.bitmap_edit import BitmapAction, BitmapVerb
 from nbdimg.server.live import Control, RemoveMode
-from nbdimg.server.states import ExportState
+from nbdimg.server.states import BitmapState, ExportState
 
 REMOVE_MODES = ("drain", "hide", "hard")
+
+BITMAP_ACTIONS_MAX = 64
+"""In one request: clients of the export wait for all of them."""
 
 
 async def list_exports(request: web.Request) -> web.Response:
@@ -78,6 +84,43 @@ async def delete_snapshot(request: web.Request) -> web.Response:
         raise Refusal(404, f"{state.name!r} has no snapshot {wanted!r:.80}")
     await control.snapshot_delete(state.name, wanted)
     return web.Response(status=204)
+
+
+async def list_bitmaps(request: web.Request) -> web.Response:
+    control, state = _found(request)
+    return _bitmaps(await control.bitmaps(state.name))
+
+
+async def change_bitmaps(request: web.Request) -> web.Response:
+    control, state = _found(request)
+    table, reader = await table_body(request, ("actions",))
+    tables = table.tables("actions", ("action", "name", "granularity", "disabled", "sources"))
+    actions = [_bitmap_action(each) for each in tables[:BITMAP_ACTIONS_MAX]]
+    if not 1 <= len(tables) <= BITMAP_ACTIONS_MAX:
+        table.report(f"there are {len(tables)}, expected 1 to {BITMAP_ACTIONS_MAX}", "actions")
+    checked(reader)
+    return _bitmaps(await control.bitmaps_change(state.name, actions))
+
+
+def _bitmap_action(table: Table) -> BitmapAction:
+    action = table.get("action", one_of(*get_args(BitmapVerb)), "")
+    for key in ("action", "name", *(["sources"] if action == "merge" else [])):
+        if key not in table:
+            table.report(f"{key} is missing")
+    for key, owner in (("granularity", "add"), ("disabled", "add"), ("sources", "merge")):
+        if key in table and action != owner:
+            table.report(f"not allowed here, expected with {owner} alone", key)
+    return BitmapAction(
+        cast(BitmapVerb, action),
+        table.get("name", string, ""),
+        table.get("granularity", size_in_bytes(1), None),
+        not table.get("disabled", boolean, False),
+        table.get("sources", list_of(string), ()),
+    )
+
+
+def _bitmaps(states: Sequence[BitmapState]) -> web.Response:
+    return web.json_response({"bitmaps": [fields_of(each) for each in states]})
 
 
 def _found(request: web.Request) -> tuple[Control, ExportState]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from aiohttp import web
 
+from nbdimg.admin.exports import BITMAP_ACTIONS_MAX
 from nbdimg.admin.problems import PROBLEM_TYPE
 from nbdimg.admin.requests import JSON_TYPE
 from nbdimg.configfile.mapping import OVERLAY_MODES
 from nbdimg.formats import DRIVERS
+from nbdimg.formats.qcow2.bitmap_edit import BitmapVerb
 
 Json = dict[str, Any]
 
@@ -42,7 +44,14 @@ def document() -> Json:
         },
         "servers": [{"url": "/"}],
         "security": [{}, {"token": []}],
-        "paths": {**_health_paths(), **_server_paths(), **_client_paths(), **_export_paths(), **_snapshot_paths()},
+        "paths": {
+            **_health_paths(),
+            **_server_paths(),
+            **_client_paths(),
+            **_export_paths(),
+            **_snapshot_paths(),
+            **_bitmap_paths(),
+        },
         "components": {
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
             "schemas": _schemas(),
@@ -188,6 +197,31 @@ def _snapshot_paths() -> Json:
     }
 
 
+def _bitmap_paths() -> Json:
+    action = _object(
+        {"action": {"enum": list(get_args(BitmapVerb))}, "name": {**_STRING, "description": "the bitmap's"}},
+        {
+            "granularity": {**_SIZE, "description": "of add: a power of two from 512 to 2G"},
+            "disabled": {**_BOOLEAN, "default": False, "description": "of add: it does not follow changes yet"},
+            "sources": {**_STRINGS, "description": "of merge, which needs them: bitmaps whose bits go into this one"},
+        },
+    )
+    actions = {"type": "array", "items": action, "minItems": 1, "maxItems": BITMAP_ACTIONS_MAX}
+    bitmaps = {"200": _json(_list_of("bitmaps", "Bitmap"), "the bitmaps that there are")}
+    return {
+        "/v1/exports/{name}/bitmaps": {
+            "parameters": [{"$ref": "#/components/parameters/name"}],
+            "get": _operation("bitmaps", "An image's dirty bitmaps.", bitmaps),
+            "post": _operation(
+                "change_bitmaps",
+                "Add, remove, clear, enable, disable and merge bitmaps: all of it in one moment, durably, or nothing.",
+                bitmaps,
+                body=_object({"actions": actions}),
+            ),
+        },
+    }
+
+
 def _schemas() -> Json:
     access = _object(
         optional={
@@ -267,6 +301,14 @@ def _schemas() -> Json:
                 "size": _COUNT,
                 "created_s": {**_SECONDS, "description": "seconds since 1970 UTC"},
                 "export": {**_NULLABLE_STRING, "description": "the name that it is exported under"},
+            }
+        ),
+        "Bitmap": _object(
+            {
+                "name": _STRING,
+                "granularity": {**_COUNT, "description": "bytes that a bit stands for"},
+                "is_enabled": {**_BOOLEAN, "description": "it follows changes"},
+                "is_consistent": {**_BOOLEAN, "description": "false: a crash cost what it knew; it can be removed"},
             }
         ),
         "Status": _object(

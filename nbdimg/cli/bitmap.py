@@ -27,6 +27,16 @@ bitmap = typer.Typer(
 
 Image = Annotated[str, typer.Argument(metavar="IMAGE", help="A qcow2 image that no other program writes to.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The bitmap.")]
+Granularity = Annotated[
+    str | None,
+    typer.Option(
+        "--granularity",
+        "-g",
+        metavar="BYTES",
+        help="A power of two from 512 to 2G (default: the cluster size, 4K to 64K).",
+    ),
+]
+Disabled = Annotated[bool, typer.Option("--disabled", help="It does not follow changes until it is enabled.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the image's bitmaps as one JSON object.")]
 
 
@@ -34,18 +44,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the image's bitmaps 
 def add(
     image: Image,
     name: Name,
-    granularity: Annotated[
-        str | None,
-        typer.Option(
-            "--granularity",
-            "-g",
-            metavar="BYTES",
-            help="A power of two from 512 to 2G (default: the cluster size, 4K to 64K).",
-        ),
-    ] = None,
-    disabled: Annotated[
-        bool, typer.Option("--disabled", help="It does not follow changes until it is enabled.")
-    ] = False,
+    granularity: Granularity = None,
+    disabled: Disabled = False,
     as_json: AsJson = False,
 ) -> None:
     """Add a clean bitmap; from now on it follows every change."""
@@ -96,11 +96,7 @@ def list_(image: Image, as_json: AsJson = False) -> None:
     if as_json:
         _print_json(image, entries)
     elif entries:
-        print_table(
-            _COLUMNS,
-            [(shown(each.name), str(each.granularity), _state(each)) for each in entries],
-            right=["GRANULARITY"],
-        )
+        print_bitmaps([(each.name, each.granularity, each.is_enabled, each.is_consistent) for each in entries])
     elif sys.stdout.isatty():
         print(f"{shown(image)}: no bitmaps")
 
@@ -129,10 +125,13 @@ async def _load(path: str) -> list[BitmapEntry]:
         return await load_directory(file, await read_header(file))
 
 
-def _state(entry: BitmapEntry) -> str:
-    if not entry.is_consistent:
-        return "inconsistent"
-    return "enabled" if entry.is_enabled else "disabled"
+def print_bitmaps(bitmaps: Sequence[tuple[str, int, bool, bool]]) -> None:
+    """Of each its name, its granularity, whether it is enabled and whether it is consistent."""
+    rows = []
+    for name, granularity, is_enabled, is_consistent in bitmaps:
+        state = "inconsistent" if not is_consistent else "enabled" if is_enabled else "disabled"
+        rows.append((shown(name), str(granularity), state))
+    print_table(_COLUMNS, rows, right=["GRANULARITY"])
 
 
 def _print_json(path: str, entries: Sequence[BitmapEntry]) -> None:

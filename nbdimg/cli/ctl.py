@@ -38,7 +38,7 @@ def server_api(socket: str, url: str | None, token_file: str | None) -> Api:
     return Api(socket, url, token_file)
 
 
-def _path(*parts: str) -> str:
+def path_of(*parts: str) -> str:
     from nbdimg.cli.http import export_path
 
     return export_path(*parts)
@@ -163,8 +163,8 @@ def remove(
     as_json: AsJson = False,
 ) -> None:
     """Export an image no longer, nor its snapshots."""
-    server_api(socket, url, token_file).change("DELETE", _path(name), mode=mode)
-    _report(f"{shown(name)}: removed", as_json, name=name, mode=mode)
+    server_api(socket, url, token_file).change("DELETE", path_of(name), mode=mode)
+    report(f"{shown(name)}: removed", as_json, name=name, mode=mode)
 
 
 @ctl.command()
@@ -182,14 +182,14 @@ def resize(
     """Give a disk another size, which clients that connect see and those that are connected may use."""
     api = server_api(socket, url, token_file)
     wanted = parse_size(size)
-    old = 0 if shrink else api.get(_path(name))["size"]
+    old = 0 if shrink else api.get(path_of(name))["size"]
     if wanted < old:
         raise ConfigError(
             f"{shown(name)}: the size would go from {old} to {wanted} bytes and lose what lies behind, which takes "
             "--shrink"
         )
-    export = api.change("POST", f"{_path(name)}/resize", {"size": wanted, "shrink": shrink})
-    _report(f"{shown(name)}: {sized(export['size'])}", as_json, export=export)
+    export = api.change("POST", f"{path_of(name)}/resize", {"size": wanted, "shrink": shrink})
+    report(f"{shown(name)}: {sized(export['size'])}", as_json, export=export)
 
 
 @ctl.command()
@@ -204,7 +204,7 @@ def disconnect(
     """Make one client go. It may connect again."""
     mode = "hard" if hard else "drain"
     server_api(socket, url, token_file).change("DELETE", f"/v1/clients/{client}", mode=mode)
-    _report(f"client {client}: disconnected", as_json, id=client, mode=mode)
+    report(f"client {client}: disconnected", as_json, id=client, mode=mode)
 
 
 @ctl.command()
@@ -213,7 +213,7 @@ def reload(
 ) -> None:
     """Have the configuration file read again. One that is refused changes nothing."""
     server_api(socket, url, token_file).change("POST", "/v1/reload")
-    _report("reloaded", as_json, reloaded=True)
+    report("reloaded", as_json, reloaded=True)
 
 
 @ctl.command()
@@ -245,9 +245,9 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Keep a disk as it is now, and export that as NAME@SNAPSHOT."""
-    made = server_api(socket, url, token_file).change("POST", f"{_path(name)}/snapshots", {"name": tag})
+    made = server_api(socket, url, token_file).change("POST", f"{path_of(name)}/snapshots", {"name": tag})
     where = f", exported as {shown(made['export'])}" if made["export"] else ""
-    _report(f"{shown(name)}: made snapshot {shown(made['id'])} ({shown(made['name'])}){where}", as_json, snapshot=made)
+    report(f"{shown(name)}: made snapshot {shown(made['id'])} ({shown(made['name'])}){where}", as_json, snapshot=made)
 
 
 @snapshot.command()
@@ -260,8 +260,8 @@ def delete(
     as_json: AsJson = False,
 ) -> None:
     """Forget a snapshot; its clients have to go."""
-    server_api(socket, url, token_file).change("DELETE", _path(name, "snapshots", tag))
-    _report(f"{shown(name)}: deleted snapshot {shown(tag)}", as_json, name=name, snapshot=tag)
+    server_api(socket, url, token_file).change("DELETE", path_of(name, "snapshots", tag))
+    report(f"{shown(name)}: deleted snapshot {shown(tag)}", as_json, name=name, snapshot=tag)
 
 
 @snapshot.command("list")
@@ -273,7 +273,7 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List the snapshots of an export's image, oldest first."""
-    found = server_api(socket, url, token_file).get(f"{_path(name)}/snapshots")["snapshots"]
+    found = server_api(socket, url, token_file).get(f"{path_of(name)}/snapshots")["snapshots"]
     if as_json:
         print_json(name=name, snapshots=found)
     elif found:
@@ -288,7 +288,7 @@ def _snapshot_row(each: dict[str, Any]) -> tuple[str, ...]:
     return (shown(each["id"]), shown(each["name"]), str(each["size"]), date, shown(each["export"] or "-"))
 
 
-def _report(line: str, as_json: bool, **fields: object) -> None:
+def report(line: str, as_json: bool, **fields: object) -> None:
     """What was done."""
     if as_json:
         print_json(**fields)

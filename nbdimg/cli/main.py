@@ -24,6 +24,7 @@ from nbdimg.cli.config import config
 from nbdimg.cli.connect_help import connect_help
 from nbdimg.cli.create import create
 from nbdimg.cli.ctl import ctl
+from nbdimg.cli.ctl_bitmap import ctl_bitmap
 from nbdimg.cli.healthcheck import main as healthcheck
 from nbdimg.cli.info import info
 from nbdimg.cli.interrupt import EXIT_INTERRUPTED, Interrupted
@@ -68,6 +69,7 @@ app.add_typer(snapshot)
 app.add_typer(bitmap)
 app.add_typer(config)
 app.command()(connect_help)
+ctl.add_typer(ctl_bitmap)
 app.add_typer(ctl)
 app.command()(top)
 

@@ -14,7 +14,7 @@ import pytest
 from nbdimg.admin.problems import BODY_SIZE_MAX
 from tests.admin.served import ADMIN, Served, make_qcow2
 from tests.support.configured import export
-from tests.support.httpclient import ask, connected, received
+from tests.support.httpclient import Answer, ask, connected, received
 from tests.support.peers import require_program
 from tests.support.rawclient import connect_negotiated
 from tests.support.rawprotocol import KIB, MIB, Command, ConnectionClosed
@@ -199,7 +199,8 @@ def test_add_body_with_several_problems_lists_all(served: Served) -> None:
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
 def test_change_without_json_content_type_is_415_as_a_form_of_a_web_page_would_be(served: Served, kind: str) -> None:
-    for path in ("/v1/exports", "/v1/reload", "/v1/exports/disk/resize", "/v1/exports/vm/snapshots"):
+    more = [f"/v1/exports/vm/{each}" for each in ("resize", "snapshots", "bitmaps")]
+    for path in ("/v1/exports", "/v1/reload", *more):
         answer = ask(served.admin, "POST", path, b"{}", {"Content-Type": kind})
         assert (answer.status, answer.detail.rpartition(", ")[2]) == (415, "expected application/json")
 
@@ -299,6 +300,82 @@ def test_snapshot_is_made_listed_served_and_deleted(served: Served) -> None:
     assert served.api.ask("DELETE", f"{template}/{{snapshot}}", name="vm", snapshot="s%2F%7B1%7D").status == 204
     assert served.api.ask("GET", template, name="vm").json()["snapshots"] == []
     assert "vm@s/{1}" not in served.names()
+
+
+def test_bitmaps_are_added_listed_changed_together_and_removed(served: Served) -> None:
+    template = "/v1/exports/{name}/bitmaps"
+
+    def change(*actions: dict[str, object]) -> Answer:
+        return served.api.ask("POST", template, {"actions": actions}, name="vm")
+
+    answer = change({"action": "add", "name": "b/{0}", "granularity": "4KiB"})
+    made = {"name": "b/{0}", "granularity": 4096, "is_enabled": True, "is_consistent": True}
+    assert (answer.status, answer.json()) == (200, {"bitmaps": [made]})
+    answer = change(
+        {"action": "add", "name": "b1", "disabled": True},
+        {"action": "disable", "name": "b/{0}"},
+        {"action": "merge", "name": "b1", "sources": ["b/{0}"]},
+        {"action": "clear", "name": "b/{0}"},
+        {"action": "enable", "name": "b1"},
+    )
+    assert [(each["name"], each["is_enabled"]) for each in answer.json()["bitmaps"]] == [("b/{0}", False), ("b1", True)]
+    assert served.api.ask("GET", template, name="vm").json() == answer.json()
+    answer = change({"action": "remove", "name": "b1"}, {"action": "clear", "name": "b2"})
+    assert (answer.status, answer.detail.partition(": ")[2]) == (409, "there is no bitmap 'b2', known are 'b/{0}'")
+    with connect_negotiated(served.socket_path, "vm") as client:
+        assert client.write(0, b"\xa5" * 512).error == 0
+        assert change({"action": "remove", "name": "b1"}, {"action": "remove", "name": "b/{0}"}).json() == {
+            "bitmaps": []
+        }
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "status", "detail"),
+    [
+        ("nope", {"actions": []}, 404, "there is no export 'nope'"),
+        (
+            "disk",
+            {"actions": [{"action": "add", "name": "b"}]},
+            422,
+            "raw images have no dirty bitmaps, qcow2 images do",
+        ),
+        ("vm", {}, 422, "request body: actions: there are 0, expected 1 to 64"),
+        (
+            "vm",
+            {"actions": [{"action": "add", "name": "b"}] * 65},
+            422,
+            "request body: actions: there are 65, expected",
+        ),
+        ("vm", {"actions": {}}, 422, "request body: actions: a table is not allowed, expected tables"),
+        ("vm", {"actions": [1]}, 422, "request body: actions[0]: 1 is not allowed, expected a table"),
+        ("vm", {"actions": [{"action": "add"}]}, 422, "request body: actions[0]: name is missing"),
+        ("vm", {"actions": [{"name": "b"}]}, 422, "request body: actions[0]: action is missing"),
+        (
+            "vm",
+            {"actions": [{"action": "drop", "name": "b"}]},
+            422,
+            "request body: actions[0].action: 'drop' is not allo",
+        ),
+        ("vm", {"actions": [{"action": "merge", "name": "b"}]}, 422, "request body: actions[0]: sources is missing"),
+        (
+            "vm",
+            {"actions": [{"action": "clear", "name": "b", "disabled": True}]},
+            422,
+            "request body: actions[0].disabled: not allowed here, expected with add alone",
+        ),
+        ("vm", {"actions": [{"action": "add", "name": ""}]}, 409, "bitmap name '': expected 1 to 1023 bytes of UTF-8"),
+        (
+            "vm",
+            {"actions": [{"action": "add", "name": "b", "granularity": 1000}]},
+            409,
+            "granularity is 1000, expected a power of two from 512 to 2147483648",
+        ),
+    ],
+)
+def test_bitmaps_wrong_request_is_refused(served: Served, name: str, body: object, status: int, detail: str) -> None:
+    answer = served.api.ask("POST", "/v1/exports/{name}/bitmaps", body, name=name)
+    assert (answer.status, detail in answer.detail) == (status, True), answer.detail
+    assert served.api.ask("GET", "/v1/exports/{name}/bitmaps", name="vm").json() == {"bitmaps": []}
 
 
 def test_snapshot_of_a_snapshot_is_409(served: Served) -> None:

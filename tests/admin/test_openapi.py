@@ -12,7 +12,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from nbdimg.admin.app import ADMIN_ROUTES
 from nbdimg.admin.openapi import document
 from nbdimg.configfile.mapping import ACCESS_KEYS, EXPORT_KEYS
-from nbdimg.server.states import ClientState, ExportState, SnapshotState
+from nbdimg.server.states import BitmapState, ClientState, ExportState, SnapshotState
 
 ROUTES = {(route.method, route.path.replace(":[^/]+}", "}")) for route in ADMIN_ROUTES}
 
@@ -50,6 +50,7 @@ def test_document_names_each_operation_once_and_says_what_it_does() -> None:
         ("Export", {each.name for each in fields(ExportState)}),
         ("Client", {each.name for each in fields(ClientState)}),
         ("Snapshot", {each.name for each in fields(SnapshotState)}),
+        ("Bitmap", {each.name for each in fields(BitmapState)}),
         ("NewExport", set(EXPORT_KEYS)),
     ],
 )

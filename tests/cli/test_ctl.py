@@ -145,6 +145,28 @@ def test_snapshot_create_list_delete(ctl: Ctl, served: Served) -> None:
     ctl("remove", "snapped")
 
 
+def test_bitmap_add_change_list_and_remove(ctl: Ctl) -> None:
+    assert ctl("bitmap", "list", "vm") == ""
+    assert ctl("bitmap", "add", "vm", "a/b", "-g", "4K") == "vm: added a/b\n"
+    assert ctl("bitmap", "add", "vm", "c", "--disable", "a/b") == "vm: added c, disabled a/b\n"
+    assert ctl("bitmap", "add", "vm", "d", "--disabled") == "vm: added d\n"
+    assert [line.split() for line in ctl("bitmap", "list", "vm").splitlines()] == [
+        ["NAME", "GRANULARITY", "STATE"],
+        ["a/b", "4096", "disabled"],
+        ["c", "65536", "enabled"],
+        ["d", "65536", "disabled"],
+    ]
+    assert ctl("bitmap", "enable", "vm", "a/b", "d") == "vm: enabled a/b, d\n"
+    assert ctl("bitmap", "clear", "vm", "c") == "vm: cleared c\n"
+    assert ctl("bitmap", "merge", "vm", "c", "a/b", "d") == "vm: merged a/b, d into c\n"
+    assert ctl("bitmap", "disable", "vm", "c") == "vm: disabled c\n"
+    assert [each["is_enabled"] for each in ctl.json("bitmap", "list", "vm")["bitmaps"]] == [True, False, True]
+    said = ctl("bitmap", "remove", "vm", "c", "x", status=USAGE)
+    assert said.partition(": ")[2] == "there is no bitmap 'x', known are 'a/b', 'd'"
+    assert ctl.json("bitmap", "remove", "vm", "c", "a/b", "d") == {"version": 1, "name": "vm", "bitmaps": []}
+    assert "raw images have no dirty bitmaps" in ctl("bitmap", "add", "disk", "x", status=IMAGE)
+
+
 def test_disconnect_by_id(ctl: Ctl, served: Served) -> None:
     with connect_negotiated(served.socket_path, "vm") as client:
         (found,) = ctl.json("clients", "vm")["clients"]
@@ -195,7 +217,9 @@ def test_remove_wrong_mode_is_refused_by_the_server(ctl: Ctl) -> None:
 # Reaching a server
 
 
-@pytest.mark.parametrize("arguments", [["remove"], ["clients"], ["snapshot", "list"], ["resize", "--shrink"]])
+@pytest.mark.parametrize(
+    "arguments", [["remove"], ["clients"], ["snapshot", "list"], ["bitmap", "list"], ["resize", "--shrink"]]
+)
 def test_name_that_is_no_utf_8_is_a_name_that_is_not_there(ctl: Ctl, arguments: list[str]) -> None:
     more = ["1M"] if "resize" in arguments else []
     assert "there is no export" in ctl(*arguments, os.fsdecode(b"\xff"), *more, status=USAGE)

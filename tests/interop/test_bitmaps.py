@@ -9,13 +9,18 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nbdimg.cli.healthcheck import SOCKET_VARIABLE
+from nbdimg.cli.main import run
 from tests.support.peers import require_program
 from tests.support.qcow2edit import qemu_img
+from tests.support.rawclient import connect_negotiated
+from tests.support.rss import wait_until
 from tests.support.server import NbdimgServer, PeerServer
 
 CONTEXT = "qemu:dirty-bitmap:"
@@ -160,27 +165,128 @@ def test_bitmap_sessions_of_both_in_turn_accumulate(tmp_path: Path) -> None:
     qemu_img("check", image)
 
 
-def test_backup_of_a_running_machine_as_the_documentation_says(tmp_path: Path) -> None:
-    image, admin = make(tmp_path / "disk.qcow2", "defaults", "monday"), tmp_path / "admin"
+@pytest.fixture
+def admin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An option for a server, which `nbdimg ctl` then asks."""
+    monkeypatch.setenv(SOCKET_VARIABLE, str(tmp_path / "admin"))
+    return f"--admin-socket={tmp_path / 'admin'}"
 
-    def nbdimg(*arguments: str) -> None:
-        command = [sys.executable, "-m", "nbdimg", *arguments]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
 
-    with NbdimgServer(image, options=[f"--admin-socket={admin}"]) as server:
-        io(server, "write -P 1 1M 64k")
-        nbdimg("ctl", "remove", f"--socket={admin}", "disk")
-        nbdimg("snapshot", "create", str(image), "tuesday")
-        nbdimg("bitmap", "add", str(image), "tuesday")
-        nbdimg("bitmap", "disable", str(image), "monday")
-        nbdimg("ctl", "add", f"--socket={admin}", f"disk={image}")
-        io(server, "write -P 2 1M 64k", "write -P 2 3M 64k")
-        assert [each for each in dirty(server, "monday") if each[2]] == [(MIB, 65536, 1)]
-        assert [each for each in dirty(server, "tuesday") if each[2]] == [(MIB, 65536, 1), (3 * MIB, 65536, 1)]
-        snapshot = f"nbd+unix:///disk@tuesday?socket={server.socket_path}"
-        command = [require_program("qemu-io"), "-r", "-f", "raw", "-c", "read -P 1 1M 64k", snapshot]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
-        nbdimg("ctl", "snapshot", "delete", f"--socket={admin}", "disk", "tuesday")
+def ctl_bitmap(*arguments: str) -> None:
+    assert run(["ctl", "bitmap", arguments[0], "disk", *arguments[1:]]) == 0
+
+
+def ctl_snapshot(verb: str, name: str) -> None:
+    assert run(["ctl", "snapshot", verb, "disk", name]) == 0
+
+
+class Writer(threading.Thread):
+    """Writes here and there, without a pause and without a flush, until `finish`."""
+
+    def __init__(self, server: NbdimgServer, size: int, seed: int) -> None:
+        super().__init__(daemon=True)
+        self._server, self._size, self._choose = server, size, random.Random(seed)
+        self._is_over = threading.Event()
+        self.count = 0
+
+    def run(self) -> None:
+        with connect_negotiated(self._server.socket_path, "disk") as client:
+            while not self._is_over.is_set():
+                offset = self._choose.randrange(self._size // 512 - 16) * 512
+                data = bytes([self._choose.randrange(256)]) * (512 * self._choose.randint(1, 16))
+                assert client.write(offset, data).error == 0
+                self.count += 1
+
+    def wait_progress(self) -> None:
+        count = self.count
+        assert wait_until(lambda: self.count > count + 20, 30)
+
+    def finish(self) -> None:
+        self._is_over.set()
+        self.join(30)
+
+
+def test_backup_of_a_running_machine_as_the_documentation_says(tmp_path: Path, admin: str) -> None:
+    """The parts that are dirty, copied over the last backup, make what the whole snapshot is; a writer never stops."""
+    seed, size = 11, 8 * MIB
+    image = make(tmp_path / "disk.qcow2", "defaults")
+    backup = bytearray(size)
+    with NbdimgServer(image, options=[admin]) as server:
+        io(server, "write -q -P 9 1M 64k")
+        ctl_bitmap("add", "day0", "--granularity", "4096")
+        backup[MIB : MIB + 65536] = b"\x09" * 65536
+        writer = Writer(server, size, seed)
+        writer.start()
+        for day in range(1, 3):
+            old, new = f"day{day - 1}", f"day{day}"
+            writer.wait_progress()
+            ctl_bitmap("add", new, "-g", "4096", "--disable", old)
+            writer.wait_progress()
+            ctl_snapshot("create", new)
+            raw = tmp_path / "raw"
+            snapshot = f"nbd+unix:///disk@{new}?socket={server.socket_path}"
+            qemu_img("convert", "-f", "raw", "-O", "raw", snapshot, raw)
+            now = raw.read_bytes()
+            for name in (old, new):
+                for offset, length, flags in dirty(server, name):
+                    if flags:
+                        backup[offset : offset + length] = now[offset : offset + length]
+            assert backup == now, f"seed {seed}: {new}"
+            ctl_snapshot("delete", new)
+            ctl_bitmap("remove", old)
+        writer.finish()
+    assert [each["name"] for each in bitmaps(image)] == ["day2"]
+    qemu_img("check", image)
+
+
+def test_backup_by_one_bitmap_that_is_cleared_is_the_disk(tmp_path: Path, admin: str) -> None:
+    """Nobody writes while it is copied."""
+    image = make(tmp_path / "disk.qcow2", "defaults")
+    backup = bytearray(8 * MIB)
+    with NbdimgServer(image, options=[admin]) as server:
+        ctl_bitmap("add", "b0")
+        for round_number in range(3):
+            io(server, *writes(round_number, len(backup)))
+            raw = tmp_path / "raw"
+            qemu_img("convert", "-f", "raw", "-O", "raw", uri_of(server), raw)
+            now = raw.read_bytes()
+            parts = [(offset, length) for offset, length, flags in dirty(server, "b0") if flags]
+            assert 0 < sum(length for _, length in parts) < len(backup)
+            for offset, length in parts:
+                backup[offset : offset + length] = now[offset : offset + length]
+            assert backup == now
+            ctl_bitmap("clear", "b0")
+            assert dirty(server, "b0") == [(0, len(backup), 0)]
+    with qemu_nbd(image, "b0", "-r") as server:
+        assert dirty(server, "b0") == [(0, len(backup), 0)]
+
+
+@pytest.mark.parametrize("kind", ["defaults", "lazy refcounts", "data file"])
+def test_bitmaps_changed_live_survive_a_kill_where_they_do_not_follow(tmp_path: Path, admin: str, kind: str) -> None:
+    image = make(tmp_path / "disk.qcow2", kind)
+    with NbdimgServer(image, options=[admin]) as server:
+        io(server, "write -q -P 1 0 64k")
+        ctl_bitmap("add", "b0", "b1")
+        io(server, "write -q -P 2 1M 64k")
+        ctl_bitmap("disable", "b0")
+        ctl_bitmap("add", "b2")
+        flags = {each["name"]: each["flags"] for each in bitmaps(image)}
+        assert flags == {"b0": [], "b1": ["in-use", "auto"], "b2": ["auto"]}
+        io(server, "write -q -P 3 1536k 64k", "flush")
+        server.kill()
+    flags = {each["name"]: each["flags"] for each in bitmaps(image)}
+    assert flags == {"b0": [], "b1": ["in-use", "auto"], "b2": ["in-use", "auto"]}
+    if kind != "lazy refcounts":  # those are repaired at the next opening
+        qemu_img("check", image)
+    with NbdimgServer(image, options=[admin]) as server:
+        assert [each for each in dirty(server, "b0") if each[2]] == [(MIB, 65536, 1)]
+        io(server, "read -q -P 3 1536k 64k")
+        ctl_bitmap("remove", "b1", "b2")
+        ctl_bitmap("enable", "b0")
+        io(server, "write -q -P 4 512k 64k")
+    with qemu_nbd(image, "b0", "-r") as server:
+        assert [each for each in dirty(server, "b0") if each[2]] == [(MIB // 2, 65536, 1), (MIB, 65536, 1)]
+    qemu_img("check", image)
 
 
 def test_bitmap_all_dirty_is_stored_without_data_clusters_and_read_by_qemu(tmp_path: Path) -> None:
