@@ -11,6 +11,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from nbdimg.cli.opened import opening
 from nbdimg.cli.options import parsed
 from nbdimg.cli.output import QUIET_S, print_json, progress, shown
 from nbdimg.cli.streams import complain
@@ -27,7 +28,7 @@ from nbdimg.formats.qcow2.layout import (
     check,
 )
 from nbdimg.formats.vhdx import create as vhdx
-from nbdimg.formats.vhdx.parent import read_parent
+from nbdimg.formats.vhdx.parent import Parent, read_parent
 from nbdimg.server.loop import run_loop
 from nbdimg.units import counted, parse_size
 
@@ -160,7 +161,7 @@ def create(
             log_size=vhdx.LOG_SIZE if log_size is None else parsed("--log-size", parse_size, log_size),
             logical_sector_size=logical_sector_size,
             physical_sector_size=physical_sector_size,
-            parent=None if parent is None else run_loop(read_parent(parent)),
+            parent=None if parent is None else _parent(parent),
         )
         _create_vhdx(path, None if size is None else parse_size(size), vhdx_options, as_json)
         return
@@ -192,6 +193,11 @@ def create(
         print_json(**report)
     else:
         _say(report, asked)
+
+
+def _parent(path: str) -> Parent:
+    with opening(path):
+        return run_loop(read_parent(path))
 
 
 def _format(path: str, name: str | None) -> str:
@@ -238,7 +244,8 @@ def _size(path: str, text: str | None, options: CreateOptions) -> int:
 
 
 async def _image_size(path: str, format: str) -> int:
-    image = await open_image(path, format=format, writable=False, is_keyless=True)
+    with opening(path):
+        image = await open_image(path, format=format, writable=False, is_keyless=True)
     try:
         return image.size
     finally:

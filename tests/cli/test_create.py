@@ -23,7 +23,7 @@ from nbdimg.units import GiB, KiB, MiB
 from tests.cli.conftest import Command
 from tests.support.peers import require_program
 
-FAILED, USAGE = 1, 2
+FAILED, USAGE, IMAGE = 1, 2, 3
 
 pytestmark = pytest.mark.usefixtures("directory")
 
@@ -265,8 +265,11 @@ def test_create_file_that_exists_is_kept(refused: Any, name: str) -> None:
     assert Path(name).read_bytes() == b"precious"
 
 
-def test_create_overlay_of_a_missing_file_is_refused(refused: Any) -> None:
-    refused(["a.qcow2", "--backing", "absent", "--backing-format", "raw"], FAILED, "absent: No such file or directory")
+@pytest.mark.parametrize(
+    "options", [["a.qcow2", "--backing", "absent", "--backing-format", "raw"], ["a.vhdx", "--parent", "absent"]]
+)
+def test_create_over_a_missing_file_is_refused_as_any_image_that_is_missing(refused: Any, options: list[str]) -> None:
+    refused(options, IMAGE, "absent: No such file or directory")
 
 
 @pytest.mark.parametrize("name", ["a.qcow2", "here/a.qcow2"])
