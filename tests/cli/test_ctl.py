@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from nbdimg.cli.healthcheck import SOCKET_VARIABLE
+from nbdimg.cli.http import Api
 from nbdimg.cli.main import run
 from nbdimg.config import AdminConfig, ServerConfig, TcpAddress
 from tests.admin.fake import FakeServer
@@ -76,6 +77,7 @@ def test_clients_shows_who_is_connected(ctl: Ctl, served: Served) -> None:
         assert lines[0][:5] == ["ID", "PEER", "EXPORT", "TLS", "MODE"]
         shown = next(line for line in lines if line[0] == str(client["id"]))
         assert {"disk", "rw", str(os.getpid())} <= set(shown)
+        assert shown[-1] == "-"
     assert ctl("clients", "nope", status=USAGE).startswith("there is no export 'nope', known are 'disk', 'vm'")
 
 
@@ -140,6 +142,8 @@ def test_snapshot_create_list_delete(ctl: Ctl, served: Served) -> None:
     assert (line[0], line[1], line[2], line[4]) == ("1", "a/b", str(MIB), "snapped@a/b")
     assert [each["name"] for each in ctl.json("snapshot", "list", "snapped")["snapshots"]] == ["a/b"]
     assert ctl("snapshot", "delete", "snapped", "a/b") == "snapped: deleted snapshot a/b\n"
+    ctl("snapshot", "create", "snapped", "c")
+    assert ctl.json("snapshot", "delete", "snapped", "c") == {"version": 1, "name": "snapped", "snapshot": "c"}
     assert ctl("snapshot", "delete", "snapped", "a/b", status=USAGE) == "'snapped' has no snapshot 'a/b'"
     assert "raw images have no snapshots" in ctl("snapshot", "create", "disk", "x", status=IMAGE)
     ctl("remove", "snapped")
@@ -174,6 +178,9 @@ def test_disconnect_by_id(ctl: Ctl, served: Served) -> None:
         with pytest.raises(ConnectionClosed):
             client.read(0, 512)
     assert ctl("disconnect", "999999", status=USAGE) == "there is no client 999999"
+    with connect_negotiated(served.socket_path, "vm"):
+        (found,) = ctl.json("clients", "vm")["clients"]
+        assert ctl.json("disconnect", str(found["id"])) == {"version": 1, "id": found["id"], "mode": "drain"}
 
 
 def test_reload_and_its_refusal(ctl: Ctl, served: Served) -> None:
@@ -267,6 +274,20 @@ def test_what_is_no_admin_api_exits_1(ctl: Ctl, tmp_path: Path, raw: bytes, reas
         thread.join(30)
 
 
+@pytest.mark.parametrize(("code", "status"), [(499, USAGE), (500, FAILED)])
+def test_what_the_server_failed_at_exits_1_and_what_it_refused_2(
+    ctl: Ctl, monkeypatch: pytest.MonkeyPatch, code: int, status: int
+) -> None:
+    monkeypatch.setattr(Api, "_request", lambda api, *request: api._answer(code, b'{"detail": "why"}'))
+    assert ctl("exports", status=status) == "why"
+
+
+def test_token_file_of_more_than_a_line_is_refused(ctl: Ctl, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("a-token\nanother")
+    said = ctl("exports", "--url=http://h:1", f"--token-file={tmp_path}/token", status=USAGE)
+    assert said == f"token file {tmp_path}/token: expected one line with the token"
+
+
 def test_over_tcp_with_a_token(ctl: Ctl, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text(TOKEN + "\n")
@@ -293,6 +314,7 @@ def test_over_tcp_with_a_token(ctl: Ctl, tmp_path: Path) -> None:
         (["--url=ftp://h:1"], "'ftp://h:1' is not allowed"),
         (["--url=http://h:x"], "'http://h:x' is not allowed"),
         (["--url=http://h:1/v1"], "'http://h:1/v1' is not allowed"),
+        (["--url=http://h:1?a"], "'http://h:1?a' is not allowed"),
         (["--token-file=/nope"], "--token-file goes with --url"),
         (["--url=http://h:1", "--token-file=/nope"], "token file /nope: No such file or directory"),
         (["--url=http://h:1", "--token-file=/dev/null"], "token file /dev/null: expected one line with the token"),

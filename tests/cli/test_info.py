@@ -97,6 +97,14 @@ def test_info_agrees_with_qemu(told: Any, kind: str) -> None:
     assert_agrees(ours, qemu_info("a.qcow2"))
 
 
+def test_info_tells_the_size_that_a_snapshot_has_and_not_what_the_image_has_now(told: Any) -> None:
+    qemu_img("create", "-q", "-f", "qcow2", "a.qcow2", "1M")
+    qemu_img("snapshot", "-c", "before", "a.qcow2")
+    qemu_img("resize", "-q", "a.qcow2", "2M")
+    (found,) = told("a.qcow2")
+    assert (found["size"], [each["size"] for each in found["snapshots"]]) == (2 << 20, [1 << 20])
+
+
 def test_info_of_a_name_that_the_locale_cannot_print_escapes_it(directory: Path) -> None:
     Path("é.img").write_bytes(bytes(512))
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(__file__).parents[2])}

@@ -202,6 +202,12 @@ def test_map_of_a_hostile_image_is_refused_in_one_line(
     assert re.fullmatch(f"nbdimg: a.qcow2: {pattern}", line), line
 
 
+def test_map_takes_an_image_for_what_it_is_told(mapped: Any) -> None:
+    qemu_img("create", "-q", "-f", "qcow2", "a.qcow2", "1M")
+    found = mapped("a.qcow2", "--format", "raw")
+    assert (found["format"], found["size"]) == ("raw", Path("a.qcow2").stat().st_size)
+
+
 def test_map_beyond_the_end_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     qemu_img("create", "-q", "-f", "raw", "a.img", "1M")
     assert run(["map", "a.img", "--start", "2M"]) == USAGE

@@ -63,6 +63,16 @@ def test_resize_qcow2_gets_whole_sectors(said: Any, arguments: list[str], expect
     qemu_img("check", "-q", "a.qcow2")
 
 
+def test_resize_over_a_backing_file_elsewhere_takes_leave(said: Any, refused: Any) -> None:
+    Path("there").mkdir()
+    Path("here").mkdir()
+    qemu_img("create", "-q", "-f", "raw", "there/base", "1M")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "../there/base", "-F", "raw", "here/a.qcow2")
+    refused(["here/a.qcow2", "3M"], IMAGE, "here/a.qcow2: backing file .* leads outside, allowed is .*")
+    said("here/a.qcow2", "3M", "--allow-references", "there")
+    assert size("here/a.qcow2") == 3 * MiB
+
+
 @pytest.mark.parametrize("change", [["5000"], ["+4"], ["-96", "--shrink"]])
 def test_resize_raw_gets_the_very_bytes_and_keeps_what_stays(said: Any, change: list[str]) -> None:
     Path("a.img").write_bytes(b"x" * 4996)

@@ -55,9 +55,10 @@ def test_rows_are_differences_by_the_servers_clock() -> None:
 
 def test_rows_have_the_busiest_first_then_by_bytes_then_by_name() -> None:
     names = ["d", "a", "b", "c"]
-    before = stats(0.0, *(counters(name) for name in names))
+    before = stats(0.0, *(counters(name) for name in [*names, "e"]))
     after = stats(1.0, counters("d", 1, 10), counters("a", 1, 10), counters("b", 1, 99), counters("c", 2, 1))
-    assert [row.name for row in rows(before, after)] == ["c", "b", "a", "d"]
+    after["exports"].append(counters("e", 0, 0, 0, 0, 3))
+    assert [row.name for row in rows(before, after)] == ["e", "c", "b", "a", "d"]
 
 
 def test_rows_leave_out_what_came_went_or_began_anew() -> None:
