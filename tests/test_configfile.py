@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from nbdimg.config import DEFAULT_LISTENER, AccessRule, AdminConfig, ExportConfig, TcpAddress, TlsConfig
+from nbdimg.config import (
+    DEFAULT_LISTENER,
+    AccessRule,
+    AdminConfig,
+    ExportConfig,
+    ServerConfig,
+    TcpAddress,
+    TlsConfig,
+)
 from nbdimg.configfile import ConfigFileError, FileConfig, Overrides, config_without_file, export_of, load_config
 from nbdimg.configfile.environment import LIMIT_PREFIX
 from nbdimg.configfile.limits import LIMITS
@@ -126,11 +135,9 @@ def test_load_full_file_maps_every_key(file: Path) -> None:
 
 def test_load_empty_file_gives_the_defaults_and_no_export(file: Path) -> None:
     config = load(file, "")
-    assert config.server.exports == ()
+    assert config.server == ServerConfig(exports=())
     assert config.server.listeners == (DEFAULT_LISTENER,)
-    assert config.server.limits == Limits()
-    assert not config.server.allows_plaintext
-    assert config.server.tls is None
+    assert (config.server.sandbox, config.server.log_format) == ("auto", "auto")
     assert config.reload == "signal"
 
 
@@ -420,6 +427,18 @@ def test_load_many_problems_are_all_told_in_the_order_of_lines(file: Path) -> No
     assert [int(problem.partition(":")[0]) for problem in found] == [1, 3, 4, 6]
     with pytest.raises(ConfigFileError, match="and 3 more: nbdimg config check"):
         load_config(file, environment={})
+    file.write_text("lisen = 1\nreload = 1\n")
+    with pytest.raises(ConfigFileError, match="and 1 more: nbdimg config check"):
+        load_config(file, environment={})
+
+
+def test_overlays_lie_where_temporary_files_do_but_not_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/scratch")
+    assert ExportConfig("a").overlays_in == "/scratch"
+    assert ExportConfig("a", overlay="per-client", overlay_directory="/d").overlays_in == "/d"
+    for empty in (partial(monkeypatch.setenv, "TMPDIR", ""), partial(monkeypatch.delenv, "TMPDIR")):
+        empty()
+        assert ExportConfig("a").overlays_in == "/var/tmp"
 
 
 @pytest.mark.parametrize(

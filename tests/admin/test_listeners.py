@@ -97,6 +97,14 @@ def test_serve_options_open_the_socket_and_metrics_and_sighup_ends_nothing(tmp_p
         assert (answer.status, answer.detail.partition(",")[0]) == (409, "the server was started without --config")
 
 
+def test_serve_with_metrics_alone_tells_them(tmp_path: Path) -> None:
+    (tmp_path / "disk.img").write_bytes(bytes(4096))
+    with NbdimgServer(tmp_path / "disk.img", options=["--metrics-listen=127.0.0.1:0", "--format=raw"]) as server:
+        (metrics,) = http_address(server.stderr())
+        assert wait_until(lambda: ask(metrics, "GET", "/readyz").status == 200, WAIT_S)
+        assert ask(metrics, "GET", "/v1/status").status == 404
+
+
 def test_serve_image_that_cannot_be_opened_leaves_no_socket(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="exited with 3"):
         NbdimgServer(tmp_path / "missing.img", options=[f"--admin-socket={tmp_path}/a"])
