@@ -49,5 +49,5 @@ def parse_size(text: str) -> int:
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise ConfigError(f"{escaped(text)} is not a size: expected a number with an optional K, M, G, T, P or E")
+        raise ConfigError(f"{escaped(text)} is not a size: expected a whole number with an optional K, M, G, T, P or E")
     return int(match[1]) * _SUFFIXES[(match[2] or "").upper()]
