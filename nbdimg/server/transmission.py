@@ -278,7 +278,6 @@ class Transmission:
         held, self._held = self._held, None
         if held is not None:
             self._read_whole(held)
-            self._outbox.send_turn()
         if self._is_full():
             if self._held is None:
                 self._shared.leave_line(self)
@@ -579,9 +578,7 @@ class Transmission:
         """The socket is gone: streams end; tasks run to their end and are not answered. Requests of the same turn may
         be handled still, and this follows once more.
         """
-        self.in_flight -= len(self._streams)
         self._streams.clear()
-        self._held = None
         self._shared.leave_line(self)
         payload = self._receiver.abandon()
         if payload is not None:
