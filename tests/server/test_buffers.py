@@ -12,7 +12,7 @@ from nbdimg.export.registry import Registry
 from nbdimg.limits import PIECE_SIZE, Limits
 from nbdimg.server.buffers import KEPT_BYTES_MAX, SHORT_SHARE, BufferPool
 from nbdimg.server.shared import WAKES_PER_TURN, Shared
-from nbdimg.units import MiB
+from nbdimg.units import KiB, MiB
 from nbdimg.uri import NbdUri
 from tests.server.tls_live import LiveServer, files
 from tests.support.rawclient import connect_negotiated
@@ -130,6 +130,24 @@ def test_buffers_are_kept_for_the_next_and_given_back_when_nobody_wants_them() -
         pool.tidy()
 
 
+def test_buffer_has_the_length_that_was_asked_for() -> None:
+    pool = BufferPool(LIMIT)
+    for length in (0, 1, 2, 3, *(size + more for size in (4096, 128 * KiB, MiB) for more in (-1, 0, 1))):
+        for _ in range(2):
+            view = pool.take(length, "asker")
+            assert view is not None
+            assert len(view) == length
+            assert pool.lent_bytes == length
+            pool.give(view)
+
+
+def test_long_buffer_is_lent_beside_short_ones_that_have_more_than_their_share() -> None:
+    pool = BufferPool(LIMIT)
+    while pool.lent_bytes <= 2 * SHARE:
+        assert pool.take(PIECE_SIZE, "short") is not None
+    assert pool.take(MiB, "long") is not None
+
+
 def test_connection_has_its_share_again_when_its_payloads_are_done(tmp_path: Path) -> None:
     (path,) = files(tmp_path, ["disk"], MiB)
     exports, uri = (ExportConfig(str(path), "disk", "raw"),), NbdUri(socket=str(tmp_path / "s"))
@@ -157,6 +175,36 @@ def test_new_limit_of_all_payloads_holds_for_connections_that_are_up(tmp_path: P
         first.close()
         second.send(bytes(2 * MiB - 64))
         assert second.read_reply().error == 0
+
+
+def test_next_in_line_has_a_try_when_the_first_has_taken_its_buffer() -> None:
+    """There is room for both, and the second has tried before the first."""
+
+    async def scenario() -> list[str]:
+        shared = Shared(asyncio.get_running_loop(), Registry(), Limits(total_bytes=LIMIT))
+        held = shared.take(LIMIT - SHARE, "holder")
+        assert held is not None
+        served: list[str] = []
+
+        def wait(asker: str) -> None:
+            def try_again() -> None:
+                if shared.take(MiB, asker) is None:
+                    wait(asker)
+                else:
+                    served.append(asker)
+
+            shared.when_room(try_again)
+
+        for asker in ("first", "second"):
+            assert shared.take(MiB, asker) is None
+        for asker in ("second", "first"):
+            wait(asker)
+        shared.give(held)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return served
+
+    assert asyncio.run(scenario()) == ["first", "second"]
 
 
 def test_who_asks_in_vain_wakes_nobody() -> None:

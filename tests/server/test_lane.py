@@ -150,7 +150,7 @@ class Conversation:
         while self.shared.tasks or self.transmission.in_flight or self._shell.outbox.pending_bytes:
             await asyncio.sleep(0)
             replies += drain(self._theirs)
-        return bytes(replies)
+        return bytes(replies) + drain(self._theirs)
 
 
 async def converse(stream: list[bytes], dialect: str, image: Image, *, turn: int = 7) -> bytes:

@@ -163,6 +163,7 @@ def test_all_bytes_leave_in_order_whatever_the_socket_takes(kind: str) -> None:
                 bench.put += data
                 outbox.send_turn()
             elif choice == 2:
+                data *= source.choice([1, 1, 20])
                 outbox.put_or_queue(data)
                 bench.put += data
             elif choice == 3:
@@ -216,6 +217,7 @@ def test_broken_socket_is_told_once_and_all_who_wait_are_let_go(kind: str, way: 
         outbox.put(b"turn")
         outbox.send_turn()
     else:
+        outbox.put(b"turn")
         outbox.queue([b"part", b"other"], lambda: gone.append("queued"))
         bench.loop.turn()
     assert [error.errno for error in bench.errors] == [errno.EPIPE]

@@ -1,4 +1,4 @@
-"""Requests for which there is no buffer now: answered when there is room, and what they took is given back."""
+"""Requests that cannot be served now, for want of a buffer or for too many, or not at all: each has its answer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from struct import unpack_from
 
 import pytest
 
+from nbdimg.errors import CorruptImage
 from nbdimg.formats.raw import RawDriver
 from nbdimg.image.image import Image
 from nbdimg.limits import PIECE_SIZE, Limits
+from nbdimg.storage.file import Buffer
 from nbdimg.storage.memory import MemoryFile
 from tests.server.test_lane import DIALECTS, SIZE, Conversation, chunks_of, request
 from tests.support.faultfile import FaultFile
@@ -136,6 +138,62 @@ async def content(starved: Starved) -> bytes:
     found = bytearray(SIZE)
     await starved.file.pread(0, memoryview(found))
     return bytes(found)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_requests_beyond_those_in_flight_are_handled_when_others_are_done(dialect: str) -> None:
+    async def main() -> None:
+        file = FaultFile(MemoryFile(CONTENT), slow_only=True)
+        lengths = [512 * number for number in range(1, 21)]
+        with Conversation(dialect, Image(RawDriver(file), writable=True), Limits(requests_in_flight=3)) as talk:
+            replies = talk.ask(b"".join(read(dialect, length) for length in lengths))
+            assert talk.transmission.in_flight == 3
+            for _ in range(10):
+                replies += await talk.rest()
+                await settle()
+            start = SIZE - 700_000
+            assert answers(replies, dialect) == {each: (0, CONTENT[start : start + each]) for each in lengths}
+
+    asyncio.run(main())
+
+
+class FailingFile(MemoryFile):
+    """What is tried at once fails."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(CONTENT)
+        self._error = error
+
+    def try_pread(self, offset: int, view: memoryview) -> bool:
+        raise self._error
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        raise self._error
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), CorruptImage("disk", "broken")], ids=["file", "image"])
+def test_requests_that_fail_at_once_have_an_answer_each(dialect: str, error: Exception) -> None:
+    """Plain ones, those with a flag, and a stream."""
+    extended = DIALECTS[dialect][1]
+    stream = [
+        request(extended, command, flags, 512 + 8 * command + flags, 0, 512, bytes(512) * command)
+        for command in (0, 1)
+        for flags in (0, 1)
+    ]
+    if dialect != "simple":
+        stream.append(read(dialect, 700_000))
+
+    async def main() -> None:
+        with Conversation(dialect, Image(RawDriver(FailingFile(error)), writable=True)) as talk:
+            replies = talk.ask(b"".join(stream))
+            for _ in range(3):
+                await settle()
+                replies += await talk.rest()
+            cookies = [512, 513, 520, 521, *([700_000] if dialect != "simple" else [])]
+            assert answers(replies, dialect) == dict.fromkeys(cookies, (errno.EIO, b""))
+
+    asyncio.run(main())
 
 
 WAITING: dict[str, Callable[[str], bytes]] = {
