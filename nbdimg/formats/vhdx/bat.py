@@ -191,25 +191,40 @@ class Bat:
         RUN_BLOCKS_MAX-th at the latest. What is malformed ends it, and what is not present ends what is zero: they
         read alike, and only one of them is something that this file says.
         """
-        stop = min(stop, (block + RUN_BLOCKS_MAX) << self._block_bits)
-        end = (block + 1) << self._block_bits
-        while end < stop and end < self.size:
-            block += 1
-            host += self._block_size
-            index = block + (block >> self._ratio_bits)
+        last = min(-(-min(stop, self.size) >> self._block_bits), block + RUN_BLOCKS_MAX)
+        ratio = 1 << self._ratio_bits
+        following = block + 1
+        while following < last:
+            index = following + (following >> self._ratio_bits)
             page = self._page(index)
             if isinstance(page, Miss):
                 break
-            entry = page.entries[index & _PAGE_MASK]
+            slot, in_chunk = index & _PAGE_MASK, ratio - (following & (ratio - 1))
+            entries = page.entries[slot : slot + min(last - following, in_chunk)]
             if state >= _FULL:
-                goes_on = entry == host | _FULL and self._data_start <= host <= self._last
+                count = self._count_in_a_row(entries, host + (following - block) * self._block_size)
             else:
-                flags = entry & _FLAGS_MASK
-                goes_on = flags <= _UNMAPPED and bool(flags) == bool(state)
-            if not goes_on:
+                count = _count_absent(entries, bool(state))
+            following += count
+            if count < len(entries):
                 break
-            end += self._block_size
-        return end
+        return following << self._block_bits
+
+    def _count_in_a_row(self, entries: array[int], host: int) -> int:
+        """How many from the first on are of data that lies in a row from file offset `host` on; there is at least one
+        entry.
+        """
+        first = host | _FULL
+        if entries[0] != first or not self._data_start <= host <= self._last:
+            return 0
+        if len(entries) == 1:
+            return 1
+        size = self._block_size
+        entries = entries[: (self._last - host) // size + 1]
+        wanted = range(first, first + len(entries) * size, size)
+        if entries[-1] == wanted[-1] and entries == array("Q", wanted):
+            return len(entries)
+        return next((place for place, entry in enumerate(entries) if entry != wanted[place]), len(entries))
 
     def _kind(self, state: int) -> ExtentKind:
         """What a guest sees of a block that has no sectors of its own (B3)."""
@@ -434,6 +449,15 @@ class Bat:
         page.entries[index & _PAGE_MASK] = State.ZERO if to is Unmap.ZERO else State.UNMAPPED
         self.pages.changed(page)
         return end
+
+
+def _count_absent(entries: array[int], has_state: bool) -> int:
+    """How many from the first on are without data, and with a state or without one as asked; there is at least one."""
+    if entries != array("Q", entries[:1]) * len(entries):
+        absent = ((entry & _FLAGS_MASK) <= _UNMAPPED and bool(entry & _FLAGS_MASK) == has_state for entry in entries)
+        return next((place for place, goes_on in enumerate(absent) if not goes_on), len(entries))
+    flags = entries[0] & _FLAGS_MASK
+    return len(entries) if flags <= _UNMAPPED and bool(flags) == has_state else 0
 
 
 def bit_run(bits: array[int], first: int, count_max: int) -> tuple[bool, int]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import time
 from array import array
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -354,6 +357,88 @@ def test_answer_looks_at_a_bounded_number_of_blocks(change: str) -> None:
         return (answer.stop if isinstance(answer, Extent) else answer) // M
 
     assert asyncio.run(main()) == RUN_BLOCKS_MAX
+
+
+def place_of(block: int, block_size: int) -> tuple[int, int]:
+    """The page of a block's entry, and where it is in it."""
+    return divmod(block + block * block_size // (512 << 23), 512)
+
+
+def run_stop(driver: VhdxDriver, first: int, blocks: int) -> int:
+    """The block behind the run that begins with block `first`, one entry looked at after another."""
+    block_size = driver.cluster_size
+
+    def entry_of(block: int) -> int:
+        page, slot = place_of(block, block_size)
+        return driver.bat.pages.slices[page].entries[slot]
+
+    start = entry_of(first)
+    for block in range(first + 1, min(blocks, first + RUN_BLOCKS_MAX)):
+        entry, state = entry_of(block), entry_of(block) & 0xFFFFF
+        if start & 7 >= FULL:
+            goes_on = entry == start + (block - first) * block_size
+        else:
+            goes_on = state <= UNMAPPED and bool(state) == bool(start & 7)
+        if not goes_on:
+            return block
+    return min(blocks, first + RUN_BLOCKS_MAX)
+
+
+@pytest.mark.parametrize("block_size", [M, 256 * M])
+@pytest.mark.parametrize("seed", range(2))
+def test_run_ends_where_it_ends_looked_at_entry_by_entry(seed: int, block_size: int) -> None:
+    """Runs of each kind, of lengths about those of pages and chunks, some with one entry that is not like the rest."""
+    blocks, chance = 12_000, random.Random(seed)
+    lengths = (1, 2, 15, 16, 17, 511, 512, 513, 1100)
+
+    async def main() -> None:
+        image = await opened(Builder(blocks * block_size, block_size=block_size).content, writable=True)
+        driver = image.driver
+        assert isinstance(driver, VhdxDriver)
+        for key in range(place_of(blocks, block_size)[0] + 1):
+            await driver.bat.pages.load(key)
+        block, places = 0, []
+        while block < blocks:
+            places.append(block)
+            kind = chance.choice((NOT_PRESENT, ZERO, UNMAPPED, UNDEFINED, FULL))
+            host = chance.randrange(64, 128) * M
+            count = min(chance.choice(lengths), blocks - block)
+            odd = chance.randrange(2 * count)
+            for number in range(count):
+                entry = kind | (host + number * block_size if kind == FULL else 0)
+                if number == odd:
+                    entry = chance.choice((ZERO, NOT_PRESENT, 8 * M, 8 * M | FULL, entry | M, entry | 8))
+                page, slot = place_of(block, block_size)
+                driver.bat.pages.slices[page].entries[slot] = entry
+                block += 1
+        for block in (*places, *(place + 1 for place in places), *(chance.randrange(blocks) for _ in range(200))):
+            for stop in (driver.size, min((block + chance.choice(lengths)) * block_size, driver.size)):
+                with suppress(CorruptImage):
+                    extent = driver.map(min(block, blocks - 1) * block_size, stop)
+                    assert isinstance(extent, Extent)
+                    expected = min(run_stop(driver, extent.offset // block_size, blocks), -(-stop // block_size))
+                    assert extent.stop == max(expected, extent.offset // block_size + 1) * block_size
+
+    asyncio.run(main())
+
+
+def test_long_runs_are_looked_at_by_pages() -> None:
+    """128000 blocks, 32 times, their table in memory: what takes a second entry by entry."""
+    blocks = 128_000
+
+    async def main() -> float:
+        image = await opened(Builder(blocks * M).content, writable=False)
+        driver = image.driver
+        assert isinstance(driver, VhdxDriver)
+        for key in range(place_of(blocks, M)[0] + 1):
+            driver.bat.pages.add(key, key * 4096, array("Q", bytes(4096)))
+        started = time.process_time()
+        for _ in range(32):
+            extents = await image.map(0, image.size, blocks)
+            assert extents[-1].stop == image.size
+        return time.process_time() - started
+
+    assert asyncio.run(main()) < 0.4
 
 
 def test_partially_present_block_without_a_bitmap_is_refused() -> None:
