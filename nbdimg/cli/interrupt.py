@@ -2,7 +2,7 @@
 
 An exception or a cancelled task would begin to undo what workers still write. To the image the end is a crash, and
 every verb's order of writing is made for that. Verbs that would lose something by a crash, or leave half a file, hear
-of the signal where they can end in order.
+of the signal where they can end in order, and of SIGTERM and a closed terminal (SIGHUP) as well.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ _CLEARED = b"\r\x1b[2K\x1b[?25h"
 
 
 class Interrupted(Exception):
-    """Somebody has pressed Ctrl-C, and the work has ended in order."""
+    """A signal has asked for the end, and the work has ended in order. `status`: to exit with."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
         super().__init__("interrupted")
+        self.status = 128 + number
 
 
 def end_at_interrupt() -> None:
@@ -41,30 +42,33 @@ def raise_at_interrupt() -> None:
 
 @contextmanager
 def interrupted_between(report: Callable[[int, int], None] | None) -> Iterator[Callable[[int, int], None]]:
-    """What to tell of progress in place of `report`: it raises Interrupted after a first SIGINT. Until progress is told
-    the work goes on, to its end if need be; a second SIGINT ends the process.
+    """What to tell of progress in place of `report`: it raises Interrupted after a first SIGINT, SIGTERM or SIGHUP that
+    is not ignored. Until progress is told the work goes on, to its end if need be; a second SIGINT or SIGTERM ends the
+    process. SIGHUP does not: a terminal that is closed sends several.
     """
-    is_asked = False
+    asked: int | None = None
 
     def on_signal(number: int, frame: object) -> None:
-        nonlocal is_asked
-        is_asked = True
-        signal.signal(signal.SIGINT, _end)
+        nonlocal asked
+        asked = asked or number
+        if number != signal.SIGHUP:
+            signal.signal(number, _end)
 
     def tell(done: int, total: int) -> None:
-        if is_asked:
-            raise Interrupted
+        if asked is not None:
+            raise Interrupted(asked)
         if report is not None:
             report(done, total)
 
-    ends_at_once = signal.getsignal(signal.SIGINT) is _end
-    if ends_at_once:
-        signal.signal(signal.SIGINT, on_signal)
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    heard = [each for each, handler in before.items() if handler in (_end, signal.SIG_DFL)]
+    for each in heard:
+        signal.signal(each, on_signal)
     try:
         yield tell
     finally:
-        if ends_at_once:
-            signal.signal(signal.SIGINT, _end)
+        for each in heard:
+            signal.signal(each, before[each])
 
 
 def _end(number: int, frame: object) -> NoReturn:
@@ -72,4 +76,4 @@ def _end(number: int, frame: object) -> NoReturn:
         stderr = FileIO(2, "w", closefd=False)  # not sys.stderr, which may be in use
         stderr.write((_CLEARED if stderr.isatty() else b"") + b"nbdimg: interrupted\n")
     finally:
-        os._exit(EXIT_INTERRUPTED)
+        os._exit(128 + number)

@@ -5,7 +5,7 @@
 2   the command line is wrong
 3   an image cannot be opened: missing, locked, refused; or its format lacks what is asked for
 4   an address cannot be listened on
-130 interrupted by SIGINT
+130 interrupted by SIGINT; 143, 129: `create`, `resize` and `bitmap` by SIGTERM, SIGHUP
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ _STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (ImageError, EXIT_IMAGE),
     (NbdimgError, EXIT_FAILED),
     (OSError, EXIT_FAILED),
-    (Interrupted, EXIT_INTERRUPTED),
 )
 
 _SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
@@ -130,6 +129,9 @@ def _report(error: Exception) -> int:
             command = "nbdimg" if context is None else context.command_path
             complain(f"{usage_message().rstrip('.')}; see {command} --help")
         return EXIT_USAGE
+    if isinstance(error, Interrupted):
+        complain(str(error))
+        return error.status
     for kind, status in _STATUSES:
         if isinstance(error, kind):
             if not _is_of_output(error):

@@ -35,7 +35,7 @@ def pwrite(*arguments):
     global count
     count += 1
     if count in {calls}:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), {number})
         time.sleep({slow_s})
     return real(*arguments)
 os.pwrite = pwrite
@@ -70,8 +70,8 @@ def interrupted(script: str, *arguments: str, ignored: bool = False) -> subproce
     )
 
 
-def at_write(*calls: int, slow_s: float = 0.05) -> str:
-    return AT_WRITE.format(calls=set(calls), slow_s=slow_s)
+def at_write(*calls: int, slow_s: float = 0.05, number: int = signal.SIGINT) -> str:
+    return AT_WRITE.format(calls=set(calls), slow_s=slow_s, number=int(number))
 
 
 def with_bitmaps(path: str) -> None:
@@ -107,35 +107,50 @@ def test_interrupt_that_is_ignored_stays_so() -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("call", [1, 4])
-def test_interrupted_resize_of_an_image_with_bitmaps_goes_on_to_its_end(call: int) -> None:
+def test_interrupted_resize_of_an_image_with_bitmaps_goes_on_to_its_end(call: int, number: int) -> None:
     """Its tables are at stake: half of it would leave bitmaps that are of no size the disk has."""
     with_bitmaps("a.qcow2")
-    ended = interrupted(at_write(call), "resize", "a.qcow2", "+20M")
+    ended = interrupted(at_write(call, number=number), "resize", "a.qcow2", "+20M")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert is_sound("a.qcow2")
     assert "in-use" not in qemu_img("info", "a.qcow2").stdout
 
 
-def test_interrupted_resize_ends_in_order_where_it_tells_of_progress() -> None:
+@pytest.mark.parametrize("number", NUMBERS)
+def test_interrupted_resize_ends_in_order_where_it_tells_of_progress(number: int) -> None:
     with_bitmaps("a.qcow2")
-    ended = interrupted(at_write(1), "resize", "--shrink", "a.qcow2", "4M")
-    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + signal.SIGINT, "", LINE)
+    ended = interrupted(at_write(1, number=number), "resize", "--shrink", "a.qcow2", "4M")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + number, "", LINE)
     assert is_sound("a.qcow2")
     assert "in-use" not in qemu_img("info", "a.qcow2").stdout
 
 
-def test_interrupted_bitmap_verb_goes_on_to_its_end() -> None:
+@pytest.mark.parametrize("number", NUMBERS)
+def test_interrupted_bitmap_verb_goes_on_to_its_end(number: int) -> None:
     with_bitmaps("a.qcow2")
-    ended = interrupted(at_write(1), "bitmap", "clear", "a.qcow2", "b")
+    ended = interrupted(at_write(1, number=number), "bitmap", "clear", "a.qcow2", "b")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert is_sound("a.qcow2")
 
 
-def test_second_interrupt_ends_at_once() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_second_interrupt_ends_at_once(number: int) -> None:
     with_bitmaps("a.qcow2")
-    ended = interrupted(at_write(1, 2, slow_s=20), "resize", "a.qcow2", "+20M")
-    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + signal.SIGINT, "", LINE)
+    ended = interrupted(at_write(1, 2, slow_s=20, number=number), "resize", "a.qcow2", "+20M")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + number, "", LINE)
+
+
+def test_hangups_of_a_closed_terminal_leave_time_to_end_in_order() -> None:
+    with_bitmaps("a.qcow2")
+    ended = interrupted(at_write(1, 2, 3, number=signal.SIGHUP), "resize", "a.qcow2", "+20M")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert is_sound("a.qcow2")
+    assert "in-use" not in qemu_img("info", "a.qcow2").stdout
 
 
 @pytest.mark.parametrize("name", ["a.qcow2", "a.vhdx"])
