@@ -15,6 +15,9 @@ from nbdimg.units import div_ceil, is_power_of_two
 _PIECE = 4096
 """Bytes of bits that are compared at once: a comparison is fifty times as fast as the search in what differs."""
 
+_MERGED_PIECES, _MERGED_RUNS = 64, 1024
+"""Between two turns of the loop."""
+
 _CLEAN, _DIRTY = bytes(_PIECE), b"\xff" * _PIECE
 _NOT_CLEAN, _NOT_DIRTY = re.compile(rb"[^\x00]"), re.compile(rb"[^\xff]")
 
@@ -62,15 +65,34 @@ class DirtyBitmap:
         made.bits[:] = self.bits
         return made
 
-    def merge(self, other: DirtyBitmap) -> None:
-        """What is dirty in `other`, of the same size, is dirty here too."""
+    def merge(self, other: DirtyBitmap) -> Iterator[None]:
+        """What is dirty in `other`, of the same size, is dirty here too when the iterator has ended: it gives others
+        their turn between two pieces of work.
+        """
         assert other.size == self.size
-        if other._shift == self._shift:
-            both = int.from_bytes(self.bits, "little") | int.from_bytes(other.bits, "little")
-            self.bits[:] = both.to_bytes(len(self.bits), "little")
+        if other._shift != self._shift:
+            for number, (start, stop) in enumerate(other.dirty_runs(0, self.size), 1):
+                self.set_range(start, stop)
+                if number % _MERGED_RUNS == 0:
+                    yield
             return
-        for start, stop in other.dirty_runs(0, self.size):
-            self.set_range(start, stop)
+        for number, start in enumerate(range(0, len(self.bits), _PIECE), 1):
+            piece = other.bits[start : start + _PIECE]
+            if not _CLEAN.startswith(piece):
+                both = int.from_bytes(self.bits[start : start + _PIECE], "little") | int.from_bytes(piece, "little")
+                self.bits[start : start + _PIECE] = both.to_bytes(len(piece), "little")
+            if number % _MERGED_PIECES == 0:
+                yield
+
+    def is_all(self, start: int, stop: int, *, dirty: bool) -> bool:
+        """Whether the bytes of bits from `start` to before `stop` are all 0xFF, or 0; compared, which takes a fiftieth
+        of counting.
+        """
+        same = _DIRTY if dirty else _CLEAN
+        return all(
+            self.bits.startswith(same[: min(_PIECE, stop - position)], position)
+            for position in range(start, stop, _PIECE)
+        )
 
     def resize(self, size: int) -> None:
         """The disk has `size` bytes now; what is new is dirty: a copy may have other bytes there, from before the disk

@@ -90,7 +90,8 @@ def test_merge_of_any_granularities_is_a_superset_rounded_out(
     for index, value in enumerate(coarse.dirty):
         if value:
             model.set_range(index * source, min(SIZE, (index + 1) * source))
-    bitmap.merge(other)
+    for _ in bitmap.merge(other):
+        pass
     assert bytes(bitmap.bits) == model.bits()
 
 
@@ -122,6 +123,19 @@ def test_trim_tail_clears_the_bits_behind_the_end() -> None:
     bitmap.bits[:] = b"\xff" * len(bitmap.bits)
     bitmap.trim_tail()
     assert bitmap.bits[-1] == 0x1F  # 101 granules: 12 bytes and 5 bits
+
+
+@pytest.mark.parametrize(("granularity", "count"), [(64 * KiB, 128), (128 * KiB, 64)])
+def test_merge_over_16_tib_gives_others_their_turn(granularity: int, count: int) -> None:
+    """Of 32 MiB of bits 256 KiB are merged at once, or 1,024 runs of another granularity."""
+    bitmap, other = DirtyBitmap("b", 64 * KiB, 16 * TiB), DirtyBitmap("c", granularity, 16 * TiB)
+    runs = 64 * 1024
+    other.bits[: runs // 4] = b"\x55" * (runs // 4)
+    assert sum(1 for _ in bitmap.merge(other)) == count
+    used = runs // 4 * granularity // (64 * KiB)
+    assert bytes(bitmap.bits[:used]) == (b"\x55" if granularity == 64 * KiB else b"\x33") * used
+    assert bitmap.is_all(used, len(bitmap.bits), dirty=False)
+    assert not bitmap.is_all(used - 1, len(bitmap.bits), dirty=False)
 
 
 @pytest.mark.parametrize("is_dirty", [False, True])

@@ -7,6 +7,7 @@ stays where it is on disk. `open_editor` is for an image that nobody uses, of wh
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -142,7 +143,8 @@ class BitmapEditor:
             self._usable(source)
         merged = await self._bits(name)
         for source in sources:
-            merged.merge(await self._bits(source))
+            for _ in merged.merge(await self._bits(source)):
+                await asyncio.sleep(0)
         self._changes[name] = entry, merged
 
     async def save(self) -> None:

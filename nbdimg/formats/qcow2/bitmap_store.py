@@ -341,9 +341,9 @@ async def _write_bitmap(
         if start % WRITE_SIZE == 0:
             await asyncio.sleep(0)
         stop = min(start + cluster_size, len(bits))
-        if bits.count(0xFF, start, stop) == cluster_size:
+        if stop - start == cluster_size and bitmap.is_all(start, stop, dirty=True):
             table[index] = 1
-        elif bits.count(0, start, stop) != stop - start:
+        elif not bitmap.is_all(start, stop, dirty=False):
             mixed.append(index)
     while mixed:
         place = await space.allocate(min(len(mixed), max(1, WRITE_SIZE // cluster_size)), is_contiguous=False)
