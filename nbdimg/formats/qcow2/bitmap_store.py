@@ -163,12 +163,14 @@ class BitmapStore:
             bitmap.resize(size)
 
     async def store(self, counts: Refcounts) -> None:
-        """Write what was marked and make it consistent again. Nothing else may change the image meanwhile.
+        """Write what was marked and make it consistent again; all of the list if a change of it was left halfway and
+        the header names none now (B4). Nothing else may change the image meanwhile.
 
         Raises: OSError, ImageError: they are not stored, and stay in use; or they are, and the space of what they had
         before is free with a later plan, or lost.
         """
-        if not self._marked:
+        is_named = not self.entries or directory_region(self._header) is not None
+        if not self._marked and is_named:
             return
         changes: list[Change] = []
         for entry in self.entries:

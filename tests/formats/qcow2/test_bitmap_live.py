@@ -16,7 +16,18 @@ from nbdimg.formats.qcow2.bitmap_live import change_bitmaps, foresee
 from nbdimg.formats.qcow2.resize import resize
 from nbdimg.image.image import Image
 from nbdimg.storage.memory import MemoryFile
-from tests.formats.qcow2.test_bitmaps import FIRST, GRANULARITY, SIZE, checked, dirty_of, made, opened, put, stored
+from tests.formats.qcow2.test_bitmaps import (
+    FIRST,
+    GRANULARITY,
+    SIZE,
+    checked,
+    dirty_of,
+    made,
+    opened,
+    put,
+    stored,
+    straddling,
+)
 from tests.support.faultfile import FaultFile
 from tests.support.qcow2edit import qemu_img
 
@@ -229,3 +240,34 @@ def test_fault_at_each_call_leaves_the_old_bitmaps_or_the_new_or_an_image_that_s
         index += 1
     assert index > 10
     assert outcomes == {(True, True), (False, True), (False, False)}
+
+
+def test_full_disk_between_the_writes_of_a_header_costs_no_bitmap_of_an_image_that_is_closed(tmp_path: Path) -> None:
+    """Where the extension lies across two sectors the header names no directory meanwhile (B4)."""
+    content = straddling(made(tmp_path / "disk", "cluster_size=4k", bitmaps=("frozen",)))
+    found = set()
+
+    async def run(index: int) -> bool:
+        memory = MemoryFile(content)
+        file = FaultFile(memory, slow_only=True)
+        image = await opened(file)
+        await image.flush()
+        count = len(file.calls)
+        file.fail_at(index, errno.ENOSPC)
+        with suppress(OSError):
+            await change_bitmaps(image, [ADD])
+        is_over = len(file.calls) - count <= index
+        file.heal()
+        found.add(len(await stored(MemoryFile(memory.content))))
+        if image.failure is None:
+            names = set(image.bitmap_names)
+            await image.close()
+            after = await stored(memory)
+            assert after["frozen"] == FIRST, f"call {index}"
+            assert set(after) == names, f"call {index}"
+        return is_over
+
+    index = 0
+    while not asyncio.run(run(index)):
+        index += 1
+    assert found == {0, 1, 2}
