@@ -107,6 +107,8 @@ def _data_file(
         file = files.enter_context(FileIO(path, "r+"))
         if os.path.samestat(os.fstat(file.fileno()), os.fstat(image.fileno())):
             raise ConfigError(f"{path}: the data file is the image itself") from None
+        if not _is_device(file) and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ConfigError(f"{path}: the data file is neither a regular file nor a block device") from None
         lock_image(file.fileno(), path, writable=True)
         length = file.seek(0, os.SEEK_END)
         _check_existing_data_file(path, file, length, size, options)
@@ -120,8 +122,6 @@ def _data_file(
 def _check_existing_data_file(path: str, file: FileIO, length: int, size: int, options: CreateOptions) -> None:
     """What it holds becomes the guest's, or is never seen; it is not overwritten."""
     is_device = _is_device(file)
-    if not is_device and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        raise ConfigError(f"{path}: the data file is neither a regular file nor a block device")
     if is_device and length < size:
         raise ConfigError(f"{path}: the device has {length} bytes, the image needs {size}")
     if is_device and options.has_tables and not options.is_data_file_raw and options.preallocation != "full":

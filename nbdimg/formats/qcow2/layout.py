@@ -122,6 +122,11 @@ def _check_names(options: CreateOptions) -> None:
         raise ConfigError("a backing format is given, and no backing file")
     if options.data_file_name is not None:
         _check_text("data file name", options.data_file_name, s.BACKING_NAME_MAX)
+        if ":" in options.data_file_name.partition("/")[0]:
+            name = options.data_file_name
+            raise ConfigError(
+                f"the data file name {escaped(name)} has a protocol, expected a file, as {escaped(f'./{name}')} is one"
+            )
     elif options.is_data_file_raw:
         raise ConfigError("a raw data file is asked for, and no data file is named")
 

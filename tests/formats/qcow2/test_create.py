@@ -474,6 +474,10 @@ REFUSED: list[tuple[CreateOptions, str]] = [
         ".*the header with its extensions and backing file name takes .* bytes, more than a cluster of 512",
     ),
     (replace(DATA, data_file_name=""), "the data file name has 0 bytes, expected 1 to 1023"),
+    (
+        replace(DATA, data_file_name="nbd:d"),
+        "the data file name 'nbd:d' has a protocol, expected a file, as './nbd:d' is one",
+    ),
     (CreateOptions(is_data_file_raw=True), "a raw data file is asked for, and no data file is named"),
     (
         replace(BACKED, data_file_name="d", is_data_file_raw=True),
@@ -592,7 +596,7 @@ def test_data_file_that_cannot_be_used_is_refused_and_kept(
 
 def test_data_file_that_is_a_fifo_is_refused(path: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "data")
-    with pytest.raises((ConfigError, OSError)):
+    with pytest.raises(ConfigError, match="data: the data file is neither a regular file nor a block device"):
         create(path, SIZE, DATA)
     assert not os.path.exists(path)
 
