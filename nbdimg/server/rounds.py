@@ -72,7 +72,7 @@ class Rounds:
         try:
             for _ in range(len(self._arrivals) + len(self._rest)):
                 turn = self._next()
-                self.left_s = max(ROUND_S / (1 + len(self._arrivals) + len(self._rest)), TURN_MIN_S)
+                self.left_s = max((end_s - now_s) / (1 + len(self._arrivals) + len(self._rest)), TURN_MIN_S)
                 turn()
                 now_s = perf_counter()
                 if now_s >= end_s:

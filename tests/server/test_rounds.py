@@ -98,11 +98,25 @@ def test_those_in_line_have_a_share_of_the_round_each_and_not_too_little(machine
     for _ in range(2):
         tested.line_up(lambda: shares.append(tested.left_s))
     machine.turn()
-    assert shares == [ROUND_S / 2, ROUND_S]
+    assert shares == pytest.approx([ROUND_S / 2, ROUND_S])
     for _ in range(1000):
         tested.line_up(lambda: shares.append(tested.left_s))
     machine.turn()
     assert min(shares) == TURN_MIN_S
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_turns_that_take_all_that_they_may_take_a_round_together(machine: Machine, count: int) -> None:
+    tested, done = Rounds(machine), list[float]()
+
+    def turn() -> None:
+        done.append(tested.left_s)
+        machine.now_s += tested.left_s
+
+    for _ in range(count):
+        tested.line_up(turn)
+    machine.turn()
+    assert done == pytest.approx([ROUND_S / count] * count)
 
 
 def test_round_that_is_used_up_takes_no_more_turns_until_the_next(machine: Machine) -> None:
