@@ -157,6 +157,16 @@ def test_difference_every_other_field_opens_the_image_anew(changed: ExportConfig
 # Exports
 
 
+def test_command_line_holds_over_the_file_at_the_start_and_after_a_reload(
+    tmp_path: Path, images: Callable[[str], Path]
+) -> None:
+    text = f'listen = ["nbd+unix:///?socket={tmp_path}/of-the-file"]\n' + export("keep", images("keep"))
+    with ConfiguredServer(tmp_path, text, options=[f"--listen=nbd+unix:///?socket={tmp_path}/s"]) as server:
+        assert server.reload(text + export("new", images("new"))).endswith("reloaded: 1 export added")
+        assert names(server) == {"keep", "new"}
+        assert not (tmp_path / "of-the-file").exists()
+
+
 def test_reload_100_exports_come_and_go_while_a_client_works(
     served: tuple[ConfiguredServer, str], images: Callable[[str], Path]
 ) -> None:
