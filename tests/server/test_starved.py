@@ -157,6 +157,24 @@ def test_requests_beyond_those_in_flight_are_handled_when_others_are_done(dialec
     asyncio.run(main())
 
 
+class HoleFile(MemoryFile):
+    def data_extent(self, offset: int) -> tuple[bool, int]:
+        return False, SIZE
+
+
+def test_streams_that_the_socket_takes_at_once_let_others_be_handled() -> None:
+    async def main() -> None:
+        image = Image(RawDriver(HoleFile(bytes(SIZE))), writable=True)
+        with Conversation("structured", image, Limits(requests_in_flight=1)) as talk:
+            replies = talk.ask(b"".join(read("structured", 700_000 - number) for number in range(5)))
+            for _ in range(10):
+                await settle()
+                replies += await talk.rest()
+            assert {cookie for _, _, cookie, _ in chunks_of(replies, False)} == {*range(699_996, 700_001)}
+
+    asyncio.run(main())
+
+
 class FailingFile(MemoryFile):
     """What is tried at once fails."""
 
