@@ -15,7 +15,7 @@ import ssl
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from nbdimg.server.credentials import Credentials
 from nbdimg.server.outbox import Outbox, TlsOutbox
 from nbdimg.server.shared import Shared
 from nbdimg.server.tls import Records, Tls, TlsSocket
+from nbdimg.storage.file import Buffer
 from nbdimg.uri import NbdUri
 from tests.server.tls_live import LiveServer, asked_for_tls, client_context, tls_client
 from tests.support.certificates import LOOPBACK_NAMES, Authority, Identity
@@ -178,6 +179,7 @@ def test_a_stream_is_cut_between_records_however_it_comes(seed: int) -> None:
             at = end
     assert all(len(piece) <= 16 * KIB or len(ends.intersection(piece)) <= 1 for piece in pieces)
     assert len(pieces) < len(stream)
+    assert records.whole_count == len(lengths)
 
 
 def test_a_record_that_claims_too_much_ends_where_the_longest_does() -> None:
@@ -280,6 +282,48 @@ def test_ciphertext_that_waits_counts_as_pending_and_leaves(site: Site) -> None:
             return received
 
     assert asyncio.run(asyncio.wait_for(main(), 20)) == sent
+
+
+class FickleSocket:
+    """Takes what it likes of what is sent, and often nothing."""
+
+    def __init__(self, source: random.Random) -> None:
+        self.taken = bytearray()
+        self._source = source
+
+    def send(self, data: Buffer) -> int:
+        if self._source.random() < 0.4:
+            raise BlockingIOError
+        count = self._source.choice([1, 1000, 1 << 20])
+        self.taken += memoryview(data)[:count]
+        return min(count, len(memoryview(data)))
+
+    def sendmsg(self, parts: Sequence[Buffer]) -> int:
+        return self.send(b"".join(parts))
+
+
+def test_socket_that_takes_what_it_likes_gets_each_byte_of_ciphertext_once(site: Site) -> None:
+    source = random.Random(SEED)
+    near, far = socket.socketpair()
+    with near, far:
+        near.setblocking(False)
+        layer = Tls(site.tls).wrap(near)
+        end = far_end(site, far, layer)
+        fickle, sent_before, sent = FickleSocket(source), layer.sent_bytes, b""
+        layer._sock = fickle  # type: ignore[assignment]
+        for _ in range(300):
+            data = source.randbytes(source.choice([1, 100, 16 * KIB, 16 * KIB + 1, 300_000]))
+            with contextlib.suppress(BlockingIOError):
+                sent += data[: layer.sendmsg([data[:5], data[5:]])]
+            assert layer.backlog_size <= 16 * (16 * KIB + 256), "E2"
+            assert layer.sent_bytes - sent_before == len(fickle.taken)
+        while not layer.flush():
+            pass
+        end.incoming.write(fickle.taken)
+        received = b""
+        while end.incoming.pending:
+            received += end.session.read(64 * KIB)
+        assert received == sent
 
 
 @pytest.mark.parametrize("is_tls", [False, True])
