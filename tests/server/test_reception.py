@@ -10,12 +10,18 @@ from typing import cast
 
 import pytest
 
+from nbdimg.config import ExportConfig, ServerConfig
+from nbdimg.limits import Limits
 from nbdimg.server import reception
 from nbdimg.server.reception import Reception
+from nbdimg.uri import NbdUri
 from tests.server.live import pattern, pattern_image
+from tests.server.tls_live import LiveServer, files
 from tests.support.rawclient import Client
-from tests.support.rawprotocol import KIB, MIB, Command, Option, Rep, info_data, option_bytes
+from tests.support.rawprotocol import KIB, MIB, Command, ConnectionClosed, Option, Rep, info_data, option_bytes
 from tests.support.server import NbdimgServer
+
+UNKNOWN_OPTION = 200
 
 
 class Loop:
@@ -85,3 +91,18 @@ def test_client_that_takes_its_answers_late_gets_all_of_them(tmp_path: Path) -> 
             assert len(client.read_option_replies(Option.LIST)) == 61
         client.read_option_replies(Option.GO)
         assert client.read(0, 512).data == pattern(0, 512)
+
+
+@pytest.mark.parametrize(("limits", "data"), [(Limits(options=3), b""), (Limits(option_bytes=300), b"x" * 100)])
+def test_client_that_haggles_beyond_the_limits_of_the_server_is_let_go(
+    tmp_path: Path, limits: Limits, data: bytes
+) -> None:
+    """Three options are within them, the fourth is not."""
+    (path,) = files(tmp_path, ["disk"])
+    exports, uri = (ExportConfig(str(path), "disk", "raw"),), NbdUri(socket=str(tmp_path / "s"))
+    with LiveServer(ServerConfig(exports, (uri,), limits)) as server, Client(server.address) as client:
+        client.greet()
+        for _ in range(3):
+            assert client.option(UNKNOWN_OPTION, data)[-1].type == Rep.ERR_UNSUP
+        with pytest.raises((ConnectionClosed, ConnectionResetError, BrokenPipeError)):
+            client.option(UNKNOWN_OPTION, data)
