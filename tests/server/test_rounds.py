@@ -67,6 +67,15 @@ def test_turns_beyond_a_round_wait_for_the_next_in_the_order_in_which_they_came(
     assert not machine.soon
 
 
+@pytest.mark.parametrize("has_come", [False, True])
+def test_turn_is_told_whether_others_wait(machine: Machine, has_come: bool) -> None:
+    tested, crowded = Rounds(machine), list[bool]()
+    for _ in range(3):
+        tested.line_up(lambda: crowded.append(tested.is_crowded), has_come=has_come)
+    machine.turn()
+    assert crowded == [True, True, False]
+
+
 def test_what_has_just_come_goes_ahead_of_what_was_left_one_for_one(machine: Machine) -> None:
     tested, done = Rounds(machine), list[str]()
     for name in "abcd":
