@@ -20,6 +20,11 @@ from collections.abc import Awaitable, Callable
 from nbdimg.storage.file import BlockFile
 from nbdimg.storage.ordering import Write
 
+DIRTY_MAX = 1024
+"""Slices that wait to be written before a flush is made for them: capturing so many takes the loop 5 to 10 ms, in which
+the clients of all other images wait.
+"""
+
 
 class Slice:
     """`entries` of a table from file offset `offset` on."""
@@ -66,6 +71,7 @@ class TableCache:
         more were taken from before it."""
         self._file = file
         self._slices_max = slices_max
+        self._strained_above = min(slices_max // 2, DIRTY_MAX)
         self._fetch = fetch
         self._encode = encode
         self._dirty: dict[int, Slice] = {}
@@ -135,8 +141,8 @@ class TableCache:
 
     @property
     def is_strained(self) -> bool:
-        """Whether half of the room is taken by what waits to be written."""
-        return 2 * (len(self._dirty) + len(self._writing)) > self._slices_max
+        """Whether half of the room is taken by what waits to be written, or a flush would take long."""
+        return len(self._dirty) + len(self._writing) > self._strained_above
 
     def capture(self) -> list[Write]:
         """The writes that make everything durable that has changed; `written` follows when they are."""

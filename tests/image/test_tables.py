@@ -9,7 +9,7 @@ from array import array
 
 import pytest
 
-from nbdimg.image.tables import Slice, TableCache
+from nbdimg.image.tables import DIRTY_MAX, Slice, TableCache
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.storage.ordering import Write
 
@@ -225,6 +225,22 @@ def test_is_strained_when_half_of_the_room_waits() -> None:
     assert not tables.cache.is_strained
     tables.change(2, 1)
     assert tables.cache.is_strained
+
+
+def test_is_strained_when_a_flush_would_take_long_however_much_room_there_is() -> None:
+    cache = TableCache(MemoryFile(b""), 16 * DIRTY_MAX, fetch_nothing, array.tobytes)
+    for key in range(DIRTY_MAX + 1):
+        assert not cache.is_strained
+        cache.changed(cache.add(key, 4096 * key, array("B", b"\0")))
+    assert cache.is_strained
+    cache.capture()
+    assert cache.is_strained
+    cache.written()
+    assert not cache.is_strained
+
+
+async def fetch_nothing(key: int) -> None:
+    raise AssertionError(key)
 
 
 def test_drop_forgets_a_slice_changed_or_under_way() -> None:
