@@ -15,6 +15,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+from mmap import mmap
 
 from nbdimg.errors import CorruptImage, ImageError, UnsupportedFeature
 from nbdimg.formats.findings import CheckReport
@@ -25,6 +26,7 @@ from nbdimg.formats.vhdx.log import load_active
 from nbdimg.formats.vhdx.offline import bat_pieces
 from nbdimg.formats.vhdx.parts import Parts, load_parts
 from nbdimg.formats.vhdx.replay import open_replayed
+from nbdimg.formats.zeroed import zeroed_bytes
 from nbdimg.storage.file import BlockFile
 from nbdimg.units import MiB, align_up, counted, div_ceil
 
@@ -79,7 +81,7 @@ class Survey:
         self._file = file
         self.report = VhdxReport()
         self.parts: Parts | None = None
-        self.used = bytearray()
+        self.used = zeroed_bytes(0)
         self.has_sound_bat = True
         """Whether no entry of the BAT is a corruption."""
         self.leaks: list[tuple[int, int]] = []
@@ -120,7 +122,7 @@ class Survey:
             raise UnsupportedFeature(
                 self._file.path, f"the file has {self._file.size} bytes, expected at most {s.FILE_OFFSET_MAX}"
             )
-        self.used = bytearray(div_ceil(self._file.size, MiB))
+        self.used = zeroed_bytes(div_ceil(self._file.size, MiB))
         for start, stop, name in parts.structures():
             if stop > align_up(self._file.size, MiB):
                 message = f"it ends at {stop}, expected inside the file's {self._file.size} bytes"
@@ -179,7 +181,7 @@ class Survey:
         if entries[0] & ~s.ENTRY_OFFSET_MASK != State.FULLY_PRESENT or len(entries) < _RUN_MIN:
             return False
         stop = offset + len(entries) * block_size
-        if offset < MiB or stop > self._file.size or self.used.find(1, offset // MiB, stop // MiB) >= 0:
+        if offset < MiB or stop > self._file.size or self.used.find(b"\1", offset // MiB, stop // MiB) >= 0:
             return False
         if entries != array("Q", range(entries[0], entries[0] + len(entries) * block_size, block_size)):
             return False
@@ -231,7 +233,7 @@ class Survey:
             message = f"which ends at {offset + needed}, expected inside the file's {self._file.size} bytes"
             return self._entry(index, entry, message)
         stop = offset + length
-        if self.used.find(1, offset // MiB, stop // MiB) >= 0:
+        if self.used.find(b"\1", offset // MiB, stop // MiB) >= 0:
             names = (name for begin, end, name in self.parts.structures() if begin < stop and offset < end)
             other = next(names, "another block or sector bitmap")
             self._entry(index, entry, f"which takes {offset} to {stop}, where {other} is, expected a place of its own")
@@ -277,7 +279,7 @@ class Survey:
 
     def _find_unused(self) -> None:
         assert self.parts is not None
-        self.report.image_end_offset = (self.used.rfind(1) + 1) * MiB
+        self.report.image_end_offset = (self.used.rfind(b"\1") + 1) * MiB
         slack = {stop // MiB for _, stop, _ in self.parts.structures()}
         for start, stop in unused(self.used):
             length = (stop - start) * MiB
@@ -294,13 +296,13 @@ class Survey:
         return not is_data and end >= stop
 
 
-def unused(used: bytearray) -> list[tuple[int, int]]:
+def unused(used: mmap | bytes) -> list[tuple[int, int]]:
     """(start, stop) of the runs of zeroes: b"\\1\\0\\0\\1" gives [(1, 3)]."""
     runs: list[tuple[int, int]] = []
-    start = used.find(0)
+    start = used.find(b"\0")
     while start >= 0:
-        stop = used.find(1, start)
+        stop = used.find(b"\1", start)
         stop = len(used) if stop < 0 else stop
         runs.append((start, stop))
-        start = used.find(0, stop)
+        start = used.find(b"\0", stop)
     return runs

@@ -15,9 +15,9 @@ in a file with a parent is moved as it is.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
+from mmap import mmap
 
 from nbdimg.errors import CorruptImage, UnsupportedFeature
 from nbdimg.formats.vhdx import structs as s
@@ -27,6 +27,7 @@ from nbdimg.formats.vhdx.header import load_headers, read
 from nbdimg.formats.vhdx.offline import Session, bat_pieces, region_pages, touch
 from nbdimg.formats.vhdx.parts import Parts
 from nbdimg.formats.vhdx.replay import replay_to_file
+from nbdimg.formats.zeroed import zeroed
 from nbdimg.storage.file import BlockFile
 from nbdimg.units import MiB
 
@@ -76,12 +77,12 @@ async def compact(file: BlockFile, *, progress: Progress | None = None) -> Compa
 
 
 class _Compaction:
-    def __init__(self, file: BlockFile, parts: Parts, used: bytearray, progress: Progress | None) -> None:
+    def __init__(self, file: BlockFile, parts: Parts, used: mmap, progress: Progress | None) -> None:
         self._file = file
         self._parts = parts
         self._used = used
         """A byte for each MiB of the file."""
-        self._owners = array("I", [0]) * (used.rfind(1) + 1)
+        self._owners = zeroed("I", used.rfind(b"\1") + 1)
         """By the MiB at which a block, a bitmap or the BAT begins: its BAT entry's index + 1, or _BAT. Nothing begins
         behind what is in use, and a file may be terabytes longer.
         """
@@ -260,7 +261,7 @@ class _Compaction:
 
     async def _cut(self) -> None:
         """Nothing refers to what is given up here, and no log speaks of a larger file."""
-        end = (self._used.rfind(1) + 1) * MiB
+        end = (self._used.rfind(b"\1") + 1) * MiB
         if self._session is None and end < self._file.size:
             await touch(self._file)
         if end < self._file.size:

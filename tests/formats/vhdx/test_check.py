@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import struct
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -108,6 +110,25 @@ def test_check_of_a_log_to_be_replayed_looks_at_what_it_makes_of_the_image() -> 
     report = checked(craft.sample("vhdx-log-replay"))
     assert report.log.startswith("to be replayed: ")
     assert (report.findings, report.exit_status) == ([], CLEAN)
+
+
+def test_check_of_a_long_and_empty_file_takes_no_memory_for_its_length(tmp_path: Path) -> None:
+    path = tmp_path / "far.vhdx"
+    path.write_bytes(plain().content)
+    os.truncate(path, 12 * TiB)
+
+    async def main() -> VhdxReport:
+        file = PosixFile(path, writable=False)
+        tracemalloc.start()
+        try:
+            report = await check(file)
+            assert tracemalloc.get_traced_memory()[1] < 6 * MiB
+        finally:
+            tracemalloc.stop()
+            await file.close()
+        return report
+
+    assert asyncio.run(main()).leaks > 11 << 20
 
 
 def test_check_of_the_largest_table_is_fast(tmp_path: Path) -> None:
