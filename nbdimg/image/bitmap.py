@@ -8,7 +8,7 @@ bit 1, value 2 of byte 0; a disk of 1 TiB takes 2 MiB.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from nbdimg.units import div_ceil, is_power_of_two
 
@@ -94,18 +94,25 @@ class DirtyBitmap:
             for position in range(start, stop, _PIECE)
         )
 
-    def resize(self, size: int) -> None:
+    def resize(self, size: int) -> Callable[[], None]:
         """The disk has `size` bytes now; what is new is dirty: a copy may have other bytes there, from before the disk
-        was once shorter, and nobody knows.
+        was once shorter, and nobody knows. What is returned undoes it.
         """
         old = self.size
         count = byte_count(size, self.granularity)
+        kept = max(0, min(len(self.bits), count) - 1)
+        cut = bytes(self.bits[kept:])
+
+        def undo() -> None:
+            self.size, self.bits[kept:] = old, cut
+
         del self.bits[count:]
         self.bits.extend(bytes(count - len(self.bits)))
         self.size = size
         self.trim_tail()
         if old < size:
             self.set_range(old, size)
+        return undo
 
     def trim_tail(self) -> None:
         """Clear the bits behind the end of the disk."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TypeVar
@@ -44,6 +45,16 @@ def leaves_no_doubt(error: BaseException) -> bool:
     """Whether all that was written before this error is as good as before it."""
     is_full = isinstance(error, UnwrittenError) and error.errno in OUT_OF_SPACE
     return is_full or isinstance(error, Hindrance)
+
+
+@contextmanager
+def space_may_wait() -> Iterator[None]:
+    """Around what a later plan, or a later call, does as well when there is space. Raises: OSError: leaves a doubt."""
+    try:
+        yield
+    except OSError as error:
+        if not leaves_no_doubt(error):
+            raise
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,31 @@ At each bar everything before it is durable. A crash leaves the bitmaps as they 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from nbdimg.errors import ImageError, UnsupportedFeature
 from nbdimg.formats.qcow2.bitmap_edit import BitmapAction, BitmapEditor
-from nbdimg.formats.qcow2.bitmap_store import Change, settle
+from nbdimg.formats.qcow2.bitmap_store import Change
 from nbdimg.formats.qcow2.bitmaps import BitmapEntry
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.image.bitmap import DirtyBitmap
 from nbdimg.image.image import Image
 from nbdimg.storage.ordering import leaves_no_doubt
+
+
+@contextmanager
+def failing_in_doubt(image: Image) -> Iterator[None]:
+    """Around a change of its bitmaps: an error that leaves a doubt about what the disk has makes the image fail."""
+    try:
+        yield
+    except UnsupportedFeature:
+        raise
+    except (OSError, ImageError) as error:
+        if not leaves_no_doubt(error):
+            reason = error.strerror if isinstance(error, OSError) else error
+            image.gate.failure = f"a change of its bitmaps failed ({reason}); open it anew"
+        raise
 
 
 def _editor(image: Image) -> BitmapEditor:
@@ -33,11 +48,6 @@ def _editor(image: Image) -> BitmapEditor:
 
     async def save(changes: list[Change]) -> None:
         await store.replace(counts, changes)
-        try:
-            await settle(driver.file, counts)
-        except OSError as error:  # else what they had before is free with the next flush
-            if not leaves_no_doubt(error):
-                raise
 
     return BitmapEditor(driver.file, driver.header, store.entries, load, save)
 
@@ -61,14 +71,8 @@ async def change_bitmaps(image: Image, actions: Sequence[BitmapAction]) -> None:
     editor = _editor(image)
     await editor.carry_out(actions)
     try:
-        await editor.save()
-    except UnsupportedFeature:
-        raise
-    except (OSError, ImageError) as error:
-        if not leaves_no_doubt(error):
-            reason = error.strerror if isinstance(error, OSError) else error
-            image.gate.failure = f"a change of its bitmaps failed ({reason}); open it anew"
-        raise
+        with failing_in_doubt(image):
+            await editor.save()
     finally:
         image.gate.changed()
         image.bitmaps_changed()

@@ -17,11 +17,13 @@ QEMU as well, which does the same to all bitmaps as soon as it opens the image f
          named before is freed when that is durable.
     (B4) The extension changes in one write within a sector, or in several while autoclear bit 0 is clear
          (`bitmap_header`).
-    (B5) If marking failed at its barrier nobody knows what the disk has: every later change fails too, as nothing was
-         changed so far.
+    (B5) If the barrier behind a flag failed nobody knows what the disk has: every later change fails, as nothing was
+         changed since.
     (B6) When the list changes under an open image, what is in use and goes on recording stays in use, with the bits
          that it had on disk; what stops to record is stored, and what is new or cleared is consistent until the next
          change marks it (B1). For that no request may be in flight, and all that was written must be durable.
+    (B7) Before the header says that the disk has another size all are marked, and stored at that size, in use: that is
+         what takes space. Then their flags are cleared in place.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from struct import Struct
 
@@ -52,7 +54,17 @@ from nbdimg.formats.qcow2.refcount import Refcounts, Run
 from nbdimg.image.bitmap import DirtyBitmap, byte_count
 from nbdimg.image.driver import Miss
 from nbdimg.storage.file import BlockFile
-from nbdimg.storage.ordering import Plan, Stage, UnwrittenError, Write, hindered, leaves_no_doubt, merged, run
+from nbdimg.storage.ordering import (
+    Plan,
+    Stage,
+    UnwrittenError,
+    Write,
+    hindered,
+    leaves_no_doubt,
+    merged,
+    run,
+    space_may_wait,
+)
 from nbdimg.units import MiB, align_up, div_ceil
 
 MEMORY_MAX = 512 * MiB
@@ -80,6 +92,10 @@ class BitmapStore:
         self.is_marked = False
         """Whether every recording bitmap is durably in use."""
         self._marked: set[str] = set()
+        self._resizing: list[Callable[[], None]] = []
+        """What undoes the resize under way."""
+        self._resizing_alone: set[str] = set()
+        """Bitmaps that were marked for the resize under way, and are stored as they were before it."""
         self._failure: OSError | None = None
 
     def forget(self) -> None:
@@ -133,18 +149,7 @@ class BitmapStore:
 
     async def _mark(self, names: set[str]) -> None:
         self._check()
-        entries = [entry for entry in self.entries if entry.name in names - self._marked]
-        if not entries:
-            return
-        in_use = BitmapFlag.IN_USE
-        writes = [Write(self._file, entry.offset + _FLAGS_OFFSET, _U32.pack(entry.flags | in_use)) for entry in entries]
-        try:
-            await run(Plan((Stage(tuple(writes), (self._file,)),)))
-        except UnwrittenError:
-            raise
-        except OSError as error:
-            self._failure = error
-            raise
+        await self._put_flags(names, BitmapFlag.IN_USE)
         self._marked |= names
         self.is_marked = all(bitmap.name in self._marked for bitmap in self.recording)
 
@@ -153,14 +158,66 @@ class BitmapStore:
         if self._failure is not None:
             raise OSError(self._failure.errno, self._failure.strerror)
 
+    async def _put_flags(self, names: set[str], more: int = 0) -> None:
+        """Write the flags of these bitmaps, and `more`, in place; durable on return. Raises: OSError (B5)."""
+        entries = [entry for entry in self.entries if entry.name in names]
+        if not entries:
+            return
+        writes = [Write(self._file, entry.offset + _FLAGS_OFFSET, _U32.pack(entry.flags | more)) for entry in entries]
+        try:
+            await run(Plan((Stage(tuple(writes), (self._file,)),)))
+        except UnwrittenError:
+            raise
+        except OSError as error:
+            self._failure = error
+            raise
+
+    # Another size of the disk (B7): resize, place, then the header, and release; or undo
+
     async def resize(self, size: int) -> None:
-        """Before the header says that the disk has `size` bytes: all consistent bitmaps are loaded and marked, and are
-        of this size; `store` follows when the header is durable. Raises: as `get` and `mark`.
-        """
+        """All consistent bitmaps are loaded, marked, and of this size. Raises: as `get` and `mark`."""
         bitmaps = [await self.get(name) for name in self.names]
+        self._resizing_alone = set(self.names) - self._marked
         await self._mark(set(self.names))
-        for bitmap in bitmaps:
-            bitmap.resize(size)
+        self._resizing = [bitmap.resize(size) for bitmap in bitmaps]
+
+    async def place(self, counts: Refcounts) -> None:
+        """Store what was resized, still in use. Nothing else may change the image meanwhile, and what did is durable.
+
+        Raises: OSError, ImageError: as `replace_bitmaps`.
+        """
+        changes: list[Change] = []
+        for entry in self.entries:
+            in_use = replace(entry, flags=entry.flags | BitmapFlag.IN_USE)
+            changes.append((in_use, self._loaded[entry.name]))
+        placed = await replace_bitmaps(self._file, self._header, counts, self.entries, changes)
+        self.entries = [replace(entry, flags=entry.flags & ~int(BitmapFlag.IN_USE)) for entry in placed]
+        self._resizing_alone = set()
+        with space_may_wait():
+            await settle(self._file, counts)
+
+    async def release(self) -> None:
+        """The header has the size: what was placed is consistent. Raises: OSError: it may be in use still."""
+        self._resizing = []
+        await self._unmark(set(self.names))
+
+    async def undo(self) -> None:
+        """The disk keeps its former size, and what `resize` marked is consistent again if it was not placed.
+
+        Raises: OSError: it may be in use still.
+        """
+        for undo in self._resizing:
+            undo()
+        alone, self._resizing, self._resizing_alone = self._resizing_alone, [], set()
+        await self._unmark(alone)
+
+    async def _unmark(self, names: set[str]) -> None:
+        """Make these bitmaps consistent again, which are stored as they are. If that fails they are stored at the end,
+        and the next change marks them again whatever the disk has.
+        """
+        self.is_marked = False
+        await self._put_flags(names)
+        self._marked -= names
 
     async def store(self, counts: Refcounts) -> None:
         """Write what was marked and make it consistent again; all of the list if a change of it was left halfway and
@@ -182,9 +239,9 @@ class BitmapStore:
 
     async def replace(self, counts: Refcounts, changes: Sequence[Change]) -> None:
         """Put `changes`, made of `entries`, in the place of all bitmaps (B6), and record those that are enabled then.
-        `settle` follows, as behind `replace_bitmaps`.
 
-        Raises: OSError, ImageError: as `get` and `replace_bitmaps`; then nothing is recorded otherwise than before.
+        Raises: OSError, ImageError: as `get` and `replace_bitmaps`; where that leaves no doubt about what the disk has,
+            nothing is recorded otherwise than before.
         """
         self._check()
         loaded = await self._loaded_with(changes)
@@ -205,6 +262,8 @@ class BitmapStore:
         self._loaded, self._marked = loaded, in_use
         self.recording = tuple(loaded[entry.name] for entry in self.entries if entry.is_consistent and entry.is_enabled)
         self.is_marked = all(bitmap.name in in_use for bitmap in self.recording)
+        with space_may_wait():
+            await settle(self._file, counts)
 
     async def _loaded_with(self, changes: Sequence[Change]) -> dict[str, DirtyBitmap]:
         """What is in memory when they are made: all that record then, and of the others those that are now."""
@@ -265,7 +324,7 @@ async def replace_bitmaps(
     Raises: OSError. UnsupportedFeature: the header, or the file, has no room. CorruptImage: from the refcounts.
     """
     check_room(file, header, len(changes))
-    space = _Space(counts)
+    space = _Space(file, header, counts)
     try:
         old, entries, extension = await hindered(_prepare(file, header, space, before, changes))
         await settle(file, counts)
@@ -292,10 +351,10 @@ async def _prepare(
         old.extend(range(first, first + div_ceil(region[1], header.cluster_size)))
     entries = []
     for entry, bitmap in changes:
-        entries.append(entry if bitmap is None else await _write_bitmap(file, header, space, entry, bitmap))
+        entries.append(entry if bitmap is None else await _write_bitmap(space, entry, bitmap))
     extension = None
     if entries:
-        entries, extension = await _write_directory(file, header, space, entries)
+        entries, extension = await _write_directory(space, entries)
     return old, entries, extension
 
 
@@ -310,9 +369,11 @@ async def settle(file: BlockFile, counts: Refcounts) -> None:
 
 
 class _Space:
-    """Clusters for one change, that may be given back until something refers to them."""
+    """Clusters for one change of the image in `file`, that may be given back until something refers to them."""
 
-    def __init__(self, counts: Refcounts) -> None:
+    def __init__(self, file: BlockFile, header: Header, counts: Refcounts) -> None:
+        self.file = file
+        self.header = header
         self._counts = counts
         self._taken: list[Run] = []
 
@@ -330,10 +391,9 @@ class _Space:
             self._counts.give_back(taken)
 
 
-async def _write_bitmap(
-    file: BlockFile, header: Header, space: _Space, entry: BitmapEntry, bitmap: DirtyBitmap
-) -> BitmapEntry:
+async def _write_bitmap(space: _Space, entry: BitmapEntry, bitmap: DirtyBitmap) -> BitmapEntry:
     """Bits and table in new clusters; clusters that are all clean or all dirty take none."""
+    header = space.header
     cluster_size, bits = header.cluster_size, bitmap.bits
     table_size = max(1, table_size_for(bitmap.size, bitmap.granularity, cluster_size))
     table = array("Q", bytes(8 * table_size))
@@ -354,32 +414,30 @@ async def _write_bitmap(
         pieces = [bits[index * cluster_size : (index + 1) * cluster_size].ljust(cluster_size, b"\0") for index in batch]
         for number, index in enumerate(batch):
             table[index] = offset + number * cluster_size
-        await file.pwrite(offset, b"".join(pieces))
-    table_offset = await _write_table(file, header, space, encode_offsets(table))
-    flags = entry.flags & ~int(BitmapFlag.IN_USE)
-    return replace(entry, flags=flags, table_offset=table_offset, table_size=len(table))
+        await space.file.pwrite(offset, b"".join(pieces))
+    table_offset = await _write_table(space, encode_offsets(table))
+    return replace(entry, table_offset=table_offset, table_size=len(table))
 
 
-async def _write_table(file: BlockFile, header: Header, space: _Space, content: bytes) -> int:
+async def _write_table(space: _Space, content: bytes) -> int:
     """Into new contiguous clusters, padded with zeroes; returns where."""
+    header = space.header
     place = await space.allocate(div_ceil(len(content), header.cluster_size), is_contiguous=True)
     offset = place.cluster << header.cluster_bits
-    await file.pwrite(offset, content.ljust(align_up(len(content), header.cluster_size), b"\0"))
+    await space.file.pwrite(offset, content.ljust(align_up(len(content), header.cluster_size), b"\0"))
     return offset
 
 
-async def _write_directory(
-    file: BlockFile, header: Header, space: _Space, entries: list[BitmapEntry]
-) -> tuple[list[BitmapEntry], bytes]:
+async def _write_directory(space: _Space, entries: list[BitmapEntry]) -> tuple[list[BitmapEntry], bytes]:
     """The entries with their new offsets, and the extension that names the directory."""
     pieces = [entry.to_bytes() for entry in entries]
     content = b"".join(pieces)
     if len(content) > s.BITMAP_DIRECTORY_BYTES_MAX:
         raise UnsupportedFeature(
-            file.path,
+            space.file.path,
             f"the bitmap directory would take {len(content)} bytes, allowed are {s.BITMAP_DIRECTORY_BYTES_MAX}",
         )
-    offset = position = await _write_table(file, header, space, content)
+    offset = position = await _write_table(space, content)
     placed = []
     for entry, piece in zip(entries, pieces, strict=True):
         placed.append(replace(entry, offset=position))

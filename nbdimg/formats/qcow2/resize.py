@@ -1,9 +1,10 @@
 """Another size for the guest's disk: of an open, writable image with no request and no flush in flight.
 
     grow     forget what is mapped behind the end | a longer L1 table, the data file's length, zeroes where something
-             else would appear | header: size and L1 table
-    shrink   zeroes behind the new end in its last cluster | header: size | forget what is mapped behind the end: the
-             L1 table names no L2 table there any more, and what was named is freed
+             else would appear | bitmaps, in use | header: size and L1 table | bitmaps are consistent
+    shrink   zeroes behind the new end in its last cluster | bitmaps, in use | header: size | bitmaps are consistent
+             | forget what is mapped behind the end: the L1 table names no L2 table there any more, and what was named
+             is freed
 
 At each bar everything before it is durable. A crash leaves the disk with its old size and all its bytes up to the new
 one, or with the new size. While it still has the old size, whatever lies behind the new one is as it was or zeroes: to
@@ -23,16 +24,16 @@ from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
-from nbdimg.errors import ConfigError, ImageError, UnsupportedFeature, escaped
+from nbdimg.errors import ConfigError, UnsupportedFeature, escaped
 from nbdimg.formats.qcow2 import structs as s
-from nbdimg.formats.qcow2.bitmap_store import BitmapStore
+from nbdimg.formats.qcow2.bitmap_live import failing_in_doubt
 from nbdimg.formats.qcow2.crypt import EncryptedFile
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.l1 import check_tables_differ
 from nbdimg.image.driver import ExtentKind, Miss
 from nbdimg.image.image import Image
-from nbdimg.storage.ordering import OUT_OF_SPACE
+from nbdimg.storage.ordering import space_may_wait
 from nbdimg.units import MiB, align_down, align_up, div_ceil
 
 T = TypeVar("T")
@@ -75,12 +76,11 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
     await _forget(image, driver, progress)
     if size > driver.size:
         await _grow(image, driver, size, progress)
-    await _store_bitmaps(image, driver)
 
 
 def _check_bitmaps(driver: Qcow2Driver, size: int) -> None:
-    store = driver.bitmaps
-    if isinstance(store, BitmapStore):
+    store = driver.stored_bitmaps
+    if store is not None:
         if not size and store.entries:
             raise UnsupportedFeature(driver.file.path, "a disk of size 0 has no bitmaps: remove them first")
         for entry in store.entries:
@@ -124,23 +124,24 @@ async def _check_keys(image: Image, driver: Qcow2Driver, size: int) -> None:
 
 
 async def _resize_bitmaps(driver: Qcow2Driver, size: int) -> None:
-    if isinstance(driver.bitmaps, BitmapStore):
-        await driver.bitmaps.resize(size)
+    if driver.stored_bitmaps is not None:
+        await driver.stored_bitmaps.resize(size)
 
 
-async def _store_bitmaps(image: Image, driver: Qcow2Driver) -> None:
-    """Make all bitmaps consistent on disk again; those for which there is no space stay in use until the end."""
-    counts = driver.refcounts
-    if not isinstance(driver.bitmaps, BitmapStore) or counts is None:
-        return
-    try:
-        await driver.bitmaps.store(counts)
-    except UnsupportedFeature:
-        pass
-    except OSError as error:
-        if error.errno not in OUT_OF_SPACE:
-            image.gate.failure = f"its bitmaps could not be stored ({error.strerror}); open it anew"
-            raise
+async def _place_bitmaps(image: Image, driver: Qcow2Driver) -> None:
+    """The last that takes space: what does not find it leaves the old size, and all bitmaps as they were."""
+    store, counts = driver.stored_bitmaps, driver.refcounts
+    if store is not None and counts is not None:
+        await _flush(image)
+        with failing_in_doubt(image):
+            await store.place(counts)
+
+
+async def _release_bitmaps(image: Image, driver: Qcow2Driver) -> None:
+    """The size is durable: all bitmaps are consistent on disk again, or where there is no space for that at the end."""
+    if driver.stored_bitmaps is not None:
+        with space_may_wait(), failing_in_doubt(image):
+            await driver.stored_bitmaps.release()
 
 
 async def _answer(ask: Callable[[], T | Miss]) -> T:
@@ -169,15 +170,17 @@ async def _shrink(image: Image, driver: Qcow2Driver, size: int) -> None:
         if extent.kind in (ExtentKind.DATA, ExtentKind.COMPRESSED):
             await image.zero(position, end - position, may_unmap=False, is_fast_only=False)
         position = end
-    await _resize_bitmaps(driver, size)
-    _set_size(image, driver, size)
-    driver.header.size = size
-    driver.resized()
     try:
+        await _resize_bitmaps(driver, size)
+        await _place_bitmaps(image, driver)
+        _set_size(image, driver, size)
+        driver.header.size = size
+        driver.resized()
         await _flush(image)
     except BaseException:
         await _restore(image, driver, old)
         raise
+    await _release_bitmaps(image, driver)
     if driver.data_file is not None and driver.data_file.size > size:
         await driver.data_file.truncate(size)
 
@@ -186,10 +189,10 @@ async def _restore(image: Image, driver: Qcow2Driver, old: int) -> None:
     """The new size did not reach the disk."""
     driver.header.size = old
     _set_size(image, driver, old)
-    store = driver.bitmaps
-    if isinstance(store, BitmapStore):
-        with suppress(OSError, ImageError):
-            await store.resize(old)
+    image.gate.changed()
+    if driver.stored_bitmaps is not None:
+        with suppress(OSError), failing_in_doubt(image):
+            await driver.stored_bitmaps.undo()
 
 
 async def _forget(image: Image, driver: Qcow2Driver, progress: Progress | None) -> None:
@@ -224,12 +227,14 @@ async def _grow(image: Image, driver: Qcow2Driver, size: int, progress: Progress
             await image.zero(position, length, may_unmap=True, is_fast_only=False)
             if progress is not None:
                 progress(position + length - old, stop - old)
+        await _place_bitmaps(image, driver)
         driver.header.size = size
         driver.resized()
         await _flush(image)
     except BaseException:
         await _restore(image, driver, old)
         raise
+    await _release_bitmaps(image, driver)
 
 
 async def _grow_l1(driver: Qcow2Driver, count: int) -> None:

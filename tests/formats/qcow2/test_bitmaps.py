@@ -9,6 +9,7 @@ import errno
 import re
 import struct
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,9 @@ from nbdimg.formats.qcow2.check import check
 from nbdimg.formats.qcow2.open import read_header
 from nbdimg.formats.qcow2.resize import resize
 from nbdimg.image.image import Image
-from nbdimg.storage.file import BlockFile
+from nbdimg.storage.file import BlockFile, Buffer
 from nbdimg.storage.memory import MemoryFile
+from nbdimg.storage.ordering import Hindrance, UnwrittenError
 from tests.support.crash import CrashState, RecordingFile, Trace, crash_states
 from tests.support.faultfile import FaultFile
 from tests.support.qcow2edit import qemu_img, qemu_io
@@ -295,11 +297,18 @@ def test_mark_fails_to_write_and_the_next_change_tries_again(tmp_path: Path) -> 
     asyncio.run(run())
 
 
-def test_bitmaps_stored_without_space_to_free_the_old_ones_are_stored_all_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("names", "nth_last"),
+    [(("b0",), 1), (("b0", "b1"), 1), (("b0",), 3)],
+    ids=["to say that it is consistent", "to say that the second is", "to free the old one"],
+)
+def test_bitmaps_resized_without_space_at_the_end_are_stored_all_the_same(
+    tmp_path: Path, names: tuple[str, ...], nth_last: int
+) -> None:
     """What they had is nobody's once the header names the new ones: it is freed once, and the next change marks those
     in use.
     """
-    content = made(tmp_path / "disk", "cluster_size=4k")
+    content = made(tmp_path / "disk", "cluster_size=4k", bitmaps=names)
     start, stop = SIZE // 2, SIZE // 2 + 24 * 4096
 
     async def run(failing: int) -> tuple[list[str], bytes]:
@@ -315,15 +324,62 @@ def test_bitmaps_stored_without_space_to_free_the_old_ones_are_stored_all_the_sa
             await image.write(offset, b"\x01" * 4096)
         crashed = bytes(memory.content)
         await image.close()
-        assert await stored(memory) == {"b0": [(0, 4096), *FIRST, (start, stop), (SIZE, 2 * SIZE)]}
+        dirty = [(0, 4096), *FIRST, (start, stop), (SIZE, 2 * SIZE)]
+        assert await stored(memory) == dict.fromkeys(names, dirty)
         assert await checked(memory) == 0
         return calls, crashed
 
     calls, _ = asyncio.run(run(1 << 30))
-    last = len(calls) - 1 - calls[::-1].index("pwrite")
-    with_error, crashed = asyncio.run(run(last))
-    assert len(with_error) == last + 1
-    assert asyncio.run(stored(MemoryFile(crashed))) == {"b0": None}
+    failing = [index for index, call in enumerate(calls) if call == "pwrite"][-nth_last]
+    with_error, crashed = asyncio.run(run(failing))
+    assert with_error[: failing + 1] == calls[: failing + 1]
+    assert asyncio.run(stored(MemoryFile(crashed))) == dict.fromkeys(names)
+
+
+class FullFile(FaultFile):
+    """Has `space` bytes more for pages that were holes."""
+
+    space = 1 << 62
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        needed = 0
+        for start in range(offset // 4096 * 4096, offset + len(data), 4096):
+            page = memoryview(bytearray(4096))
+            await self.inner.pread(start, page)
+            needed += 0 if any(page) else 4096
+        if needed > self.space:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.space -= needed
+        await super().pwrite(offset, data)
+
+
+@pytest.mark.parametrize("size", [SIZE // 2, 2 * SIZE])
+def test_resize_that_finds_no_space_for_bitmaps_keeps_them_and_the_size_and_leaks_nothing(
+    tmp_path: Path, size: int
+) -> None:
+    content = made(tmp_path / "disk", "cluster_size=4k", bitmaps=("b0", "frozen"))
+    before: dict[str, Ranges | None] = {"b0": FIRST, "frozen": FIRST}
+
+    async def run(space: int) -> bool:
+        memory = MemoryFile(content)
+        file = FullFile(memory, slow_only=True)
+        image = await opened(file)
+        file.space = space
+        has_space = False
+        with suppress(UnwrittenError, Hindrance):
+            await resize(image, size)
+            has_space = True
+        assert has_space or await stored(memory) == before
+        await image.close()
+        added = [(SIZE, size)] if has_space and size > SIZE else []
+        assert await stored(memory) == dict.fromkeys(before, FIRST + added)
+        assert (await read_header(memory)).size == (size if has_space else SIZE)
+        assert await checked(memory) == 0
+        return has_space
+
+    found = [asyncio.run(run(pages * 4096)) for pages in range(12)]
+    assert found == sorted(found)
+    assert set(found) == {False, True}
 
 
 def test_bitmap_whose_bits_fill_clusters_is_stored_as_it_is(tmp_path: Path) -> None:
