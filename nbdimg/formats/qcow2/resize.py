@@ -34,7 +34,7 @@ from nbdimg.formats.qcow2.l1 import check_tables_differ
 from nbdimg.image.driver import ExtentKind, Miss
 from nbdimg.image.image import Image
 from nbdimg.storage.ordering import space_may_wait
-from nbdimg.units import MiB, align_down, align_up, div_ceil
+from nbdimg.units import MiB, align_up, div_ceil
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -70,7 +70,7 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
     check(driver.file.path, driver.header, size)
     check_tables_differ(driver.file.path, driver.mapping.l1.entries)
     _check_bitmaps(driver, size)
-    await _check_keys(image, driver, size)
+    _check_keys(image, driver, size)
     if size < driver.size:
         await _shrink(image, driver, size)
     await _forget(image, driver, progress)
@@ -93,34 +93,23 @@ def _check_bitmaps(driver: Qcow2Driver, size: int) -> None:
                 )
 
 
-async def _check_keys(image: Image, driver: Qcow2Driver, size: int) -> None:
-    """Raises: ConfigError: zeroes must be written, or what is beside them copied, and an image of the chain that this
-    takes was opened without its key.
+def _check_keys(image: Image, driver: Qcow2Driver, size: int) -> None:
+    """Zeroes may have to be written out where the end of the disk cuts a cluster, and, in what is new, where nothing
+    but data hides what is there: in a raw data file, and in version 2 over a longer backing file.
+
+    Raises: ConfigError: that is so, and an image of the chain, from which the rest of a cluster may have to be copied,
+        was opened without its key.
     """
     header, old, backing = driver.header, driver.size, image.backing
-    start = min(old, size)
-    edge = align_up(start, driver.unmap_size)
-    stop = min(max(old, size), align_up(start, driver.cluster_size))
-    cluster = align_down(start, driver.cluster_size)
-    _set_size(image, driver, max(old, size))
-    try:
-        extents = await image.map(cluster, stop - cluster, driver.cluster_size)
-    finally:
-        _set_size(image, driver, old)
-    stored = [extent for extent in extents if extent.kind is not ExtentKind.ZERO]
-    tail = [extent for extent in stored if extent.stop > start and (size > old or extent.depth == 1)]
-    is_written = any(
-        max(extent.offset, start) < edge
-        or (extent.depth == 1 and (extent.kind is ExtentKind.COMPRESSED or driver.data_file is not None))
-        for extent in tail
-    )
-    if size > old:
-        is_backing_hidden = header.version < 3 and backing is not None and backing.size > old
-        is_written = is_written or header.is_data_file_raw or is_backing_hidden
-    if is_written:
-        for file in (driver.mapping.guest_file, *(extent.file for extent in stored)):
-            if isinstance(file, EncryptedFile):
-                file.check_key()
+    is_cut = size != old and min(old, size) % driver.cluster_size != 0
+    is_hidden_by_data = header.is_data_file_raw or (header.version < 3 and backing is not None and backing.size > old)
+    if not is_cut and not (size > old and is_hidden_by_data):
+        return
+    each: Image | None = image
+    while each is not None:
+        if isinstance(each.driver, Qcow2Driver) and isinstance(each.driver.mapping.guest_file, EncryptedFile):
+            each.driver.mapping.guest_file.check_key()
+        each = each.backing
 
 
 async def _resize_bitmaps(driver: Qcow2Driver, size: int) -> None:

@@ -470,6 +470,7 @@ def test_grow_of_an_encrypted_raw_data_file_adds_zeroes_and_no_noise(tmp_path: P
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
+        ("cluster_size=4k", (MiB, 30 * KiB + 512)),
         ("cluster_size=64k,extended_l2=on", (MiB, 20 * KiB + 512)),
         ("cluster_size=4k,data_file={data}", (MiB, 30 * KiB)),
         ("cluster_size=4k,data_file={data},data_file_raw=on", (MiB, 66 * KiB, 30 * KiB)),
@@ -488,14 +489,28 @@ def test_resize_that_wants_a_key_changes_nothing_without_it(
         assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_resize_that_wants_a_backing_files_key_changes_nothing_without_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("compat", "old"), [("1.1", 100 * KiB), ("0.10", 128 * KiB)])
+def test_resize_that_wants_a_backing_files_key_changes_nothing_without_it(
+    tmp_path: Path, compat: str, old: int
+) -> None:
     path, base = tmp_path / "a.qcow2", tmp_path / "base"
     make_luks(base, MiB, "write -q -P 5 0 1M")
-    qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", "base", "-F", "qcow2", path, str(100 * KiB))
-    before = path.read_bytes()
-    with pytest.raises(ConfigError, match="base: it is encrypted, and no key file was given"):
-        resized(path, MiB)
-    assert path.read_bytes() == before
+    over = ("-f", "qcow2", "-o", f"compat={compat}", "-b", "base", "-F", "qcow2")
+    qemu_img("create", "-q", "-u", *over, path, str(old))
+    qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", tmp_path / "top", str(old + 512))
+    for image in (path, tmp_path / "top"):
+        before = image.read_bytes()
+        with pytest.raises(ConfigError, match="base: it is encrypted, and no key file was given"):
+            resized(image, MiB)
+        assert image.read_bytes() == before
+
+
+def test_resize_at_cluster_boundaries_needs_no_key_of_a_backing_file(tmp_path: Path) -> None:
+    path, base = tmp_path / "a.qcow2", tmp_path / "base"
+    make_luks(base, MiB, "write -q -P 5 0 1M")
+    qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", "base", "-F", "qcow2", path, str(128 * KiB))
+    resized(path, 192 * KiB, 64 * KiB, 2 * MiB)
+    assert Edit(path).get(24) == 2 * MiB
 
 
 # Failures
