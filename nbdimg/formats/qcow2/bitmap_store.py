@@ -14,7 +14,8 @@ QEMU as well, which does the same to all bitmaps as soon as it opens the image f
          put the other bitmaps at stake.
     (B2) Marking waits for the first change: a server that is killed before has lost nothing.
     (B3) Stored bits, tables and directory go to new clusters. The header extension names them last (Q6), and what it
-         named before is freed when that is durable.
+         named before is freed when that is durable. Where there is no space they go over what is in use, before that
+         is consistent.
     (B4) The extension changes in one write within a sector, or in several while autoclear bit 0 is clear
          (`bitmap_header`).
     (B5) If the barrier behind a flag failed nobody knows what the disk has: every later change fails, as nothing was
@@ -51,10 +52,12 @@ from nbdimg.formats.qcow2.bitmaps import (
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.packed import encode_offsets
 from nbdimg.formats.qcow2.refcount import Refcounts, Run
+from nbdimg.formats.qcow2.structs import OFFSET_MASK
 from nbdimg.image.bitmap import DirtyBitmap, byte_count
 from nbdimg.image.driver import Miss
 from nbdimg.storage.file import BlockFile
 from nbdimg.storage.ordering import (
+    OUT_OF_SPACE,
     Plan,
     Stage,
     UnwrittenError,
@@ -232,7 +235,14 @@ class BitmapStore:
         changes: list[Change] = []
         for entry in self.entries:
             changes.append((entry, self._loaded[entry.name] if entry.name in self._marked else None))
-        self.entries = await replace_bitmaps(self._file, self._header, counts, self.entries, changes)
+        try:
+            self.entries = await replace_bitmaps(self._file, self._header, counts, self.entries, changes)
+        except OSError as error:
+            is_named = directory_region(self._header) is not None
+            if error.errno not in OUT_OF_SPACE or not is_named or not await self._overwrite():
+                raise
+            await self._unmark(self._marked.copy())
+            return
         self._marked = set()
         self.is_marked = False
         await settle(self._file, counts)
@@ -280,6 +290,29 @@ class BitmapStore:
                 self._file.path, f"its bitmaps would take {taken} bytes of memory, allowed are {MEMORY_MAX}"
             )
         return loaded
+
+    async def _overwrite(self) -> bool:
+        """Without new space: bits go over those on disk, which are in use and so lost by a crash anyway. A part of a
+        bitmap that had no cluster of bits, and needs one, is dirty as a whole. False: a table has another size.
+        """
+        cluster_size = self._header.cluster_size
+        tables = []
+        for entry in self.entries:
+            if entry.name not in self._marked:
+                continue
+            bitmap = self._loaded[entry.name]
+            table = await load_table(self._file, self._header, entry)
+            if len(table) != max(1, table_size_for(bitmap.size, bitmap.granularity, cluster_size)):
+                return False
+            for index, place in enumerate(table):
+                piece = bytes(bitmap.bits[index * cluster_size : (index + 1) * cluster_size])
+                if place & OFFSET_MASK:
+                    await self._file.pwrite(place & OFFSET_MASK, piece.ljust(cluster_size, b"\0"))
+                elif any(piece):
+                    table[index] = 1
+            tables.append(Write(self._file, entry.table_offset, encode_offsets(table)))
+        await run(Plan((Stage(tuple(tables), (self._file,)),)))
+        return True
 
 
 async def open_store(file: BlockFile, header: Header, counts: Refcounts | None) -> BitmapStore | None:

@@ -340,13 +340,15 @@ class FullFile(FaultFile):
     """Has `space` bytes more for pages that were holes."""
 
     space = 1 << 62
+    zeroes: frozenset[int] = frozenset()
+    """Pages of zeroes that are no holes."""
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
         needed = 0
         for start in range(offset // 4096 * 4096, offset + len(data), 4096):
             page = memoryview(bytearray(4096))
             await self.inner.pread(start, page)
-            needed += 0 if any(page) else 4096
+            needed += 0 if any(page) or start in self.zeroes else 4096
         if needed > self.space:
             raise OSError(errno.ENOSPC, "No space left on device")
         self.space -= needed
@@ -380,6 +382,28 @@ def test_resize_that_finds_no_space_for_bitmaps_keeps_them_and_the_size_and_leak
     found = [asyncio.run(run(pages * 4096)) for pages in range(12)]
     assert found == sorted(found)
     assert set(found) == {False, True}
+
+
+def test_bitmaps_closed_without_space_are_stored_in_the_place_that_they_have(tmp_path: Path) -> None:
+    """What had no bits on disk is dirty as a whole."""
+    path = tmp_path / "disk"
+    made(path, "cluster_size=4k")
+    qemu_img("bitmap", "--add", "-g", str(GRANULARITY), path, "later")
+    content = path.read_bytes()
+
+    async def run() -> None:
+        memory = MemoryFile(content)
+        file = FullFile(memory, slow_only=True)
+        image = await opened(file)
+        await image.write(300 << 10, b"x" * 65536)
+        await image.flush()
+        tables = await load_directory(memory, await read_header(memory))
+        file.space, file.zeroes = 0, frozenset(entry.table_offset for entry in tables)
+        await image.close()
+        assert await stored(memory) == {"b0": [(256 << 10, 364 << 10)], "later": [(0, SIZE)]}
+        assert await checked(memory) == 0
+
+    asyncio.run(run())
 
 
 def test_bitmap_whose_bits_fill_clusters_is_stored_as_it_is(tmp_path: Path) -> None:
