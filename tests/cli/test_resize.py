@@ -106,10 +106,13 @@ def test_resize_over_an_encrypted_backing_file_takes_a_key_file_where_that_must_
     make_luks("base", MiB, "write -q -P 1 0 1M", options="cluster_size=64k")
     qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", "base", "-F", "qcow2", "a.qcow2", "256k")
     said("a.qcow2", "1M")
-    said("a.qcow2", "100k", "--shrink")
+    said("a.qcow2", "128k", "--shrink")
+    refused(["a.qcow2", "100k", "--shrink"], USAGE, ".*base: it is encrypted, and no key file was given")
+    assert size("a.qcow2") == 128 * KiB
+    Path("key").write_text("key\n")
+    said("a.qcow2", "100k", "--shrink", "--key-file", "key")
     refused(["a.qcow2", "1M"], USAGE, ".*base: it is encrypted, and no key file was given")
     assert size("a.qcow2") == 100 * KiB
-    Path("key").write_text("key\n")
     said("a.qcow2", "1M", "--key-file", "key")
     assert size("a.qcow2") == MiB
 
