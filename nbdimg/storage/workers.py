@@ -53,7 +53,9 @@ _Outcome = tuple["asyncio.Future[Any]", Any, BaseException | None]
 
 
 class Series:
-    """Jobs of which at most `running_max` run at a time, begun in the order in which they were given."""
+    """Jobs of which at most `running_max` run at a time, taken in the order in which they were given. Where more than one
+    may run, one that was taken may begin behind the next.
+    """
 
     __slots__ = ("_lock", "_running_count", "_running_max", "_waiting")
 
@@ -216,7 +218,7 @@ class Workers:
 
 
 def _outcome(job: _Job) -> _Outcome:
-    """In a function of its own, so that an idle thread holds no buffer of its last job."""
+    """In a function of its own: an error holds the frame that caught it, and that frame must not hold the error."""
     try:
         return job.future, job.function(*job.args), None
     except BaseException as error:
