@@ -53,8 +53,8 @@ _Outcome = tuple["asyncio.Future[Any]", Any, BaseException | None]
 
 
 class Series:
-    """Jobs of which at most `running_max` run at a time, taken in the order in which they were given. Where more than one
-    may run, one that was taken may begin behind the next.
+    """Jobs of which at most `running_max` run at a time, taken in the order in which they were given. Where more than
+    one may run, one that was taken may begin behind the next.
     """
 
     __slots__ = ("_lock", "_running_count", "_running_max", "_waiting")
