@@ -84,6 +84,7 @@ async def open_image(
     is_keyless: bool = False,
     parent: str | os.PathLike[str] | None = None,
     accepts_lost_log: bool = False,
+    asks_for_writing: bool = False,
 ) -> Image:
     """Open an image and its chain, locked against other users unless `lock` is False.
 
@@ -92,6 +93,7 @@ async def open_image(
     image; `snapshot` is the id or name of an internal one, read-only. With `is_keyless` it opens without a key, for
     those who do not touch the guest's data. `parent` is the file to take as the parent of a differencing vhdx image,
     which may lie anywhere; `accepts_lost_log` opens vhdx images whose log is lost, see `vhdx.log.load_active`.
+    `asks_for_writing` refuses what is no image to be written to, though `writable` may be False.
 
     Raises:
         ConfigError: `format` has no driver; the key or the snapshot does not fit; a parent is given to an image
@@ -118,6 +120,7 @@ async def open_image(
                 is_keyless,
                 parent_path=None if parent is None else os.fspath(parent),
                 accepts_lost_log=accepts_lost_log,
+                asks_for_writing=asks_for_writing,
             )
             return await open_file(file, format, options, guard=guard)
     except BaseException:

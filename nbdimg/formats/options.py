@@ -17,6 +17,9 @@ class OpenOptions:
     in it is a ConfigError then. Metadata is never encrypted. `file_size_max`: where the file may grow to in bytes,
     but for the tables that count its clusters; a write that would allocate beyond fails with ENOSPC. Only qcow2 obeys.
 
+    `asks_for_writing`: an image that can only be read is refused as where `writable` is true, for a trial that
+    does not write. Only qcow2 obeys.
+
     `parent_path`: the operator's own choice of the file that is a vhdx image's parent. `accepts_lost_log`: a vhdx image
     whose log is in use and holds no valid entry is opened as if the log were empty, and so is all of its chain.
     """
@@ -29,6 +32,7 @@ class OpenOptions:
     file_size_max: int | None = None
     parent_path: str | None = None
     accepts_lost_log: bool = False
+    asks_for_writing: bool = False
 
 
 @dataclass(frozen=True, slots=True)

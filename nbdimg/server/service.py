@@ -370,6 +370,7 @@ async def _open_all(
         config.path,
         format=config.format,
         writable=not (config.only_reads_image or is_trial),
+        asks_for_writing=not config.only_reads_image,
         lock=not is_trial,
         roots=config.roots,
         key=key,

@@ -345,6 +345,24 @@ def test_reload_trial_refuses_another_format_before_the_client_is_troubled(
         assert_served(client, b"k")
 
 
+def test_reload_trial_refuses_to_write_to_what_can_only_be_read_before_the_client_is_troubled(
+    served: tuple[ConfiguredServer, str], tmp_path: Path
+) -> None:
+    server, keep = served
+    image = tmp_path / "vm.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", image, "64k")
+    with image.open("r+b") as file:
+        file.seek(72)
+        file.write((1 << 1).to_bytes(8, "big"))
+    vm = '[[exports]]\nname = "vm"\npath = "vm.qcow2"\n'
+    server.reload(keep + vm + "read_only = true\n")
+    with connect_negotiated(server.socket_path, "vm") as client:
+        said = server.reload(keep + vm)
+        assert "nothing was reloaded" in said
+        assert "it is marked corrupt" in said
+        assert_served(client, b"\0")
+
+
 def test_reload_name_that_a_snapshot_of_a_reopened_image_has_is_refused_and_nobody_is_troubled(
     served: tuple[ConfiguredServer, str], images: Callable[[str], Path], tmp_path: Path
 ) -> None:

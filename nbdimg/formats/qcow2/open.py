@@ -58,9 +58,9 @@ async def open_driver(file: BlockFile, options: OpenOptions) -> Opened:
     """
     header = await read_header(file)
     backing = _backing(file, header)
-    if options.writable:
-        if options.snapshot is not None:
-            raise ConfigError(f"{file.path}: a snapshot can only be opened read-only")
+    if options.writable and options.snapshot is not None:
+        raise ConfigError(f"{file.path}: a snapshot can only be opened read-only")
+    if options.writable or options.asks_for_writing:
         _check_writable(file, header)
     data_file = await _open_data_file(file, header, options)
     try:
