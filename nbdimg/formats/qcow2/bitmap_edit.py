@@ -17,13 +17,12 @@ from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.bitmap_header import check_room
 from nbdimg.formats.qcow2.bitmap_store import MEMORY_MAX, Change, claim, replace_bitmaps, settle
 from nbdimg.formats.qcow2.bitmaps import (
-    TABLE_BYTES_MAX,
     BitmapEntry,
     BitmapFlag,
+    check_fit,
     load_bits,
     load_directory,
     load_table,
-    table_size_for,
 )
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.open import open_metadata
@@ -107,18 +106,11 @@ class BitmapEditor:
         if name in self._changes:
             raise ConfigError(f"{path}: there is a bitmap {escaped(name)} already")
         check_room(self._file, header, len(self._changes) + 1)
-        table_size = table_size_for(header.size, granularity, header.cluster_size)
-        table_bytes = 8 * (table_size + sum(entry.table_size for entry in self.entries))
-        if table_size * header.cluster_size > s.BITMAP_BYTES_MAX or table_bytes > TABLE_BYTES_MAX:
-            raise UnsupportedFeature(
-                path,
-                f"a bitmap of granularity {granularity} takes {byte_count(header.size, granularity)} bytes here, more "
-                f"than is allowed: use a larger granularity",
-            )
-        if not table_size:
+        if not header.size:
             raise UnsupportedFeature(path, "a disk of size 0 has no bitmaps")
         flags = int(BitmapFlag.AUTO) if is_enabled else 0
         entry = BitmapEntry(name, granularity.bit_length() - 1, flags)
+        check_fit(path, header, header.size, [*self.entries, entry])
         self._changes[name] = entry, self._clean(entry)
 
     def remove(self, name: str) -> None:

@@ -42,6 +42,7 @@ from nbdimg.formats.qcow2.bitmap_header import check_room, switch
 from nbdimg.formats.qcow2.bitmaps import (
     BitmapEntry,
     BitmapFlag,
+    check_fit,
     clusters_of,
     directory_region,
     load_bits,
@@ -175,7 +176,14 @@ class BitmapStore:
             self._failure = error
             raise
 
-    # Another size of the disk (B7): resize, place, then the header, and release; or undo
+    # Another size of the disk (B7): check, resize, place, then the header, and release; or undo
+
+    def check_size(self, size: int) -> None:
+        """Raises: UnsupportedFeature: the bitmaps would be too large for a disk of `size` bytes."""
+        check_fit(self._file.path, self._header, size, self.entries)
+        taken = sum(byte_count(size, entry.granularity) for entry in self.entries)
+        if taken > MEMORY_MAX:
+            raise _too_much(self._file.path, taken)
 
     async def resize(self, size: int) -> None:
         """All consistent bitmaps are loaded, marked, and of this size. Raises: as `get` and `mark`."""
@@ -286,9 +294,7 @@ class BitmapStore:
                 loaded[entry.name] = bits
         taken = sum(len(bitmap.bits) for bitmap in loaded.values())
         if taken > MEMORY_MAX:
-            raise UnsupportedFeature(
-                self._file.path, f"its bitmaps would take {taken} bytes of memory, allowed are {MEMORY_MAX}"
-            )
+            raise _too_much(self._file.path, taken)
         return loaded
 
     async def _overwrite(self) -> bool:
@@ -313,6 +319,10 @@ class BitmapStore:
             tables.append(Write(self._file, entry.table_offset, encode_offsets(table)))
         await run(Plan((Stage(tuple(tables), (self._file,)),)))
         return True
+
+
+def _too_much(path: str, taken: int) -> UnsupportedFeature:
+    return UnsupportedFeature(path, f"its bitmaps would take {taken} bytes of memory, allowed are {MEMORY_MAX}")
 
 
 async def open_store(file: BlockFile, header: Header, counts: Refcounts | None) -> BitmapStore | None:

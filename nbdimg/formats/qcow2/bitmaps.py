@@ -84,6 +84,22 @@ def table_size_for(size: int, granularity: int, cluster_size: int) -> int:
     return div_ceil(byte_count(size, granularity), cluster_size)
 
 
+def check_fit(path: str, header: Header, size: int, entries: Iterable[BitmapEntry]) -> None:
+    """Raises: UnsupportedFeature: a disk of `size` bytes cannot have all of these."""
+    table_bytes = 0
+    for entry in entries:
+        granularity, table_size = entry.granularity, entry.table_size
+        if entry.is_consistent:
+            table_size = table_size_for(size, granularity, header.cluster_size)
+        table_bytes += 8 * table_size
+        if table_size * header.cluster_size > s.BITMAP_BYTES_MAX or table_bytes > TABLE_BYTES_MAX:
+            raise UnsupportedFeature(
+                path,
+                f"bitmap {escaped(entry.name)} of granularity {granularity} would take {byte_count(size, granularity)} "
+                f"bytes with a disk of {size} bytes, more than is allowed: a larger granularity takes less",
+            )
+
+
 def directory_region(header: Header) -> tuple[int, int] | None:
     """Offset and length of the directory that is in force."""
     extension = header.extension(ExtensionType.BITMAPS)

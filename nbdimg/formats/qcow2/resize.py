@@ -91,6 +91,8 @@ def _check_bitmaps(driver: Qcow2Driver, size: int) -> None:
                     f"(offset {entry.offset})",
                     entry.offset,
                 )
+        if size > driver.size:
+            store.check_size(size)
 
 
 def _check_keys(image: Image, driver: Qcow2Driver, size: int) -> None:

@@ -16,7 +16,7 @@ import pytest
 from nbdimg.errors import ConfigError, CorruptImage, ImageError, UnsupportedFeature
 from nbdimg.formats import open_file, open_image, resize_image
 from nbdimg.formats.options import OpenOptions
-from nbdimg.formats.qcow2 import resize
+from nbdimg.formats.qcow2 import bitmaps, resize
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.image.image import Image
 from nbdimg.storage.memory import MemoryFile
@@ -389,6 +389,42 @@ def test_resize_with_an_inconsistent_bitmap_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedFeature, match=r"bitmap 'lost' is inconsistent .*: remove it first"):
         resized(path, 2 * MiB)
     assert edit.get(24) == MiB
+
+
+@pytest.mark.parametrize(
+    ("names", "size", "message"),
+    [
+        (["b0"], 2 * TiB + 64 * KiB, "bitmap 'b0' of granularity 512 would take 536870928 bytes with a disk of"),
+        (["b0"], 1 << 50, "bitmap 'b0' of granularity 512 would take 274877906944 bytes with a disk of"),
+        (["b0", "b1"], 3 * TiB // 2, "its bitmaps would take 805306368 bytes of memory, allowed are 536870912"),
+    ],
+)
+def test_disk_does_not_outgrow_what_its_bitmaps_may_take(
+    tmp_path: Path, names: list[str], size: int, message: str
+) -> None:
+    """No program would open it any more, or none to write."""
+    path = tmp_path / "a.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    for name in names:
+        qemu_img("bitmap", "--add", "-g", "512", path, name)
+    before = path.read_bytes()
+    with pytest.raises(UnsupportedFeature, match=message):
+        resized(path, size)
+    assert path.read_bytes() == before
+
+
+def test_disk_does_not_outgrow_what_the_tables_of_its_bitmaps_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has 32 entries at 64 MiB."""
+    monkeypatch.setattr(bitmaps, "TABLE_BYTES_MAX", 8 * 95)
+    path = tmp_path / "a.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512", path, "1M")
+    for name in ("b0", "b1", "b2"):
+        qemu_img("bitmap", "--add", "-g", "512", path, name)
+    with pytest.raises(UnsupportedFeature, match="bitmap 'b2' of granularity 512 would take 16384 bytes"):
+        resized(path, 64 * MiB)
+    resized(path, 63 * MiB // 2)
 
 
 @pytest.mark.parametrize("kind", ["zlib", "zstd"])
