@@ -96,6 +96,7 @@ class BitmapStore:
         self.is_marked = False
         """Whether every recording bitmap is durably in use."""
         self._marked: set[str] = set()
+        """What may be in use on disk by our doing, and is stored at the end."""
         self._resizing: list[Callable[[], None]] = []
         """What undoes the resize under way."""
         self._resizing_alone: set[str] = set()
@@ -153,8 +154,8 @@ class BitmapStore:
 
     async def _mark(self, names: set[str]) -> None:
         self._check()
-        await self._put_flags(names, BitmapFlag.IN_USE)
         self._marked |= names
+        await self._put_flags(names, BitmapFlag.IN_USE)
         self.is_marked = all(bitmap.name in self._marked for bitmap in self.recording)
 
     def _check(self) -> None:

@@ -406,6 +406,27 @@ def test_bitmaps_closed_without_space_are_stored_in_the_place_that_they_have(tmp
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_bitmaps_of_which_some_could_not_be_marked_are_consistent_after_the_end(tmp_path: Path, number: int) -> None:
+    """Two flags are written at once: the first is on disk when the second fails."""
+    content = made(tmp_path / "disk", bitmaps=("b0", "b1"))
+
+    async def run() -> None:
+        memory = MemoryFile(content)
+        file = FaultFile(memory, slow_only=True)
+        image = await opened(file)
+        file.fail_at(1, number)
+        with pytest.raises(UnwrittenError):
+            await image.write(0, b"x" * 4096)
+        file.heal()
+        assert await stored(memory) == {"b0": None, "b1": FIRST}
+        await image.close()
+        assert await stored(memory) == {"b0": FIRST, "b1": FIRST}
+        assert await checked(memory) == 0
+
+    asyncio.run(run())
+
+
 def test_bitmap_whose_bits_fill_clusters_is_stored_as_it_is(tmp_path: Path) -> None:
     """A cluster of 512 bytes has the bits of 2 MiB. Of the table's three entries the second says that all are set; in
     the third's cluster no bits follow those of the last 1 MiB.
