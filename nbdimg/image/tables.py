@@ -71,7 +71,6 @@ class TableCache:
         more were taken from before it."""
         self._file = file
         self._slices_max = slices_max
-        self._strained_above = min(slices_max // 2, DIRTY_MAX)
         self._fetch = fetch
         self._encode = encode
         self._dirty: dict[int, Slice] = {}
@@ -142,7 +141,8 @@ class TableCache:
     @property
     def is_strained(self) -> bool:
         """Whether half of the room is taken by what waits to be written, or a flush would take long."""
-        return len(self._dirty) + len(self._writing) > self._strained_above
+        waiting = len(self._dirty) + len(self._writing)
+        return 2 * waiting > self._slices_max or waiting > DIRTY_MAX
 
     def capture(self) -> list[Write]:
         """The writes that make everything durable that has changed; `written` follows when they are."""
