@@ -247,8 +247,9 @@ class BitmapStore:
         try:
             self.entries = await replace_bitmaps(self._file, self._header, counts, self.entries, changes)
         except OSError as error:
+            is_full = error.errno in OUT_OF_SPACE and leaves_no_doubt(error)
             is_named = directory_region(self._header) is not None
-            if error.errno not in OUT_OF_SPACE or not is_named or not await self._overwrite():
+            if not is_full or not is_named or not await self._overwrite():
                 raise
             await self._unmark(self._marked.copy())
             return

@@ -407,6 +407,33 @@ def test_bitmaps_closed_without_space_are_stored_in_the_place_that_they_have(tmp
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_end_that_loses_a_bitmap_says_so_whichever_call_fails(tmp_path: Path, number: int) -> None:
+    """A barrier, which some file systems let fail for space, leaves it open whether the header names a directory."""
+    content = straddling(made(tmp_path / "disk", "cluster_size=4k"))
+
+    async def run(index: int) -> bool:
+        memory = MemoryFile(content)
+        file = FaultFile(memory, slow_only=True)
+        image = await opened(file)
+        await image.write(0, b"x" * 512)
+        await image.flush()
+        count = len(file.calls)
+        file.fail_at(index, number)
+        has_failed = False
+        try:
+            await image.close()
+        except (OSError, ImageError):
+            has_failed = True
+        assert has_failed or await stored(memory) == {"b0": [(0, 4096), *FIRST]}, f"call {index}"
+        return len(file.calls) - count <= index
+
+    index = 0
+    while not asyncio.run(run(index)):
+        index += 1
+    assert index > 10
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_bitmaps_of_which_some_could_not_be_marked_are_consistent_after_the_end(tmp_path: Path, number: int) -> None:
     """Two flags are written at once: the first is on disk when the second fails."""
     content = made(tmp_path / "disk", bitmaps=("b0", "b1"))
