@@ -187,8 +187,8 @@ class BitmapStore:
             raise _too_much(self._file.path, taken)
 
     async def resize(self, size: int) -> None:
-        """All consistent bitmaps are loaded, marked, and of this size. Raises: as `get` and `mark`."""
-        bitmaps = [await self.get(name) for name in self.names]
+        """All of `names`, which `get` has loaded, are marked, and of this size. Raises: as `mark`."""
+        bitmaps = [self._loaded[name] for name in self.names]
         self._resizing_alone = set(self.names) - self._marked
         await self._mark(set(self.names))
         self._resizing = [bitmap.resize(size) for bitmap in bitmaps]

@@ -114,9 +114,13 @@ def _check_keys(image: Image, driver: Qcow2Driver, size: int) -> None:
         each = each.backing
 
 
-async def _resize_bitmaps(driver: Qcow2Driver, size: int) -> None:
-    if driver.stored_bitmaps is not None:
-        await driver.stored_bitmaps.resize(size)
+async def _resize_bitmaps(image: Image, driver: Qcow2Driver, size: int) -> None:
+    store = driver.stored_bitmaps
+    if store is not None:
+        for name in store.names:
+            await store.get(name)
+        with failing_in_doubt(image):
+            await store.resize(size)
 
 
 async def _place_bitmaps(image: Image, driver: Qcow2Driver) -> None:
@@ -162,7 +166,7 @@ async def _shrink(image: Image, driver: Qcow2Driver, size: int) -> None:
             await image.zero(position, end - position, may_unmap=False, is_fast_only=False)
         position = end
     try:
-        await _resize_bitmaps(driver, size)
+        await _resize_bitmaps(image, driver, size)
         await _place_bitmaps(image, driver)
         _set_size(image, driver, size)
         driver.header.size = size
@@ -203,7 +207,7 @@ async def _forget(image: Image, driver: Qcow2Driver, progress: Progress | None) 
 async def _grow(image: Image, driver: Qcow2Driver, size: int, progress: Progress | None) -> None:
     old = driver.size
     try:
-        await _resize_bitmaps(driver, size)
+        await _resize_bitmaps(image, driver, size)
         await _grow_l1(driver, driver.header.l1_entries_needed(size))
         _set_size(image, driver, size)
         await _grow_data_file(image, driver, old, size)

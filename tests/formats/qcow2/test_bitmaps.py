@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdimg.errors import ConfigError, CorruptImage, ImageError, UnsupportedFeature
+from nbdimg.errors import ConfigError, CorruptImage, ImageError, ImageFailed, UnsupportedFeature
 from nbdimg.formats import open_file
 from nbdimg.formats.gate import DenyGate
 from nbdimg.formats.options import OpenOptions
@@ -382,6 +382,29 @@ def test_resize_that_finds_no_space_for_bitmaps_keeps_them_and_the_size_and_leak
     found = [asyncio.run(run(pages * 4096)) for pages in range(12)]
     assert found == sorted(found)
     assert set(found) == {False, True}
+
+
+def test_resize_whose_marking_is_in_doubt_lets_no_later_flush_succeed(tmp_path: Path) -> None:
+    """The barrier that failed was also that of what was written before."""
+    content = made(tmp_path / "disk", bitmaps=("frozen",))
+
+    async def run() -> None:
+        file = FaultFile(MemoryFile(content), slow_only=True)
+        image = await opened(file)
+        await image.bitmap("frozen")
+        await resize(image, SIZE)  # reads what the next one asks for
+        await image.write(256 << 10, b"x" * 512)
+        file.fail_at(1, errno.EIO)
+        with pytest.raises(OSError, match="Input/output error"):
+            await resize(image, 2 * SIZE)
+        assert file.calls[-4:-2] == ["pwrite", "fdatasync"]
+        for change in (image.flush(), image.write(256 << 10, b"y" * 512)):
+            with pytest.raises(ImageFailed):
+                await change
+        with pytest.raises(ImageFailed):
+            await image.close()
+
+    asyncio.run(run())
 
 
 def test_bitmaps_closed_without_space_are_stored_in_the_place_that_they_have(tmp_path: Path) -> None:
