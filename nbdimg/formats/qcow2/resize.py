@@ -73,6 +73,9 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
     _check_keys(image, driver, size)
     if size < driver.size:
         await _shrink(image, driver, size)
+        with space_may_wait():
+            await _forget(image, driver, progress)
+        return
     await _forget(image, driver, progress)
     if size > driver.size:
         await _grow(image, driver, size, progress)

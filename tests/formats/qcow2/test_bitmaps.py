@@ -384,6 +384,38 @@ def test_resize_that_finds_no_space_for_bitmaps_keeps_them_and_the_size_and_leak
     assert set(found) == {False, True}
 
 
+def test_shrink_that_finds_no_space_to_give_space_back_says_nothing_else_than_the_size_does(tmp_path: Path) -> None:
+    """The size is durable by then; what lay behind it goes with a later flush."""
+    content = made(tmp_path / "disk", "cluster_size=4k")
+
+    async def run(index: int) -> bool:
+        memory = MemoryFile(content)
+        file = FaultFile(memory, slow_only=True)
+        image = await opened(file)
+        await image.flush()
+        count = len(file.calls)
+        file.fail_at(index, errno.ENOSPC)
+        expected = SIZE
+        with suppress(OSError, ImageError):
+            await resize(image, SIZE // 4)
+            expected = SIZE // 4
+        is_over = len(file.calls) - count <= index
+        has_found_no_space = file.calls[count:][index : index + 1] == ["pwrite"]
+        file.heal()
+        if image.failure is None:
+            assert image.size == expected or not has_found_no_space, f"call {index}"
+            await image.close()
+            assert await checked(memory) == 0, f"call {index}"
+        else:
+            await image.discard()
+        return is_over
+
+    index = 0
+    while not asyncio.run(run(index)):
+        index += 1
+    assert index > 20
+
+
 def test_resize_whose_marking_is_in_doubt_lets_no_later_flush_succeed(tmp_path: Path) -> None:
     """The barrier that failed was also that of what was written before."""
     content = made(tmp_path / "disk", bitmaps=("frozen",))
