@@ -38,6 +38,13 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
+def with_user_hidden(uri: str) -> str:
+    """A URI to show in a complaint: what stands before the `@` of its host may be a password."""
+    scheme, separator, rest = uri.partition("://")
+    user, at, _ = rest.partition("/")[0].rpartition("@")
+    return f"{scheme}{separator}…{rest[len(user) :]}" if at else uri
+
+
 class NbdimgError(Exception):
     """The root of the tree."""
 

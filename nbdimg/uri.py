@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from urllib.parse import quote, unquote, urlsplit
 
-from nbdimg.errors import ConfigError
+from nbdimg.errors import ConfigError, with_user_hidden
 
 DEFAULT_PORT = 10809
 _PARAMETERS = ("socket", "tls-type", "tls-hostname", "tls-verify-peer")
@@ -31,20 +31,21 @@ class NbdUri:
     @classmethod
     def parse(cls, text: str) -> NbdUri:
         """Raises: ConfigError, naming the part that is wrong and what is allowed."""
+        shown = with_user_hidden(text)
         if not text.isprintable() or " " in text:
-            raise ConfigError(f"{text!r} is not an NBD URI: it has a space or a control character")
+            raise ConfigError(f"{shown!r} is not an NBD URI: it has a space or a control character")
         try:
             parts = urlsplit(text)
             port = parts.port
         except ValueError as error:
-            raise ConfigError(f"{text!r} is not an NBD URI: {error}") from None
+            raise ConfigError(f"{shown!r} is not an NBD URI: {error}") from None
         scheme, plus, transport = parts.scheme.partition("+")
         if scheme not in ("nbd", "nbds") or (plus and transport != "unix"):
-            raise ConfigError(f"{text!r}: the scheme must be nbd, nbds, nbd+unix or nbds+unix")
+            raise ConfigError(f"{shown!r}: the scheme must be nbd, nbds, nbd+unix or nbds+unix")
         if parts.fragment:
-            raise ConfigError(f"{text!r}: an NBD URI has no fragment")
+            raise ConfigError(f"{shown!r}: an NBD URI has no fragment")
         if parts.username is not None:
-            raise ConfigError(f"{text!r}: an NBD URI has no user name")
+            raise ConfigError(f"{shown!r}: an NBD URI has no user name")
         parameters = _parameters(text, parts.query)
         name = _decoded(text, parts.path.removeprefix("/"))
         is_tls = scheme == "nbds"

@@ -86,6 +86,23 @@ def test_parse_invalid_uri_names_the_part_that_is_wrong(text: str, part: str) ->
     assert repr(text) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("nbd://user:word@h", "'nbd://…@h': an NBD URI has no user name"),
+        ("nbd+unix://user:word@/?socket=/s@t", "'nbd+unix://…@/?socket=/s@t': an NBD URI has no user name"),
+        ("nbd://user:word@h:65536/a@b", "'nbd://…@h:65536/a@b' is not an NBD URI"),
+        ("nbd://user:a word@h", "'nbd://…@h' is not an NBD URI"),
+        ("http://user:word@h", "'http://…@h': the scheme must be"),
+        ("nbd://h/a@b#c", "'nbd://h/a@b#c': an NBD URI has no fragment"),
+    ],
+)
+def test_parse_uri_with_a_password_is_refused_without_showing_it(text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        NbdUri.parse(text)
+    assert str(caught.value).startswith(said)
+
+
 def test_parse_socket_path_with_a_plus_sign_keeps_it() -> None:
     assert NbdUri.parse("nbd+unix:///disk?socket=/run/a+b.sock").socket == "/run/a+b.sock"
 

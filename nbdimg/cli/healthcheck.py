@@ -11,6 +11,7 @@ import socket
 from collections.abc import Sequence
 
 from nbdimg.cli.streams import complain
+from nbdimg.errors import with_user_hidden
 
 DEFAULT_SOCKET = "/run/nbdimg/admin.sock"
 SOCKET_VARIABLE = "NBDIMG_ADMIN_SOCKET"
@@ -95,7 +96,7 @@ def _address(url: str) -> tuple[tuple[str, int], str]:
     host = host.removeprefix("[").removesuffix("]")
     is_number = port.isascii() and port.isdecimal() and int(port[:6]) <= PORT_MAX
     if scheme != "http" or not separator or not host or not is_number or set(authority) & set("/?#@ \r\n"):
-        raise _UsageError(f"{url!r} is not allowed, expected http://HOST:PORT")
+        raise _UsageError(f"{with_user_hidden(url)!r} is not allowed, expected http://HOST:PORT")
     return (host, int(port)), authority
 
 

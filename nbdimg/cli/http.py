@@ -13,7 +13,7 @@ import socket
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
-from nbdimg.errors import ConfigError, ImageError, NbdimgError
+from nbdimg.errors import ConfigError, ImageError, NbdimgError, with_user_hidden
 
 CONNECT_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 30.0
@@ -131,7 +131,7 @@ def _check_url(url: str) -> None:
     except ValueError:
         is_sound = False
     if not is_sound or parts.path not in ("", "/") or parts.query or parts.username is not None:
-        raise ConfigError(f"{url!r} is not allowed, expected http://HOST:PORT")
+        raise ConfigError(f"{with_user_hidden(url)!r} is not allowed, expected http://HOST:PORT")
 
 
 def _read_token(path: str) -> str:

@@ -312,6 +312,7 @@ def test_over_tcp_with_a_token(ctl: Ctl, tmp_path: Path) -> None:
     [
         (["--url=127.0.0.1:9808"], "'127.0.0.1:9808' is not allowed, expected http://HOST:PORT"),
         (["--url=ftp://h:1"], "'ftp://h:1' is not allowed"),
+        (["--url=http://u:p@h:1"], "'http://…@h:1' is not allowed"),
         (["--url=http://h:x"], "'http://h:x' is not allowed"),
         (["--url=http://h:1/v1"], "'http://h:1/v1' is not allowed"),
         (["--url=http://h:1?a"], "'http://h:1?a' is not allowed"),

@@ -149,6 +149,7 @@ def test_healthcheck_of_a_server_that_hangs_is_1(
         (["--url="], "--url needs a value"),
         (["--url=127.0.0.1:9809"], "'127.0.0.1:9809' is not allowed, expected http://HOST:PORT"),
         (["--url=https://h:1"], "'https://h:1' is not allowed"),
+        (["--url=http://u:p@h:1"], "'http://…@h:1' is not allowed"),
         (["--url=http://h:x"], "'http://h:x' is not allowed"),
         (["--url=http://h:65536"], "'http://h:65536' is not allowed"),
         (["--url=http://h:1/metrics"], "'http://h:1/metrics' is not allowed"),
