@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import threading
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from nbdimg import configfile
 from nbdimg.config import (
     DEFAULT_LISTENER,
     AccessRule,
@@ -471,6 +474,21 @@ def test_load_missing_file_and_wrong_encoding_are_told(tmp_path: Path) -> None:
         load_config(tmp_path / "x", environment={})
     with pytest.raises(ConfigFileError, match=r"Is a directory"):
         load_config(tmp_path, environment={})
+
+
+@pytest.mark.timeout(20)
+def test_load_fifo_is_read_to_its_end_and_not_waited_for_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_bytes, args=(b'log_format = "json"\n',), daemon=True)
+    writer.start()
+    assert load_config(path).server.log_format == "json"
+    writer.join()
+    monkeypatch.setattr(configfile, "PATIENCE_S", 0.05)
+    with pytest.raises(ConfigFileError, match="it is a FIFO, and its writer does not come to an end"):
+        load_config(path)
 
 
 def test_load_windows_line_ends_keep_the_lines(file: Path) -> None:

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "formats": {"image", "storage", *LEAVES},
     "export": {"wire", "image", *LEAVES},
     "config": {*LEAVES},
-    "configfile": {"config", "export", "formats", "wire", *LEAVES},
+    "configfile": {"config", "export", "formats", "storage", "wire", *LEAVES},
     "server": {"export", "wire", "image", "formats", "storage", "config", *LEAVES},
     "admin": {"server", "export", "wire", "formats", "config", "configfile", *LEAVES},
     "cli": {"", "admin", "server", "export", "wire", "image", "formats", "storage", "config", "configfile", *LEAVES},

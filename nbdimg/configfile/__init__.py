@@ -25,6 +25,7 @@ from nbdimg.configfile.limits import limit_contradictions
 from nbdimg.configfile.mapping import RELOADS, mapped, mapped_export
 from nbdimg.configfile.reader import Reader
 from nbdimg.errors import ConfigError
+from nbdimg.storage.short import read_short
 from nbdimg.uri import NbdUri
 
 __all__ = ["ConfigFileError", "FileConfig", "Overrides", "config_without_file", "export_of", "load_config"]
@@ -33,6 +34,9 @@ Tables = TypeVar("Tables", TlsConfig, AdminConfig)
 
 FILE_SIZE_MAX = 16 << 20
 """Bytes of a configuration file; more is some other file."""
+
+PATIENCE_S = 10.0
+"""For the writer of a FIFO to come to its end. At the start no signal is heard meanwhile."""
 
 
 class ConfigFileError(ConfigError):
@@ -180,8 +184,7 @@ def _overridden(kind: type[Tables], table: Tables | None, given: Mapping[str, An
 
 def _read(name: str) -> str:
     try:
-        with open(name, "rb") as file:
-            content = file.read(FILE_SIZE_MAX + 1)
+        content = read_short(name, FILE_SIZE_MAX, PATIENCE_S)
     except OSError as error:
         raise ConfigFileError([f"{name}: {error.strerror}"]) from None
     if len(content) > FILE_SIZE_MAX:
