@@ -102,15 +102,17 @@ def test_run_where_few_threads_are_allowed_does_all_with_those_that_there_are(
 
 
 @pytest.mark.parametrize(("stuck_max", "done_count"), [(0, 0), (1, 0), (8, 20)])
-def test_jobs_pass_those_that_are_stuck(stuck_max: int, done_count: int) -> None:
+def test_jobs_pass_those_that_are_stuck(stuck_max: int, done_count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two threads both are stuck, and another three jobs too; the rest is done by threads that replace them."""
+    stuck_s = 0.05
+    monkeypatch.setattr("nbdimg.storage.workers.STUCK_S", stuck_s)
 
     async def main() -> int:
         pool = Workers(threads_max=2, stuck_max=stuck_max)
         release = threading.Event()
-        stuck = [pool.run(release.wait, 20) for _ in range(5)]
+        stuck = [pool.run(release.wait, WAIT_S) for _ in range(5)]
         rest = [pool.run(pow, n, 2) for n in range(20)]
-        await asyncio.wait(rest, timeout=6 * STUCK_S)
+        await asyncio.wait(rest, timeout=WAIT_S if done_count else 6 * stuck_s)
         count = sum(each.done() for each in rest)
         release.set()
         await asyncio.gather(*stuck, *rest)
