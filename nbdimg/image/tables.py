@@ -140,9 +140,11 @@ class TableCache:
 
     @property
     def is_strained(self) -> bool:
-        """Whether half of the room is taken by what waits to be written, or a flush would take long."""
-        waiting = len(self._dirty) + len(self._writing)
-        return 2 * waiting > self._slices_max or waiting > DIRTY_MAX
+        """Whether half of the room is taken by what waits to be written, or the next flush would take long: what one
+        under way writes is no part of that.
+        """
+        dirty_count = len(self._dirty)
+        return 2 * (dirty_count + len(self._writing)) > self._slices_max or dirty_count > DIRTY_MAX
 
     def capture(self) -> list[Write]:
         """The writes that make everything durable that has changed; `written` follows when they are."""
