@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, cast
 
 import typer
 
+from nbdimg.cli.interrupt import ends_heard
 from nbdimg.cli.opened import opening
 from nbdimg.cli.options import parsed
 from nbdimg.cli.output import QUIET_S, print_json, progress, shown
@@ -254,8 +254,8 @@ async def _image_size(path: str, format: str) -> int:
 
 @contextmanager
 def _signals_unwind(path: str) -> Iterator[None]:
-    """While an image is made, SIGINT, SIGTERM and SIGHUP, unless they are ignored (nohup), end the program as an
-    exception does, so that no half of it stays. The first one counts: another would end the removal of the half.
+    """While an image is made, the signals that ask for the end do so as an exception does, so that no half of it stays.
+    The first one counts: another would end the removal of the half.
     """
     is_ending = False
 
@@ -265,19 +265,13 @@ def _signals_unwind(path: str) -> Iterator[None]:
             is_ending = True
             raise SystemExit(128 + number)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, on_signal)
-    try:
-        yield
-    except SystemExit:
-        left = "" if os.path.lexists(path) else ", nothing of it was left"  # it may have been made by then
-        complain(f"{shown(path)}: interrupted{left}")
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with ends_heard(on_signal):
+        try:
+            yield
+        except SystemExit:
+            left = "" if os.path.lexists(path) else ", nothing of it was left"  # it may have been made by then
+            complain(f"{shown(path)}: interrupted{left}")
+            raise
 
 
 def _create_qcow2(path: str, size: int, options: CreateOptions) -> Layout:

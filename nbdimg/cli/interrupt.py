@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
+from types import FrameType
 from typing import NoReturn
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -60,15 +61,22 @@ def interrupted_between(report: Callable[[int, int], None] | None) -> Iterator[C
         if report is not None:
             report(done, total)
 
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    heard = [each for each, handler in before.items() if handler in (_end, signal.SIG_DFL)]
-    for each in heard:
-        signal.signal(each, on_signal)
-    try:
+    with ends_heard(on_signal):
         yield tell
+
+
+@contextmanager
+def ends_heard(on_signal: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within it SIGINT, SIGTERM and SIGHUP call `on_signal`, but for those that are ignored (nohup)."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, on_signal)
+    try:
+        yield
     finally:
-        for each in heard:
-            signal.signal(each, before[each])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end(number: int, frame: object) -> NoReturn:
