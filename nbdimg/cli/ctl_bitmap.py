@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -51,60 +51,30 @@ def add(
     _change(server_api(socket, url, token_file), export, actions, done, as_json)
 
 
-@ctl_bitmap.command()
-def remove(
-    export: Export,
-    names: Names,
-    socket: SocketPath = DEFAULT_SOCKET,
-    url: Url = None,
-    token_file: TokenFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Remove a bitmap; an inconsistent one too, but none that a client reads."""
-    api = server_api(socket, url, token_file)
-    _change(api, export, _actions("remove", names), f"removed {_listed(names)}", as_json)
+def _changing(verb: str, done: str) -> Callable[..., None]:
+    """The command that does `verb` to bitmaps."""
+
+    def command(
+        export: Export,
+        names: Names,
+        socket: SocketPath = DEFAULT_SOCKET,
+        url: Url = None,
+        token_file: TokenFile = None,
+        as_json: AsJson = False,
+    ) -> None:
+        api = server_api(socket, url, token_file)
+        _change(api, export, _actions(verb, names), f"{done} {_listed(names)}", as_json)
+
+    return command
 
 
-@ctl_bitmap.command()
-def clear(
-    export: Export,
-    names: Names,
-    socket: SocketPath = DEFAULT_SOCKET,
-    url: Url = None,
-    token_file: TokenFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Make a bitmap clean: from here on it counts anew."""
-    api = server_api(socket, url, token_file)
-    _change(api, export, _actions("clear", names), f"cleared {_listed(names)}", as_json)
-
-
-@ctl_bitmap.command()
-def enable(
-    export: Export,
-    names: Names,
-    socket: SocketPath = DEFAULT_SOCKET,
-    url: Url = None,
-    token_file: TokenFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Let a bitmap follow changes."""
-    api = server_api(socket, url, token_file)
-    _change(api, export, _actions("enable", names), f"enabled {_listed(names)}", as_json)
-
-
-@ctl_bitmap.command()
-def disable(
-    export: Export,
-    names: Names,
-    socket: SocketPath = DEFAULT_SOCKET,
-    url: Url = None,
-    token_file: TokenFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Let a bitmap stay as it is, whatever changes; a crash does not cost it any more."""
-    api = server_api(socket, url, token_file)
-    _change(api, export, _actions("disable", names), f"disabled {_listed(names)}", as_json)
+for _verb, _done, _help in (
+    ("remove", "removed", "Remove a bitmap; an inconsistent one too, but none that a client reads."),
+    ("clear", "cleared", "Make a bitmap clean: from here on it counts anew."),
+    ("enable", "enabled", "Let a bitmap follow changes."),
+    ("disable", "disabled", "Let a bitmap stay as it is, whatever changes; a crash does not cost it any more."),
+):
+    ctl_bitmap.command(_verb, help=_help)(_changing(_verb, _done))
 
 
 @ctl_bitmap.command()
