@@ -128,3 +128,8 @@ async def run(plan: Plan, times: Histogram | None = None) -> None:
                 times.add(perf_counter() - started_s)
         if stage.done is not None:
             stage.done()
+
+
+async def write_durably(file: BlockFile, offset: int, data: bytes) -> None:
+    """One write, with a barrier behind it. Raises: as `run`."""
+    await run(Plan((Stage((Write(file, offset, data),), (file,)),)))

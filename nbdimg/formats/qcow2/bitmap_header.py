@@ -14,10 +14,9 @@ from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.header import Extension, Header
 from nbdimg.formats.qcow2.structs import Autoclear, ExtensionType
 from nbdimg.storage.file import BlockFile
-from nbdimg.storage.ordering import Plan, Stage, Write, run
+from nbdimg.storage.ordering import write_durably
 from nbdimg.units import align_up
 
-_U64 = Struct(">Q")
 _BACKING_FIELDS_OFFSET = 8
 _BACKING_FIELDS = Struct(">QI")
 
@@ -55,7 +54,7 @@ async def switch(file: BlockFile, header: Header, data: bytes | None) -> None:
     if extension is None:
         await _append_extension(file, header, data)
     else:
-        await _put(file, extension.offset, data)
+        await write_durably(file, extension.offset, data)
         header.extensions = [replace(each, data=data) if each is extension else each for each in header.extensions]
     if not header.autoclear & Autoclear.BITMAPS:
         await _set_autoclear(file, header, header.autoclear | Autoclear.BITMAPS)
@@ -76,11 +75,11 @@ async def _append_extension(file: BlockFile, header: Header, data: bytes) -> Non
         if moved + len(name) > header.cluster_size:
             await _lay_out(file, header, data)
             return
-        await _put(file, moved, name)
-        await _put(file, _BACKING_FIELDS_OFFSET, _BACKING_FIELDS.pack(moved, len(name)))
+        await write_durably(file, moved, name)
+        await write_durably(file, _BACKING_FIELDS_OFFSET, _BACKING_FIELDS.pack(moved, len(name)))
         header.backing_name_offset = moved
-    await _put(file, start + s.EXTENSION.size, data + bytes(s.EXTENSION.size))
-    await _put(file, start, s.EXTENSION.pack(ExtensionType.BITMAPS, len(data)))
+    await write_durably(file, start + s.EXTENSION.size, data + bytes(s.EXTENSION.size))
+    await write_durably(file, start, s.EXTENSION.pack(ExtensionType.BITMAPS, len(data)))
     header.extensions = [*header.extensions, Extension(ExtensionType.BITMAPS, data, start + s.EXTENSION.size)]
 
 
@@ -90,14 +89,14 @@ async def _remove_extension(file: BlockFile, header: Header) -> None:
     if last.type != ExtensionType.BITMAPS:
         await _lay_out(file, header, None)
         return
-    await _put(file, last.offset - s.EXTENSION.size, bytes(s.EXTENSION.size))
+    await write_durably(file, last.offset - s.EXTENSION.size, bytes(s.EXTENSION.size))
     header.extensions = header.extensions[:-1]
 
 
 async def _lay_out(file: BlockFile, header: Header, data: bytes | None) -> None:
     """Write cluster 0 anew, in one write: sectors of old and new must not be mixed if it has several."""
     content = _laid_out(file, header, data)
-    await _put(file, 0, content)
+    await write_durably(file, 0, content)
     parsed = Header.from_bytes(file.path, content)
     header.extensions, header.backing_name_offset = parsed.extensions, parsed.backing_name_offset
 
@@ -116,10 +115,5 @@ def _is_in_sector(extension: Extension) -> bool:
 
 
 async def _set_autoclear(file: BlockFile, header: Header, autoclear: int) -> None:
-    await _put(file, s.AUTOCLEAR_OFFSET, _U64.pack(autoclear))
+    await write_durably(file, s.AUTOCLEAR_OFFSET, s.U64.pack(autoclear))
     header.autoclear = autoclear
-
-
-async def _put(file: BlockFile, offset: int, data: bytes) -> None:
-    """One write, with a barrier behind it."""
-    await run(Plan((Stage((Write(file, offset, data),), (file,)),)))

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from struct import Struct
 
 from nbdimg.errors import CorruptImage, ImageError, ImageFailed
 from nbdimg.formats.qcow2 import structs as s
@@ -37,9 +36,7 @@ from nbdimg.image import driver as image
 from nbdimg.image.driver import Allocation, Extent, Miss, Unmap
 from nbdimg.image.tables import TableCache
 from nbdimg.storage.file import BlockFile
-from nbdimg.storage.ordering import Plan, Stage, UnwrittenError, Write, leaves_no_doubt, merged, run
-
-U64 = Struct(">Q")
+from nbdimg.storage.ordering import Plan, Stage, UnwrittenError, Write, leaves_no_doubt, merged, run, write_durably
 
 
 class Qcow2Driver:
@@ -221,7 +218,7 @@ class Qcow2Driver:
         return Write(self.file, s.SIZE_OFFSET, fields)
 
     def _incompatible_write(self) -> Write:
-        return Write(self.file, s.INCOMPATIBLE_OFFSET, U64.pack(self.header.incompatible))
+        return Write(self.file, s.INCOMPATIBLE_OFFSET, s.U64.pack(self.header.incompatible))
 
     async def set_dirty(self, is_dirty: bool) -> None:
         """Write the dirty bit, with a barrier behind it. What it vouches for is the caller's to have flushed.
@@ -231,7 +228,7 @@ class Qcow2Driver:
         bit, before = int(Incompatible.DIRTY), self.header.incompatible
         self.header.incompatible = before | bit if is_dirty else before & ~bit
         try:
-            await run(Plan((Stage((self._incompatible_write(),), (self.file,)),)))
+            await write_durably(self.file, s.INCOMPATIBLE_OFFSET, s.U64.pack(self.header.incompatible))
         except UnwrittenError:
             self.header.incompatible = before
             raise

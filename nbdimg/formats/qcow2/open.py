@@ -13,7 +13,7 @@ from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.bitmap_store import open_store
 from nbdimg.formats.qcow2.bitmaps import directory_region
 from nbdimg.formats.qcow2.crypt import EncryptedFile, NoKey, legacy_cipher
-from nbdimg.formats.qcow2.driver import U64, Qcow2Driver
+from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.header import KNOWN_AUTOCLEAR, Header, cluster_bits_of
 from nbdimg.formats.qcow2.inflate import InflatedFile
 from nbdimg.formats.qcow2.l1 import L1Table
@@ -34,7 +34,7 @@ from nbdimg.formats.qcow2.structs import COPIED, OFFSET_MASK, Crypt, ExtensionTy
 from nbdimg.formats.qcow2.subclusters import SubclusterMapping
 from nbdimg.image.gate import Reference
 from nbdimg.storage.file import BlockFile, fetch
-from nbdimg.storage.ordering import Plan, Stage, Write, run
+from nbdimg.storage.ordering import write_durably
 from nbdimg.storage.workers import workers
 from nbdimg.units import align_up, div_ceil
 
@@ -152,8 +152,7 @@ async def _prepare(file: BlockFile, header: Header) -> Header:
     kept = header.autoclear & KNOWN_AUTOCLEAR
     if header.version >= 3 and header.autoclear != kept:
         header.autoclear = kept
-        write = Write(file, s.AUTOCLEAR_OFFSET, U64.pack(kept))
-        await run(Plan((Stage((write,), (file,)),)))
+        await write_durably(file, s.AUTOCLEAR_OFFSET, s.U64.pack(kept))
     return header
 
 

@@ -54,7 +54,7 @@ from nbdimg.formats.qcow2.snapshots import (
 from nbdimg.formats.qcow2.structs import COPIED, OFFSET_MASK
 from nbdimg.formats.qcow2.trees import Trees, host_clusters
 from nbdimg.image.driver import Miss
-from nbdimg.storage.ordering import Plan, Stage, Write, hindered, leaves_no_doubt, run
+from nbdimg.storage.ordering import Plan, Stage, Write, hindered, leaves_no_doubt, run, write_durably
 from nbdimg.units import div_ceil
 
 T = TypeVar("T")
@@ -363,12 +363,8 @@ class _Change:
         self._counts.metadata.update(range(placed.cluster, placed.cluster + count))
         await self.settle()
         offset = placed.cluster << self._bits
-        await self._write(offset, content.ljust(count << self._bits, b"\0"))
+        await write_durably(self._file, offset, content.ljust(count << self._bits, b"\0"))
         return offset
-
-    async def _write(self, offset: int, data: bytes) -> None:
-        """With a barrier behind it."""
-        await run(Plan((Stage((Write(self._file, offset, data),), (self._file,)),)))
 
     async def pin_sizes(self) -> None:
         """Write down the disk's size in each snapshot that relies on it, for it is about to change."""
@@ -378,7 +374,7 @@ class _Change:
     async def switch_table(self, snapshot_count: int, offset: int) -> None:
         """Make the table at `offset` the snapshot table; the one that there was is freed."""
         header = self._driver.header
-        await self._write(s.SNAPSHOT_FIELDS_OFFSET, s.SNAPSHOT_FIELDS.pack(snapshot_count, offset))
+        await write_durably(self._file, s.SNAPSHOT_FIELDS_OFFSET, s.SNAPSHOT_FIELDS.pack(snapshot_count, offset))
         self._placed.clear()
         self.free(header.snapshot_table_offset, stored_table_size(self._snapshots))
         header.snapshot_count, header.snapshot_table_offset = snapshot_count, offset
@@ -387,7 +383,7 @@ class _Change:
         """Make `table` the active L1 table, of a disk of `size` bytes; the one that there was is freed."""
         driver, header = self._driver, self._driver.header
         fields = s.SIZE_FIELDS.pack(size, header.crypt_method, len(table.entries), table.offset)
-        await self._write(s.SIZE_OFFSET, fields)
+        await write_durably(self._file, s.SIZE_OFFSET, fields)
         self._placed.clear()
         self.free(header.l1_offset, 8 * header.l1_size)
         header.size, header.l1_size, header.l1_offset = size, len(table.entries), table.offset

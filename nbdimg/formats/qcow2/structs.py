@@ -17,6 +17,7 @@ from struct import Struct
 from nbdimg.units import KiB, MiB
 
 MAGIC = 0x514649FB
+U64 = Struct(">Q")
 
 HEADER = Struct(">IIQIIQIIQQIIQ")
 """magic, version, backing offset, backing size, cluster bits, size, crypt method, L1 size, L1 offset, refcount table
