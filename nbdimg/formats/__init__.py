@@ -22,7 +22,7 @@ from nbdimg.formats.vhdx.create import create as vhdx_create
 from nbdimg.formats.vhdx.resize import resize as vhdx_resize
 from nbdimg.image.gate import Reference
 from nbdimg.image.image import HeadGuard, Image
-from nbdimg.storage.file import BlockFile, fetch
+from nbdimg.storage.file import BlockFile, read
 from nbdimg.storage.locks import lock_image
 from nbdimg.storage.posix import PosixFile
 
@@ -207,9 +207,7 @@ async def snapshot_labels(image: Image, *, count_max: int, bytes_max: int) -> tu
 
 async def probed_format(file: PosixFile) -> str:
     """By its magic; raw without one. Raises: UnsupportedFeature: no driver reads it. OSError."""
-    head = memoryview(bytearray(min(HEAD_SIZE, file.size)))
-    await fetch(file, 0, head)
-    name = probe(bytes(head)) or "raw"
+    name = probe(await read(file, 0, min(HEAD_SIZE, file.size))) or "raw"
     if name not in DRIVERS:
         raise UnsupportedFeature(
             file.path, f"this is a {name} image, which is not supported; --format raw serves its bytes as they are"

@@ -70,3 +70,10 @@ async def fetch(file: BlockFile, offset: int, view: memoryview) -> None:
     """As `pread`, without waiting where that can be: for what opening an image reads, of which most is a few KiB."""
     if len(view) > INLINE_READ_MAX or not file.try_pread(offset, view):
         await file.pread(offset, view)
+
+
+async def read(file: BlockFile, offset: int, length: int) -> bytes:
+    """`length` bytes by `fetch`; they are in memory, so whoever asks has bounded it. Raises: OSError."""
+    content = bytearray(length)
+    await fetch(file, offset, memoryview(content))
+    return bytes(content)

@@ -33,7 +33,7 @@ from nbdimg.formats.qcow2.snapshots import (
 from nbdimg.formats.qcow2.structs import COPIED, OFFSET_MASK, Crypt, ExtensionType
 from nbdimg.formats.qcow2.subclusters import SubclusterMapping
 from nbdimg.image.gate import Reference
-from nbdimg.storage.file import BlockFile, fetch
+from nbdimg.storage.file import BlockFile, fetch, read
 from nbdimg.storage.ordering import write_durably
 from nbdimg.storage.workers import workers
 from nbdimg.units import align_up, div_ceil
@@ -41,11 +41,9 @@ from nbdimg.units import align_up, div_ceil
 
 async def read_header(file: BlockFile) -> Header:
     """Raises: CorruptImage, UnsupportedFeature."""
-    head = bytearray(min(file.size, s.HEADER.size))
-    await fetch(file, 0, memoryview(head))
-    head = bytearray(min(file.size, 1 << cluster_bits_of(file.path, bytes(head))))
-    await fetch(file, 0, memoryview(head))
-    return Header.from_bytes(file.path, bytes(head))
+    fields = await read(file, 0, min(file.size, s.HEADER.size))
+    head = await read(file, 0, min(file.size, 1 << cluster_bits_of(file.path, fields)))
+    return Header.from_bytes(file.path, head)
 
 
 async def open_driver(file: BlockFile, options: OpenOptions) -> Opened:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 from nbdimg.errors import CorruptImage
 from nbdimg.formats.vhdx.geometry import BITMAP_SIZE, State
-from nbdimg.formats.vhdx.header import read
 from nbdimg.formats.vhdx.journal import Journal
 from nbdimg.formats.vhdx.parts import Parts
 from nbdimg.formats.vhdx.space import Space
@@ -31,7 +30,7 @@ from nbdimg.formats.vhdx.structs import (
 )
 from nbdimg.image.driver import Allocation, Extent, ExtentKind, Miss, Unmap
 from nbdimg.image.tables import Slice, TableCache
-from nbdimg.storage.file import BlockFile
+from nbdimg.storage.file import BlockFile, read
 from nbdimg.units import MiB
 
 PAGES_MAX = 64 * MiB // PAGE_SIZE

@@ -23,12 +23,12 @@ from nbdimg.errors import CorruptImage, UnsupportedFeature
 from nbdimg.formats.vhdx import structs as s
 from nbdimg.formats.vhdx.check import Survey, unused
 from nbdimg.formats.vhdx.geometry import BITMAP_SIZE, State
-from nbdimg.formats.vhdx.header import load_headers, read
+from nbdimg.formats.vhdx.header import load_headers
 from nbdimg.formats.vhdx.offline import Session, bat_pieces, region_pages, touch
 from nbdimg.formats.vhdx.parts import Parts
 from nbdimg.formats.vhdx.replay import replay_to_file
 from nbdimg.formats.zeroed import zeroed
-from nbdimg.storage.file import BlockFile
+from nbdimg.storage.file import BlockFile, read
 from nbdimg.units import MiB
 
 Progress = Callable[[int, int], None]

@@ -17,7 +17,7 @@ from crc32c import crc32c
 
 from nbdimg.errors import CorruptImage, UnsupportedFeature, escaped
 from nbdimg.formats.vhdx import structs as s
-from nbdimg.storage.file import BlockFile
+from nbdimg.storage.file import BlockFile, read
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +97,6 @@ def checksum(data: bytes | memoryview) -> int:
 def with_checksum(data: bytes) -> bytes:
     """The same bytes with the checksum in its place."""
     return data[:4] + checksum(data).to_bytes(4, "little") + data[8:]
-
-
-async def read(file: BlockFile, offset: int, length: int) -> bytes:
-    """`length` bytes, which must be bounded; zeroes behind the file's end."""
-    content = bytearray(length)
-    view = memoryview(content)
-    if not file.try_pread(offset, view):
-        await file.pread(offset, view)
-    return bytes(content)
 
 
 async def load_headers(file: BlockFile) -> Headers:

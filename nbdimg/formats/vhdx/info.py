@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from nbdimg.formats.vhdx import structs as s
 from nbdimg.formats.vhdx.check import log_state
-from nbdimg.formats.vhdx.header import Headers, creator_of, load_headers, read
+from nbdimg.formats.vhdx.header import Headers, creator_of, load_headers
 from nbdimg.formats.vhdx.metadata import Item, Metadata
 from nbdimg.formats.vhdx.parts import load_parts
 from nbdimg.formats.vhdx.region import Regions
 from nbdimg.formats.vhdx.replay import open_replayed
-from nbdimg.storage.file import BlockFile
+from nbdimg.storage.file import BlockFile, read
 
 
 @dataclass(frozen=True, slots=True)

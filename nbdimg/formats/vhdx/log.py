@@ -30,8 +30,8 @@ from crc32c import crc32c
 
 from nbdimg.errors import CorruptImage, UnsupportedFeature
 from nbdimg.formats.vhdx import structs as s
-from nbdimg.formats.vhdx.header import Header, read, with_checksum
-from nbdimg.storage.file import BlockFile
+from nbdimg.formats.vhdx.header import Header, with_checksum
+from nbdimg.storage.file import BlockFile, read
 from nbdimg.units import MiB, align_up
 
 _SECTOR = s.LOG_SECTOR_SIZE

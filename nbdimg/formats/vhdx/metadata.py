@@ -17,10 +17,9 @@ from uuid import UUID
 
 from nbdimg.errors import CorruptImage, UnsupportedFeature, escaped
 from nbdimg.formats.vhdx import structs as s
-from nbdimg.formats.vhdx.header import read
 from nbdimg.formats.vhdx.locator import Locator, parse_locator
 from nbdimg.formats.vhdx.region import Regions
-from nbdimg.storage.file import BlockFile
+from nbdimg.storage.file import BlockFile, read
 from nbdimg.units import align_up, is_power_of_two
 
 _U32 = Struct("<I")

@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from uuid import uuid4
 
 from nbdimg.formats.vhdx import structs as s
-from nbdimg.formats.vhdx.header import Headers, load_headers, next_header, read, write_header
+from nbdimg.formats.vhdx.header import Headers, load_headers, next_header, write_header
 from nbdimg.formats.vhdx.journal import Journal
 from nbdimg.formats.vhdx.region import RegionEntry, build_region_table
-from nbdimg.storage.file import BlockFile
+from nbdimg.storage.file import BlockFile, read
 from nbdimg.storage.ordering import Plan, Stage, Write, run
 from nbdimg.units import MiB, align_down, align_up
 

@@ -13,8 +13,8 @@ from uuid import UUID
 
 from nbdimg.errors import CorruptImage, UnsupportedFeature
 from nbdimg.formats.vhdx import structs as s
-from nbdimg.formats.vhdx.header import Header, checksum, read, with_checksum
-from nbdimg.storage.file import BlockFile
+from nbdimg.formats.vhdx.header import Header, checksum, with_checksum
+from nbdimg.storage.file import BlockFile, read
 
 _NAMES = {s.BAT_REGION: "the BAT region", s.METADATA_REGION: "the metadata region"}
 

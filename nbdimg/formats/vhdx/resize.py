@@ -25,13 +25,13 @@ from nbdimg.formats.vhdx import structs as s
 from nbdimg.formats.vhdx.create import RESERVE_SIZE
 from nbdimg.formats.vhdx.driver import VhdxDriver
 from nbdimg.formats.vhdx.geometry import Geometry, State
-from nbdimg.formats.vhdx.header import load_headers, read
+from nbdimg.formats.vhdx.header import load_headers
 from nbdimg.formats.vhdx.offline import PIECE_SIZE, Session, bat_pieces, region_pages
 from nbdimg.formats.vhdx.open import load_driver
 from nbdimg.formats.vhdx.parts import Parts, load_parts
 from nbdimg.formats.vhdx.region import RegionEntry
 from nbdimg.image.image import Image
-from nbdimg.storage.file import BlockFile
+from nbdimg.storage.file import BlockFile, read
 from nbdimg.units import MiB, align_down, align_up, div_ceil
 
 Progress = Callable[[int, int], None]
