@@ -59,7 +59,7 @@ class Series:
 
     __slots__ = ("_lock", "_running_count", "_running_max", "_waiting")
 
-    def __init__(self, running_max: int = 1) -> None:
+    def __init__(self, running_max: int) -> None:
         self._lock = threading.Lock()
         self._waiting: deque[_Job] = deque()
         self._running_max = running_max

@@ -155,7 +155,7 @@ def test_jobs_behind_one_that_hangs_are_done_when_threads_are_allowed_again(monk
 def test_run_next_does_the_jobs_of_a_series_one_at_a_time_in_order_on_one_thread() -> None:
     async def main() -> tuple[list[int], set[int]]:
         pool = Workers(threads_max=4)
-        series = Series()
+        series = Series(1)
         lock = threading.Lock()
         done: list[int] = []
         threads: set[int] = set()
@@ -207,7 +207,7 @@ def test_run_next_goes_on_behind_a_job_that_fails_and_delivers_each_result_as_it
 
     async def main() -> None:
         pool = Workers(threads_max=1)
-        series, release = Series(), threading.Event()
+        series, release = Series(1), threading.Event()
         failing = pool.run_next(series, fail)
         following = pool.run_next(series, len, b"abc")
         held = pool.run_next(series, release.wait, WAIT_S)
@@ -225,9 +225,9 @@ def test_run_next_goes_on_behind_a_job_that_fails_and_delivers_each_result_as_it
 def test_series_that_hangs_keeps_one_thread_and_stops_nobody_else() -> None:
     async def main() -> int:
         pool = Workers(threads_max=2, stuck_max=0)
-        hanging, release = Series(), threading.Event()
+        hanging, release = Series(1), threading.Event()
         stuck = [pool.run_next(hanging, release.wait, WAIT_S) for _ in range(20)]
-        other = Series()
+        other = Series(1)
         await asyncio.wait_for(asyncio.gather(*(pool.run_next(other, pow, 2, 3) for _ in range(20))), WAIT_S)
         await asyncio.wait_for(pool.run(pow, 2, 3), WAIT_S)
         count = len(pool._threads)
@@ -247,7 +247,7 @@ def test_jobs_that_wait_for_a_thread_come_in_between_those_of_a_series_when_its_
 
     async def main() -> str:
         pool = Workers(threads_max=1)
-        one, other, release = Series(), Series(), threading.Event()
+        one, other, release = Series(1), Series(1), threading.Event()
         done: list[str] = []
         jobs: list[asyncio.Future[Any]] = [pool.run_next(one, release.wait, WAIT_S)]
         jobs += [pool.run_next(one, done.append, each) for each in "abc"]
@@ -267,7 +267,7 @@ def test_run_next_with_no_thread_allowed_does_the_series_on_the_loop(monkeypatch
 
     async def main() -> list[int]:
         pool = Workers()
-        series = Series()
+        series = Series(1)
         monkeypatch.setattr(threading.Thread, "start", refuse)
         return await asyncio.wait_for(asyncio.gather(*(pool.run_next(series, pow, n, 2) for n in range(5))), WAIT_S)
 
