@@ -17,19 +17,19 @@ FALLOC_FL_ZERO_RANGE = 0x10
 
 PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 ZERO = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
+RESERVE = 0
+"""Modes of `fallocate`. RESERVE: give the range space of its own; its content stays, holes read as zeroes."""
 
 SYNC_FILE_RANGE_WRITE = 0x02
 
 UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EINVAL, errno.EBADF, errno.ENODEV})
 """What fallocate answers where a mode does not exist; EINVAL for a block device's unaligned range."""
 
-
 SYS_OPENAT2 = 437
 """The same on every architecture that Python runs on; Linux 5.6."""
 
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_BENEATH = 0x08
-
 
 PR_SET_NO_NEW_PRIVS = 38
 """Of a thread, and what it starts."""
@@ -109,10 +109,6 @@ def is_memory_file_system(device: int) -> bool:
     except OSError:
         pass
     return False
-
-
-RESERVE = 0
-"""For `fallocate`: give the range space of its own; its content stays, holes read as zeroes."""
 
 
 def fdatasync(descriptor: int) -> None:
