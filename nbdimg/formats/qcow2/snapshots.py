@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from nbdimg.errors import ConfigError, CorruptImage, UnsupportedFeature, escaped
 from nbdimg.formats.qcow2 import structs as s
@@ -18,6 +19,8 @@ from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.packed import decode_offsets
 from nbdimg.storage.file import BlockFile
 from nbdimg.units import KiB, MiB, align_up, div_ceil
+
+T = TypeVar("T")
 
 TABLE_BYTES_MAX = 16 * MiB
 """Of a snapshot table that is read: QEMU allows 64 MiB; ordinary entries take less than 200 bytes."""
@@ -168,61 +171,66 @@ async def load_snapshots(file: BlockFile, header: Header) -> list[Snapshot]:
             length = longest
 
 
-def _parse(path: str, header: Header, table: bytes) -> Iterable[Snapshot]:
+def _parse(path: str, header: Header, table: bytes) -> Iterator[Snapshot]:
     position = 0
     for number in range(header.snapshot_count):
-        at = header.snapshot_table_offset + position
+        snapshot = _parse_entry(path, header, table, position, number)
+        position += snapshot.stored_size
+        yield snapshot
 
-        def refuse(field: str, found: object, allowed: str, number: int = number, at: int = at) -> CorruptImage:
-            return CorruptImage(path, f"snapshot {number}: {field} is {found}, expected {allowed} (offset {at})", at)
 
-        try:
-            fields = s.SNAPSHOT.unpack_from(table, position)
-        except struct.error:
-            raise refuse(
-                "its entry", "cut off", f"inside the file and the table's first {TABLE_BYTES_MAX} bytes"
-            ) from None
-        l1_offset, l1_size, id_size, name_size, seconds, nanoseconds, vm_clock, vm_state_size, extra_size = fields
-        if extra_size > s.SNAPSHOT_EXTRA_MAX:
-            raise refuse("extra_data_size", extra_size, f"at most {s.SNAPSHOT_EXTRA_MAX}")
-        if header.version >= 3 and extra_size < 16:
-            raise refuse("extra_data_size", extra_size, "at least 16 in version 3")
-        if l1_offset % header.cluster_size or l1_offset + 8 * l1_size > s.HOST_OFFSET_MAX:
-            raise refuse("l1_table_offset", l1_offset, f"a multiple of {header.cluster_size} below 2^56")
-        if 8 * l1_size > s.L1_BYTES_MAX:
-            raise refuse("l1_size", l1_size, f"at most {s.L1_BYTES_MAX // 8}")
-        extra_start = position + s.SNAPSHOT.size
-        id_start = extra_start + extra_size
-        name_start = id_start + id_size
-        stop = name_start + name_size
-        if stop > len(table):
-            raise refuse("its entry", f"{stop - position} bytes", "inside the file")
-        extra = table[extra_start:id_start]
-        disk_size: int | None = None
-        icount = NO_ICOUNT
-        if extra_size >= 8:
-            vm_state_size = int.from_bytes(extra[:8], "big")
-        if extra_size >= 16:
-            disk_size = int.from_bytes(extra[8:16], "big")
-        if extra_size >= 24:
-            icount = int.from_bytes(extra[16:24], "big")
-        if header.l1_entries_needed(disk_size or 0) > l1_size:
-            raise refuse("l1_size", l1_size, f"at least {header.l1_entries_needed(disk_size or 0)} for its disk size")
-        yield Snapshot(
-            id=table[id_start:name_start].decode(errors="surrogateescape"),
-            name=table[name_start:stop].decode(errors="surrogateescape"),
-            l1_offset=l1_offset,
-            l1_size=l1_size,
-            seconds=seconds,
-            nanoseconds=nanoseconds,
-            vm_clock_ns=vm_clock,
-            vm_state_size=vm_state_size,
-            disk_size=disk_size,
-            icount=icount,
-            unknown_extra=extra[24:],
-            stored_size=align_up(stop, 8) - position,
-        )
-        position = align_up(stop, 8)
+def _parse_entry(path: str, header: Header, table: bytes, position: int, number: int) -> Snapshot:
+    """The entry at `position`, a multiple of 8. Raises: CorruptImage."""
+    at = header.snapshot_table_offset + position
+
+    def refuse(field: str, found: object, allowed: str) -> CorruptImage:
+        return CorruptImage(path, f"snapshot {number}: {field} is {found}, expected {allowed} (offset {at})", at)
+
+    try:
+        fields = s.SNAPSHOT.unpack_from(table, position)
+    except struct.error:
+        raise refuse("its entry", "cut off", f"inside the file and the table's first {TABLE_BYTES_MAX} bytes") from None
+    l1_offset, l1_size, id_size, name_size, seconds, nanoseconds, vm_clock, vm_state_size, extra_size = fields
+    if extra_size > s.SNAPSHOT_EXTRA_MAX:
+        raise refuse("extra_data_size", extra_size, f"at most {s.SNAPSHOT_EXTRA_MAX}")
+    if header.version >= 3 and extra_size < 16:
+        raise refuse("extra_data_size", extra_size, "at least 16 in version 3")
+    if l1_offset % header.cluster_size or l1_offset + 8 * l1_size > s.HOST_OFFSET_MAX:
+        raise refuse("l1_table_offset", l1_offset, f"a multiple of {header.cluster_size} below 2^56")
+    if 8 * l1_size > s.L1_BYTES_MAX:
+        raise refuse("l1_size", l1_size, f"at most {s.L1_BYTES_MAX // 8}")
+    extra_start = position + s.SNAPSHOT.size
+    id_start = extra_start + extra_size
+    name_start = id_start + id_size
+    stop = name_start + name_size
+    if stop > len(table):
+        raise refuse("its entry", f"{stop - position} bytes", "inside the file")
+    extra = table[extra_start:id_start]
+    vm_state_size = _extra_field(extra, 0, vm_state_size)
+    disk_size = _extra_field(extra, 1, None)
+    needed = header.l1_entries_needed(disk_size or 0)
+    if needed > l1_size:
+        raise refuse("l1_size", l1_size, f"at least {needed} for its disk size")
+    return Snapshot(
+        id=table[id_start:name_start].decode(errors="surrogateescape"),
+        name=table[name_start:stop].decode(errors="surrogateescape"),
+        l1_offset=l1_offset,
+        l1_size=l1_size,
+        seconds=seconds,
+        nanoseconds=nanoseconds,
+        vm_clock_ns=vm_clock,
+        vm_state_size=vm_state_size,
+        disk_size=disk_size,
+        icount=_extra_field(extra, 2, NO_ICOUNT),
+        unknown_extra=extra[s.SNAPSHOT_EXTRA.size :],
+        stored_size=align_up(stop, 8) - position,
+    )
+
+
+def _extra_field(extra: bytes, index: int, otherwise: T) -> int | T:
+    """One of the numbers that extra data begins with: older writers have left out the last ones, or all."""
+    stop = 8 * (index + 1)
+    return int.from_bytes(extra[stop - 8 : stop], "big") if len(extra) >= stop else otherwise
 
 
 def find_snapshot(path: str, snapshots: list[Snapshot], wanted: str) -> Snapshot:
