@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,14 @@ def test_module_stays_within_its_layer(source: str) -> None:
 
 def test_every_layer_of_the_table_exists_and_has_modules() -> None:
     assert {layer_of(source) for source in SOURCES} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("source", [each for each in SOURCES if each.count("/") and each.endswith("__init__.py")])
+def test_package_is_found_by_its_name(source: str) -> None:
+    """What a package imports may hide one within it by its name: then `import nbdimg.formats.qcow2.l1 as l1` fails."""
+    parent, _, name = f"nbdimg/{source}".removesuffix("/__init__.py").replace("/", ".").rpartition(".")
+    package = import_module(f"{parent}.{name}")
+    assert getattr(import_module(parent), name) is package
 
 
 def test_table_has_no_cycle() -> None:

@@ -11,14 +11,14 @@ from nbdimg.formats import raw
 from nbdimg.formats.gate import ConfinedGate
 from nbdimg.formats.options import Opened, OpenOptions
 from nbdimg.formats.probe import HEAD_SIZE, planted, probe
-from nbdimg.formats.qcow2 import open as qcow2
 from nbdimg.formats.qcow2.create import create as qcow2_create
 from nbdimg.formats.qcow2.crypt import read_key_file
 from nbdimg.formats.qcow2.driver import Qcow2Driver
+from nbdimg.formats.qcow2.open import open_driver as qcow2_open
 from nbdimg.formats.qcow2.resize import resize as qcow2_resize
 from nbdimg.formats.qcow2.snapshots import labels, load_snapshots, mapped_l1_size
-from nbdimg.formats.vhdx import open as vhdx
 from nbdimg.formats.vhdx.create import create as vhdx_create
+from nbdimg.formats.vhdx.open import open_driver as vhdx_open
 from nbdimg.formats.vhdx.resize import resize as vhdx_resize
 from nbdimg.image.gate import Reference
 from nbdimg.image.image import HeadGuard, Image
@@ -30,8 +30,8 @@ F = TypeVar("F", bound=BlockFile)
 
 DRIVERS: dict[str, Callable[[BlockFile, OpenOptions], Awaitable[Opened]]] = {
     "raw": raw.open_driver,
-    "qcow2": qcow2.open_driver,
-    "vhdx": vhdx.open_driver,
+    "qcow2": qcow2_open,
+    "vhdx": vhdx_open,
 }
 CREATORS: dict[str, Callable[[str, int], object]] = {
     "raw": raw.create,
