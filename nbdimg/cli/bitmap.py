@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +13,7 @@ from nbdimg.cli.opened import opened_qcow2
 from nbdimg.cli.options import parsed
 from nbdimg.cli.output import print_json, print_table, shown
 from nbdimg.errors import escaped
-from nbdimg.formats.qcow2.bitmap_edit import BitmapEditor, open_editor
+from nbdimg.formats.qcow2.bitmap_edit import BitmapAction, BitmapVerb, open_editor
 from nbdimg.formats.qcow2.bitmaps import BitmapEntry, load_directory
 from nbdimg.formats.qcow2.open import read_header
 from nbdimg.server.loop import run_loop
@@ -50,31 +50,27 @@ def add(
 ) -> None:
     """Add a clean bitmap; from now on it follows every change."""
     size = parsed("--granularity", parse_size, granularity)
-    _change(image, as_json, f"added {escaped(name)}", lambda editor: editor.add(name, size, is_enabled=not disabled))
+    action = BitmapAction("add", name, granularity=size, is_enabled=not disabled)
+    _change(image, action, f"added {escaped(name)}", as_json)
 
 
-@bitmap.command()
-def remove(image: Image, name: Name, as_json: AsJson = False) -> None:
-    """Remove a bitmap; an inconsistent one too."""
-    _change(image, as_json, f"removed {escaped(name)}", lambda editor: editor.remove(name))
+def _changing(verb: BitmapVerb, done: str) -> Callable[..., None]:
+    """The command that does `verb` to a bitmap."""
+
+    def command(image: Image, name: Name, as_json: AsJson = False) -> None:
+        _change(image, BitmapAction(verb, name), f"{done} {escaped(name)}", as_json)
+
+    return command
 
 
-@bitmap.command()
-def clear(image: Image, name: Name, as_json: AsJson = False) -> None:
-    """Make a bitmap clean: from here on it counts anew."""
-    _change(image, as_json, f"cleared {escaped(name)}", lambda editor: editor.clear(name))
-
-
-@bitmap.command()
-def enable(image: Image, name: Name, as_json: AsJson = False) -> None:
-    """Let a bitmap follow changes."""
-    _change(image, as_json, f"enabled {escaped(name)}", lambda editor: editor.enable(name, is_enabled=True))
-
-
-@bitmap.command()
-def disable(image: Image, name: Name, as_json: AsJson = False) -> None:
-    """Let a bitmap stay as it is, whatever changes."""
-    _change(image, as_json, f"disabled {escaped(name)}", lambda editor: editor.enable(name, is_enabled=False))
+_VERBS: tuple[tuple[BitmapVerb, str, str], ...] = (
+    ("remove", "removed", "Remove a bitmap; an inconsistent one too."),
+    ("clear", "cleared", "Make a bitmap clean: from here on it counts anew."),
+    ("enable", "enabled", "Let a bitmap follow changes."),
+    ("disable", "disabled", "Let a bitmap stay as it is, whatever changes."),
+)
+for _verb, _done, _help in _VERBS:
+    bitmap.command(_verb, help=_help)(_changing(_verb, _done))
 
 
 @bitmap.command()
@@ -86,7 +82,8 @@ def merge(
 ) -> None:
     """Make dirty in NAME what is dirty in any SOURCE; granularities may differ."""
     said = ", ".join(escaped(source) for source in sources)
-    _change(image, as_json, f"merged {said} into {escaped(name)}", lambda editor: editor.merge(name, sources))
+    action = BitmapAction("merge", name, sources=tuple(sources))
+    _change(image, action, f"merged {said} into {escaped(name)}", as_json)
 
 
 @bitmap.command("list")
@@ -101,21 +98,19 @@ def list_(image: Image, as_json: AsJson = False) -> None:
         print(f"{shown(image)}: no bitmaps")
 
 
-def _change(path: str, as_json: bool, done: str, change: Callable[[BitmapEditor], Awaitable[None] | None]) -> None:
+def _change(path: str, action: BitmapAction, done: str, as_json: bool) -> None:
     with interrupted_between(None):
-        entries = run_loop(_changed(path, change))
+        entries = run_loop(_changed(path, action))
     if as_json:
         _print_json(path, entries)
     else:
         print(f"{shown(path)}: {done}")
 
 
-async def _changed(path: str, change: Callable[[BitmapEditor], Awaitable[None] | None]) -> list[BitmapEntry]:
+async def _changed(path: str, action: BitmapAction) -> list[BitmapEntry]:
     async with opened_qcow2(path, writable=True, parts="dirty bitmaps") as file:
         editor = await open_editor(file)
-        waiting = change(editor)
-        if waiting is not None:
-            await waiting
+        await editor.carry_out([action])
         await editor.save()
         return editor.entries
 
