@@ -104,8 +104,7 @@ async def _changed(path: str, change: _Change, report: ProgressReport | None) ->
     async with opened_qcow2(path, writable=True, parts="snapshots") as file:
         if (await read_header(file)).has_data_file:
             raise UnsupportedFeature(path, "an image with an external data file cannot have internal snapshots")
-        driver = (await open_driver(file, OpenOptions(DenyGate(), writable=True, is_keyless=True))).driver
-        assert isinstance(driver, Qcow2Driver)
+        driver = await open_driver(file, OpenOptions(DenyGate(), writable=True, is_keyless=True))
         changed = await change(driver, report)
         await driver.close()
         return driver.size, changed

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from nbdimg.errors import ConfigError, ImageError, ImageLocked, UnsupportedFeature
 from nbdimg.formats import raw
 from nbdimg.formats.gate import ConfinedGate
-from nbdimg.formats.options import Opened, OpenOptions
+from nbdimg.formats.options import Backing, OpenOptions
 from nbdimg.formats.probe import HEAD_SIZE, planted, probe
 from nbdimg.formats.qcow2.create import create as qcow2_create
 from nbdimg.formats.qcow2.crypt import read_key_file
@@ -20,6 +21,7 @@ from nbdimg.formats.qcow2.snapshots import labels, load_snapshots, mapped_l1_siz
 from nbdimg.formats.vhdx.create import create as vhdx_create
 from nbdimg.formats.vhdx.open import open_driver as vhdx_open
 from nbdimg.formats.vhdx.resize import resize as vhdx_resize
+from nbdimg.image.driver import FormatDriver
 from nbdimg.image.gate import Reference
 from nbdimg.image.image import HeadGuard, Image
 from nbdimg.storage.file import BlockFile, read
@@ -28,7 +30,7 @@ from nbdimg.storage.posix import PosixFile
 
 F = TypeVar("F", bound=BlockFile)
 
-DRIVERS: dict[str, Callable[[BlockFile, OpenOptions], Awaitable[Opened]]] = {
+DRIVERS: dict[str, Callable[[BlockFile, OpenOptions], Awaitable[FormatDriver]]] = {
     "raw": raw.open_driver,
     "qcow2": qcow2_open,
     "vhdx": vhdx_open,
@@ -135,20 +137,24 @@ async def open_file(file: BlockFile, format: str, options: OpenOptions, *, guard
     """
     if options.parent_path is not None and format != "vhdx":
         raise ConfigError(f"{file.path}: a parent is given to a {format} image, expected a differencing vhdx image")
-    opened = await DRIVERS[format](file, options)
+    below: list[Image] = []
+
+    async def open_backing(backing: Backing | None) -> None:
+        if backing is not None:
+            below.append(await _open_backing(backing, options))
+        await options.open_backing(backing)
+
     try:
-        backing = await _open_backing(opened, options)
+        driver = await DRIVERS[format](file, replace(options, open_backing=open_backing))
     except BaseException:
-        await opened.driver.abandon()
+        for image in below:
+            await image.close()
         raise
-    return Image(opened.driver, writable=options.writable, guard=guard, backing=backing)
+    return Image(driver, writable=options.writable, guard=guard, backing=below[0] if below else None)
 
 
-async def _open_backing(opened: Opened, options: OpenOptions) -> Image | None:
+async def _open_backing(backing: Backing, options: OpenOptions) -> Image:
     """Nothing of a chain is probed: the image says what format its backing image has."""
-    backing = opened.backing
-    if backing is None:
-        return None
     reference = backing.references[0]
     if backing.format not in DRIVERS:
         raise UnsupportedFeature(

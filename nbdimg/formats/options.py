@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from nbdimg.image.driver import FormatDriver
 from nbdimg.image.gate import OpenGate, Reference
+
+
+async def _ignore(backing: Backing | None) -> None:
+    """For an image that is opened by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,9 @@ class OpenOptions:
 
     `parent_path`: the operator's own choice of the file that is a vhdx image's parent. `accepts_lost_log`: a vhdx image
     whose log is in use and holds no valid entry is opened as if the log were empty, and so is all of its chain.
+
+    `open_backing` is told what the image lies over (None: nothing) when all else that it takes is there, and before the
+    file is changed but for a vhdx log, which is replayed by then. What it raises refuses the image.
     """
 
     gate: OpenGate
@@ -33,6 +40,7 @@ class OpenOptions:
     parent_path: str | None = None
     accepts_lost_log: bool = False
     asks_for_writing: bool = False
+    open_backing: Callable[[Backing | None], Awaitable[None]] = _ignore
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +54,3 @@ class Backing:
     references: tuple[Reference, ...]
     format: str
     verify: Callable[[FormatDriver], None] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    driver: FormatDriver
-    backing: Backing | None = None

@@ -14,7 +14,7 @@ from io import FileIO
 from nbdimg.errors import ImageError, escaped
 from nbdimg.formats.gate import DenyGate
 from nbdimg.formats.newfile import naming
-from nbdimg.formats.options import Backing, Opened, OpenOptions
+from nbdimg.formats.options import Backing, OpenOptions
 from nbdimg.formats.qcow2.create import write_undurable
 from nbdimg.formats.qcow2.layout import CreateOptions, layout
 from nbdimg.formats.qcow2.open import open_driver
@@ -70,8 +70,8 @@ class Golden:
 
     async def open_unnamed(self, *, size_max: int) -> Image:
         """A new overlay that is gone when it is closed. Args: size_max: of its file, in bytes. Raises: OSError."""
-        opened = await self._open(await workers().run(self._make_unnamed), size_max)
-        return self._over(opened)
+        file = await workers().run(self._make_unnamed)
+        return await self._open(file, OpenOptions(DenyGate(), writable=True, file_size_max=size_max))
 
     def _make_unnamed(self) -> PosixFile:
         with naming(self._directory), tempfile.TemporaryFile(buffering=0, dir=self._directory) as file:
@@ -87,13 +87,12 @@ class Golden:
             OSError: FileNotFoundError: it is not there.
         """
         file = await workers().run(self._open_named, name)
-        opened = await self._open(file, size_max)
-        try:
-            await workers().run(self._check_backing, file.path, opened.backing)
-        except BaseException:
-            await opened.driver.abandon()
-            raise
-        return self._over(opened)
+
+        async def check(backing: Backing | None) -> None:
+            await workers().run(self._check_backing, file.path, backing)
+
+        options = OpenOptions(DenyGate(), writable=True, file_size_max=size_max, open_backing=check)
+        return await self._open(file, options)
 
     def _open_named(self, name: str) -> PosixFile:
         with naming(os.path.join(self._directory, name)):
@@ -105,16 +104,14 @@ class Golden:
             raise
         return file
 
-    async def _open(self, file: PosixFile, size_max: int) -> Opened:
+    async def _open(self, file: PosixFile, options: OpenOptions) -> Image:
         """What it refers to is not opened: the golden image is open, and nothing else is allowed."""
         try:
-            return await open_driver(file, OpenOptions(DenyGate(), writable=True, file_size_max=size_max))
+            driver = await open_driver(file, options)
         except BaseException:
             await file.close()
             raise
-
-    def _over(self, opened: Opened) -> Image:
-        return Image(opened.driver, writable=True, backing=self.image, shares_backing=True)
+        return Image(driver, writable=True, backing=self.image, shares_backing=True)
 
     def _check_backing(self, path: str, backing: Backing | None) -> None:
         """Raises: ImageError."""

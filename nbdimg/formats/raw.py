@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 
 from nbdimg.errors import ConfigError
 from nbdimg.formats.newfile import naming, new_file
-from nbdimg.formats.options import Opened, OpenOptions
+from nbdimg.formats.options import OpenOptions
 from nbdimg.image.driver import Allocation, Extent, ExtentKind, Miss, Unmap
 from nbdimg.image.image import Image
 from nbdimg.storage.file import BlockFile
@@ -146,8 +146,9 @@ async def resize(image: Image, size: int, *, progress: object = None) -> None:
     await image.flush()
 
 
-async def open_driver(file: BlockFile, options: OpenOptions) -> Opened:
-    return Opened(RawDriver(file))
+async def open_driver(file: BlockFile, options: OpenOptions) -> RawDriver:
+    await options.open_backing(None)
+    return RawDriver(file)
 
 
 def create(path: str, size: int) -> None:

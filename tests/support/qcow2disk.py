@@ -140,9 +140,7 @@ def listed(path: Path) -> list[str]:
 
 
 async def opened(file: BlockFile) -> Qcow2Driver:
-    driver = (await open_driver(file, OpenOptions(DenyGate(), writable=True))).driver
-    assert isinstance(driver, Qcow2Driver)
-    return driver
+    return await open_driver(file, OpenOptions(DenyGate(), writable=True))
 
 
 def change(path: Path, action: Callable[[Qcow2Driver], Awaitable[Snapshot]]) -> Snapshot:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import chain
 
 from nbdimg.errors import ConfigError, CorruptImage, UnsupportedFeature
-from nbdimg.formats.options import Backing, Opened, OpenOptions
+from nbdimg.formats.options import Backing, OpenOptions
 from nbdimg.formats.qcow2 import luks
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.bitmap_store import open_store
@@ -46,13 +46,14 @@ async def read_header(file: BlockFile) -> Header:
     return Header.from_bytes(file.path, head)
 
 
-async def open_driver(file: BlockFile, options: OpenOptions) -> Opened:
+async def open_driver(file: BlockFile, options: OpenOptions) -> Qcow2Driver:
     """Open the image in `file`, which stays the caller's until this returns.
 
     Raises:
         CorruptImage, UnsupportedFeature: what the image is not or has not.
         ConfigError: the snapshot or the key that is asked for does not fit.
         ImageError: the gate refuses a reference.
+        What `options.open_backing` raises.
     """
     header = await read_header(file)
     backing = _backing(file, header)
@@ -63,18 +64,18 @@ async def open_driver(file: BlockFile, options: OpenOptions) -> Opened:
     data_file = await _open_data_file(file, header, options)
     try:
         store = await _store(file, data_file, header, options)
-        driver = await _driver(file, data_file, header, store, options)
+        await options.open_backing(backing)
+        return await _driver(file, data_file, header, store, options)
     except BaseException:
         if data_file is not None:
             await data_file.close()
         raise
-    return Opened(driver, backing)
 
 
 async def _driver(
     file: BlockFile, data_file: BlockFile | None, header: Header, store: Store, options: OpenOptions
 ) -> Qcow2Driver:
-    """What the image takes besides itself, but for a backing file, is there: from here on it may be changed."""
+    """What the image takes besides itself is there: from here on it may be changed."""
     if options.writable:
         header = await _prepare(file, header)
     snapshots = await load_snapshots(file, header) if header.snapshot_count and _wants_snapshots(options) else []

@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 
 from nbdimg.errors import ConfigError, CorruptImage, ImageError
-from nbdimg.formats.options import Backing, Opened, OpenOptions
+from nbdimg.formats.options import Backing, OpenOptions
 from nbdimg.formats.vhdx.driver import VhdxDriver
 from nbdimg.formats.vhdx.header import Headers, load_headers
 from nbdimg.formats.vhdx.journal import Journal
@@ -24,18 +24,23 @@ from nbdimg.units import MiB, align_up
 logger = logging.getLogger("nbdimg")
 
 
-async def open_driver(file: BlockFile, options: OpenOptions) -> Opened:
+async def open_driver(file: BlockFile, options: OpenOptions) -> VhdxDriver:
     """Open the image in `file`, which stays the caller's until this returns.
 
     A read-write open replays the log into the file; a read-only one replays it in memory.
 
     Raises: CorruptImage, UnsupportedFeature: what the image is not or has not. ConfigError: a snapshot was asked for,
-    or a parent is given to an image without one.
+    or a parent is given to an image without one. What `options.open_backing` raises.
     """
     if options.snapshot is not None:
         raise ConfigError(f"{file.path}: a vhdx image has no internal snapshots")
     driver, metadata = await load_driver(file, options)
-    return Opened(driver, _parent(driver.file, metadata, options.parent_path))
+    try:
+        await options.open_backing(_parent(driver.file, metadata, options.parent_path))
+    except BaseException:
+        await driver.abandon()
+        raise
+    return driver
 
 
 async def load_driver(file: BlockFile, options: OpenOptions) -> tuple[VhdxDriver, Metadata]:

@@ -128,7 +128,7 @@ def test_unknown_incompatible_feature_is_refused_by_qemus_name_for_it(tmp_path: 
             asyncio.run(open_and_close(path, writable=writable))
 
 
-@pytest.mark.parametrize("missing", ["key", "right key", "data file", "format of the backing file"])
+@pytest.mark.parametrize("missing", ["key", "right key", "data file", "backing file", "format of the backing file"])
 def test_image_that_is_refused_is_not_repaired_before_and_nothing_stays_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
@@ -139,13 +139,13 @@ def test_image_that_is_refused_is_not_repaired_before_and_nothing_stays_open(
     create_qcow2(path, SIZE, options)
     if missing == "format of the backing file":
         poke(path, path.read_bytes().index(struct.pack(">II", 0xE2792ACA, 5)), 0x12345678, 4)
-    if missing == "data file":
-        (tmp_path / "data").unlink()
+    if missing in ("data file", "backing file"):
+        (tmp_path / {"data file": "data", "backing file": "base"}[missing]).unlink()
     poke(path, 72, field(path, 72) | 1)
     content = poke(path, 88, 1 << 40)
     key = {"key": None, "right key": b"wrong"}.get(missing, b"key")
     descriptors = os.listdir("/proc/self/fd")
-    with pytest.raises((ConfigError, ImageError), match=r"no key file|passphrase is wrong|data file|has no format"):
+    with pytest.raises((ConfigError, ImageError), match=r"no key file|passphrase is wrong|data file|backing file"):
         asyncio.run(open_and_close(path, writable=True, key=key))
     assert path.read_bytes() == content
     assert os.listdir("/proc/self/fd") == descriptors
