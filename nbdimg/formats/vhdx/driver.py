@@ -74,14 +74,15 @@ class VhdxDriver:
         await self._space.reclaim()
 
     async def close(self) -> None:
-        """Declare the log empty, then cut off what the file was grown ahead: in this order, so that no log speaks of a
-        larger file. Raises: OSError.
+        """Declare the log empty, then cut off what is free at the end, grown ahead or given up: in this order, so that
+        no log speaks of a larger file. Raises: OSError.
         """
         assert self._journal is not None
         if self._journal.has_begun:
             await self._journal.end()
-        if self._space.grown > self._space.end:
-            await self.file.truncate(self._space.end)
+        end = self._space.shorten()
+        if self._space.grown > end:
+            await self.file.truncate(end)
 
     async def abandon(self) -> None:
         await self.file.close()

@@ -49,6 +49,13 @@ class Space:
         start, self.end = self.end, self.end + length
         return start
 
+    def shorten(self) -> int:
+        """Give up what is free at the end; returns where the file may end."""
+        self._free.sort()
+        while self._free and self._free[-1][1] == self.end:
+            self.end = self._free.pop()[0]
+        return self.end
+
     async def load(self, key: int) -> None:
         """Extend the file to hold `key` bytes and some more. Raises: OSError."""
         if key > FILE_OFFSET_MAX:
