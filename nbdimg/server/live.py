@@ -202,7 +202,7 @@ class Control:
         Behind a smaller end writes get ENOSPC, other requests EINVAL, also those that waited.
 
         Raises: ConfigError: it is smaller and `shrink` is not given, it cannot be, the export is read-only or a
-            snapshot. UnsupportedFeature, ImageError, OSError: the size is the old one.
+            snapshot. UnsupportedFeature, ImageError, OSError: the size is the old one, unless the message says another.
         """
         return await self._alone(self._resize(name, size, shrink=shrink))
 
@@ -214,9 +214,12 @@ class Control:
                 f"{escaped(name)}: the size would go from {old} to {size} bytes and lose what lies behind, which takes "
                 "shrink"
             )
-        async with _overhaul(export):
-            await resize_image(export.image, size, may_shrink=shrink)
-        logger.info("export %s was resized from %d to %d bytes", escaped(name), old, size)
+        try:
+            async with _overhaul(export):
+                await resize_image(export.image, size, may_shrink=shrink)
+        finally:
+            if export.image.size != old:
+                logger.info("export %s was resized from %d to %d bytes", escaped(name), old, export.image.size)
         return self.export(name)
 
     async def snapshots(self, name: str) -> list[SnapshotState]:

@@ -63,7 +63,7 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
 
     Raises: as `check`; ConfigError: as `_check_keys`; nothing has changed. CorruptImage: as `check_tables_differ`.
         UnsupportedFeature: a bitmap is inconsistent, or too large. ImageError, OSError: the size is the old one, unless
-        the image failed: then one of both.
+        the image failed: then one of both. OSError: it is the new one, as the message says: as `_give_back`.
     """
     driver = image.driver
     assert isinstance(driver, Qcow2Driver)
@@ -73,8 +73,7 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
     _check_keys(image, driver, size)
     if size < driver.size:
         await _shrink(image, driver, size)
-        with space_may_wait():
-            await _forget(image, driver, progress)
+        await _give_back(image, driver, progress)
         return
     await _forget(image, driver, progress)
     if size > driver.size:
@@ -179,8 +178,6 @@ async def _shrink(image: Image, driver: Qcow2Driver, size: int) -> None:
         await _restore(image, driver, old)
         raise
     await _release_bitmaps(image, driver)
-    if driver.data_file is not None and driver.data_file.size > size:
-        await driver.data_file.truncate(size)
 
 
 async def _restore(image: Image, driver: Qcow2Driver, old: int) -> None:
@@ -191,6 +188,18 @@ async def _restore(image: Image, driver: Qcow2Driver, old: int) -> None:
     if driver.stored_bitmaps is not None:
         with suppress(OSError), failing_in_doubt(image):
             await driver.stored_bitmaps.undo()
+
+
+async def _give_back(image: Image, driver: Qcow2Driver, progress: Progress | None) -> None:
+    """The space of what a smaller disk has lost. Raises: OSError: some is still taken. ImageError: the image failed."""
+    try:
+        if driver.data_file is not None and driver.data_file.size > driver.size:
+            await driver.data_file.truncate(driver.size)
+        with space_may_wait():
+            await _forget(image, driver, progress)
+    except OSError as error:
+        done = f"the disk has {driver.size} bytes now, but the space of what it had behind them is not all free"
+        raise OSError(error.errno, f"{done} ({error.strerror})") from None
 
 
 async def _forget(image: Image, driver: Qcow2Driver, progress: Progress | None) -> None:

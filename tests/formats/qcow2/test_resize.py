@@ -627,6 +627,53 @@ def test_grow_with_a_failed_barrier_fails_the_image_and_leaves_a_sound_one(
     assert guest(path) == content
 
 
+def test_shrink_that_cannot_read_what_goes_fails_by_saying_that_the_disk_has_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512", path, "256k")
+    qemu_io(path, "write -q -P 7 0 256k")
+    last_table = Edit(path).l2(7)
+    pread = PosixFile._pread
+
+    def unreadable(file: PosixFile, offset: int, view: memoryview) -> None:
+        if offset == last_table:
+            raise OSError(errno.EIO, "Input/output error")
+        pread(file, offset, view)
+
+    async def run() -> None:
+        image = await open_image(path)
+        with monkeypatch.context() as patched:
+            patched.setattr(PosixFile, "try_pread", lambda file, offset, view: False)
+            patched.setattr(PosixFile, "_pread", unreadable)
+            with pytest.raises(OSError, match=r"the disk has 131072 bytes now, but the space .*Input"):
+                await resize_image(image, 128 * KiB, may_shrink=True)
+        assert image.size == 128 * KiB
+        await image.write(0, b"\7" * 512)
+        await image.flush()
+        await resize_image(image, 128 * KiB)
+        await image.close()
+
+    asyncio.run(run())
+    assert_is(path, b"\7" * 128 * KiB)
+
+
+def test_shrink_whose_data_file_keeps_its_length_fails_by_saying_that_the_disk_has_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, data = tmp_path / "a.qcow2", tmp_path / "d"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", f"data_file={data},data_file_raw=on", path, "256k")
+
+    async def fails(file: PosixFile, size: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PosixFile, "truncate", fails)
+        with pytest.raises(OSError, match="the disk has 131072 bytes now, but the space"):
+            resized(path, 128 * KiB)
+    assert_is(path, bytes(128 * KiB))
+
+
 @pytest.mark.parametrize(
     ("index", "value"), [(0, 1 << 63 | 0x1234567), (0, 1 << 63 | 7 << 40), (900, 1 << 63 | 0x200 | 2), (900, 3 << 62)]
 )
