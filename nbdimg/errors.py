@@ -39,9 +39,14 @@ def printable(text: str) -> str:
 
 
 def with_user_hidden(uri: str) -> str:
-    """A URI to show in a complaint: what stands before the `@` of its host may be a password."""
-    scheme, separator, rest = uri.partition("://")
-    user, at, _ = rest.partition("/")[0].rpartition("@")
+    """A URI to show in a complaint: what stands before the `@` of its host may be a password. It may have a slash that
+    nobody has encoded; what stands for a port is none then.
+    """
+    scheme, separator, rest = uri.partition("://") if "://" in uri else ("", "", uri)
+    authority = rest.partition("/")[0]
+    port = authority.rpartition(":")[2]
+    is_cut = ":" in authority and "@" not in authority and not (port.isdecimal() or port.endswith("]"))
+    user, at, _ = (rest if is_cut else authority).rpartition("@")
     return f"{scheme}{separator}…{rest[len(user) :]}" if at else uri
 
 

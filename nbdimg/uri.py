@@ -38,7 +38,8 @@ class NbdUri:
             parts = urlsplit(text)
             port = parts.port
         except ValueError as error:
-            raise ConfigError(f"{shown!r} is not an NBD URI: {error}") from None
+            reason = error if shown == text else "its host or port is malformed"  # `error` may have the password
+            raise ConfigError(f"{shown!r} is not an NBD URI: {reason}") from None
         scheme, plus, transport = parts.scheme.partition("+")
         if scheme not in ("nbd", "nbds") or (plus and transport != "unix"):
             raise ConfigError(f"{shown!r}: the scheme must be nbd, nbds, nbd+unix or nbds+unix")
