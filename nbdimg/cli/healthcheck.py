@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
+from time import monotonic
 
 from nbdimg.cli.streams import complain
 from nbdimg.errors import with_user_hidden
@@ -18,6 +19,8 @@ SOCKET_VARIABLE = "NBDIMG_ADMIN_SOCKET"
 DEFAULT_HTTP_PORT, PORT_MAX = 80, 65535
 
 TIMEOUT_S = 5.0
+"""For the whole answer, once somebody takes the connection; before that, for each address of the host."""
+
 ANSWER_SIZE_MAX = 64 << 10
 
 PATHS = {"live": "/livez", "ready": "/readyz", "startup": "/startupz"}
@@ -103,10 +106,11 @@ def _address(url: str) -> tuple[tuple[str, int], str]:
 def _get(path: str, address: str | tuple[str, int], host: str) -> tuple[int, str]:
     """The status and one line of text. Raises: OSError, ValueError: what answers is not HTTP."""
     with _connected(address) as sock:
+        until_s, answer = monotonic() + TIMEOUT_S, b""
         sock.sendall(f"GET {path} HTTP/1.0\r\nHost: {host or 'localhost'}\r\n\r\n".encode())
-        answer = b""
         while len(answer) < ANSWER_SIZE_MAX and (piece := sock.recv(ANSWER_SIZE_MAX)):
             answer += piece
+            sock.settimeout(max(until_s - monotonic(), 1e-3))
     head, _, body = answer.decode(errors="replace").partition("\r\n\r\n")
     words = head.split(maxsplit=2)
     if len(words) < 2 or not words[0].startswith("HTTP/") or not words[1].isdecimal():

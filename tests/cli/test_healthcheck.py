@@ -140,6 +140,24 @@ def test_healthcheck_of_a_server_that_hangs_is_1(
     assert "timed out" in capsys.readouterr().err
 
 
+def test_healthcheck_of_a_server_that_drips_is_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(healthcheck, "TIMEOUT_S", 0.2)
+    is_over = threading.Event()
+
+    def answer(sock: socket.socket) -> None:
+        for each in b"HTTP/1.0 200 OK\r\n\r\n":
+            if is_over.wait(0.05):
+                return
+            sock.send(bytes([each]))
+
+    with answering(tmp_path / "s", answer):
+        assert main([f"--socket={tmp_path}/s"]) == UNHEALTHY
+        is_over.set()
+    assert "timed out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
