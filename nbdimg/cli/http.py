@@ -14,10 +14,17 @@ from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
 from nbdimg.errors import ConfigError, ImageError, NbdimgError, with_user_hidden
+from nbdimg.storage.short import read_short
 
 CONNECT_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 30.0
 """For answers that wait for nothing. A change may wait for clients and for storage, as long as the server lets it."""
+
+TOKEN_FILE_SIZE_MAX = 64 << 10
+"""Bytes: more is another file."""
+
+TOKEN_PATIENCE_S = 10.0
+"""For the writer of a FIFO to come to its end."""
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -136,10 +143,9 @@ def _check_url(url: str) -> None:
 
 def _read_token(path: str) -> str:
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            token = file.read().strip()
+        token = read_short(path, TOKEN_FILE_SIZE_MAX, TOKEN_PATIENCE_S).decode(errors="replace").strip()
     except OSError as error:
         raise ConfigError(f"token file {os.fspath(path)}: {error.strerror}") from None
-    if not token or not token.isascii() or not token.isprintable():
+    if not 1 <= len(token) <= TOKEN_FILE_SIZE_MAX or not token.isascii() or not token.isprintable():
         raise ConfigError(f"token file {path}: expected one line with the token")
     return token

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from nbdimg.cli import http
 from nbdimg.cli.healthcheck import SOCKET_VARIABLE
 from nbdimg.cli.http import Api
 from nbdimg.cli.main import run
@@ -286,6 +287,17 @@ def test_token_file_of_more_than_a_line_is_refused(ctl: Ctl, tmp_path: Path) -> 
     (tmp_path / "token").write_text("a-token\nanother")
     said = ctl("exports", "--url=http://h:1", f"--token-file={tmp_path}/token", status=USAGE)
     assert said == f"token file {tmp_path}/token: expected one line with the token"
+
+
+@pytest.mark.timeout(20)
+def test_token_file_without_an_end_is_not_waited_for(ctl: Ctl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "TOKEN_PATIENCE_S", 0.1)
+    os.mkfifo(tmp_path / "token")
+    for path, said in (
+        (tmp_path / "token", "it is a FIFO, and its writer does not come to an end"),
+        ("/dev/zero", "expected one line with the token"),
+    ):
+        assert ctl("exports", "--url=http://h:1", f"--token-file={path}", status=USAGE) == f"token file {path}: {said}"
 
 
 def test_over_tcp_with_a_token(ctl: Ctl, tmp_path: Path) -> None:
