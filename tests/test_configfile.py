@@ -377,10 +377,40 @@ def test_load_command_line_leaves_what_it_does_not_say_of_a_table_as_the_file_ha
     assert server.admin == AdminConfig(None, TcpAddress("::1", 1), "/other")
 
 
-def test_load_command_line_that_does_not_go_with_the_file_is_a_problem(file: Path) -> None:
-    file.write_text("[admin]\nsocket = '/s'\n")
-    with pytest.raises(ConfigFileError, match="TLS needs a certificate file"):
-        load_config(file, environment={}, overrides=Overrides(tls={"mode": "off"}))
+def test_load_command_line_gives_what_a_table_lacks_or_the_table(file: Path) -> None:
+    certificate = {"certificate_path": "/c.pem", "key_path": None}
+    file.write_text("listen = ['nbds://[::1]']\n[[exports]]\npath = '/a'\ntls = false\n")
+    server = load_config(file, environment={}, overrides=Overrides(tls={**certificate, "mode": "selective"})).server
+    assert server.tls == TlsConfig("/c.pem", mode="selective")
+    file.write_text("[tls]\nmode = 'off'\nkey_file = '/k'\n[admin]\ntoken_file = '/t'\n")
+    overrides = Overrides(tls=certificate, admin={"address": TcpAddress("::1", 1)})
+    server = load_config(file, environment={}, overrides=overrides).server
+    assert server.tls == TlsConfig("/c.pem", mode="off")
+    assert server.admin == AdminConfig(None, TcpAddress("::1", 1), "/t")
+
+
+def test_load_command_line_of_another_mode_leaves_exports_what_they_say_of_tls(file: Path) -> None:
+    file.write_text("[tls]\nmode = 'selective'\ncertificate_file = '/c'\n[[exports]]\npath = '/a'\ntls = false\n")
+    server = load_config(file, environment={}, overrides=Overrides(tls={"mode": "required"})).server
+    assert server.tls == TlsConfig("/c")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("[admin]\nsocket = '/s'\n", Overrides(tls={"mode": "off"}), ": tls: TLS needs a certificate file"),
+        ("\n[tls]\nkey_file = '/k'\n", Overrides(tls={"mode": "off"}), ":2: tls: TLS needs a certificate file"),
+        ("", Overrides(admin={"address": TcpAddress("::1", 1)}), ": admin: the admin API at [::1]:1 needs a token"),
+    ],
+)
+def test_load_command_line_that_does_not_go_with_the_file_is_a_problem(
+    file: Path, text: str, overrides: Overrides, expected: str
+) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigFileError) as caught:
+        load_config(file, environment={}, overrides=overrides)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{file}{expected}")
 
 
 def test_export_of_a_table_is_what_a_file_would_make_of_it(file: Path) -> None:

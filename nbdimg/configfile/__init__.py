@@ -17,7 +17,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from nbdimg.config import DEFAULT_LISTENER, AdminConfig, ExportConfig, ServerConfig, TcpAddress, TlsConfig
 from nbdimg.configfile.environment import from_environment
@@ -29,8 +29,6 @@ from nbdimg.storage.short import read_short
 from nbdimg.uri import NbdUri
 
 __all__ = ["ConfigFileError", "FileConfig", "Overrides", "config_without_file", "export_of", "load_config"]
-
-Tables = TypeVar("Tables", TlsConfig, AdminConfig)
 
 FILE_SIZE_MAX = 16 << 20
 """Bytes of a configuration file; more is some other file."""
@@ -99,8 +97,9 @@ def load_config(
     except ValueError:
         raise ConfigFileError([f"{name}: a number has too many digits"]) from None
     reader = Reader(name, content, text)
-    config = FileConfig(*mapped(reader))
-    return _finished(reader, config, environment, overrides, default_listeners)
+    given = overrides or Overrides()
+    config = FileConfig(*mapped(reader, given.tls, given.admin))
+    return _finished(reader, config, environment, given, default_listeners)
 
 
 def config_without_file(
@@ -110,9 +109,15 @@ def config_without_file(
     overrides: Overrides | None = None,
     default_listeners: tuple[NbdUri, ...] = (DEFAULT_LISTENER,),
 ) -> ServerConfig:
-    """The configuration of exports that the command line names. Raises: ConfigFileError: the environment is wrong."""
-    config = FileConfig(ServerConfig(exports, listeners=()))
-    return _finished(None, config, environment, overrides, default_listeners).server
+    """The configuration of exports that the command line names.
+
+    Raises: ConfigFileError: the environment is wrong. ConfigError: what is given does not go together.
+    """
+    given = overrides or Overrides()
+    tls = TlsConfig(**given.tls) if given.tls else None
+    admin = AdminConfig(**given.admin) if given.admin else None
+    config = FileConfig(ServerConfig(exports, listeners=(), tls=tls, admin=admin))
+    return _finished(None, config, environment, given, default_listeners).server
 
 
 def export_of(content: object, what: str, tls: TlsConfig | None) -> ExportConfig:
@@ -134,15 +139,14 @@ def _finished(
     reader: Reader | None,
     config: FileConfig,
     environment: Mapping[str, str] | None,
-    overrides: Overrides | None,
+    given: Overrides,
     default_listeners: tuple[NbdUri, ...],
 ) -> FileConfig:
-    """Environment and command line over `config`, whose listeners are empty when it names none, and which `reader` has
-    read, if it is a file's.
+    """Environment and command line over `config`, which has the command line's tables already, whose listeners are
+    empty when it names none, and which `reader` has read, if it is a file's.
     """
     problems = [] if reader is None else reader.problems()
     found = from_environment(os.environ if environment is None else environment, problems)
-    given = overrides or Overrides()
     server = config.server
     limits = {**found.limits, **given.limits}
     if limits:
@@ -161,25 +165,9 @@ def _finished(
         log_format=given.log_format or found.log_format or server.log_format,
     )
     problems += limit_contradictions(server.limits, config.server.limits, reader)
-    if not problems:
-        try:
-            tls, admin = (
-                _overridden(TlsConfig, server.tls, given.tls),
-                _overridden(AdminConfig, server.admin, given.admin),
-            )
-            server = replace(server, tls=tls, admin=admin)
-        except ConfigError as error:
-            problems.append(str(error))
     if problems:
         raise ConfigFileError(problems)
     return FileConfig(server, found.reload or config.reload)
-
-
-def _overridden(kind: type[Tables], table: Tables | None, given: Mapping[str, Any]) -> Tables | None:
-    """A table of the file, or None, with what else is given. Raises: ConfigError: that does not go together."""
-    if not given:
-        return table
-    return kind(**given) if table is None else replace(table, **given)
 
 
 def _read(name: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from nbdimg.config import (
     LOG_FORMATS,
@@ -38,6 +39,8 @@ from nbdimg.formats import DRIVERS
 from nbdimg.limits import Limits
 from nbdimg.uri import NbdUri
 
+Made = TypeVar("Made", TlsConfig, AdminConfig)
+
 RELOADS = ("signal", "watch")
 """When a file is read again: at SIGHUP alone, or also when it has changed."""
 
@@ -56,26 +59,32 @@ METRICS_KEYS = ("listen",)
 ACCESS_KEYS = ("identities", "networks", "uids", "gids", "read_only")
 
 
-def mapped(reader: Reader) -> tuple[ServerConfig, str]:
-    """The configuration, without listeners when the file names none, and one of RELOADS. Problems are in `reader`."""
+def mapped(reader: Reader, tls_given: Mapping[str, Any], admin_given: Mapping[str, Any]) -> tuple[ServerConfig, str]:
+    """The configuration, without listeners when the file names none, and one of RELOADS. Problems are in `reader`.
+
+    Args: tls_given, admin_given: what the command line says over two of the tables, by the names of TlsConfig and
+        AdminConfig: what a table lacks it may have.
+    """
     top = reader.table((), reader.content, TOP_KEYS)
-    tls = _tls(top.table("tls", TLS_KEYS)) if "tls" in top else None
+    tls = _made(TlsConfig, top, "tls", TLS_KEYS, _tls, tls_given)
+    has_tls = "tls" in top or bool(tls_given)
+    knows_mode = (tls is not None or not has_tls) and "mode" not in tls_given  # which the file may not be made for
     listeners: tuple[NbdUri, ...] = top.get("listen", _listeners_in(reader.directory), ())
     for uri in listeners:
-        if uri.is_tls and tls is None and "tls" not in top:
+        if uri.is_tls and not has_tls:
             top.report(f"{uri} needs TLS, expected a table [tls] with a certificate_file or psk_file", "listen")
         if listeners.count(uri) > 1:
             top.report(f"{uri} is given twice", "listen")
             break
     config = ServerConfig(
-        exports=_exports(top, reader.directory, tls),
+        exports=_exports(top, reader.directory, tls, knows_mode=knows_mode),
         listeners=listeners,
         limits=_limits(top.table("limits", tuple(LIMITS))),
         allows_plaintext=top.get("insecure_plaintext", boolean, False),
         tls=tls,
         sandbox=top.get("sandbox", one_of(*SANDBOX_MODES), SANDBOX_MODES[0]),
         image_directories=top.get("image_directories", list_of(path_in(reader.directory)), ()),
-        admin=_admin(top.table("admin", ADMIN_KEYS)) if "admin" in top else None,
+        admin=_made(AdminConfig, top, "admin", ADMIN_KEYS, _admin, admin_given),
         metrics_address=_metrics(top.table("metrics", METRICS_KEYS)) if "metrics" in top else None,
         log_format=top.get("log_format", one_of(*LOG_FORMATS), LOG_FORMATS[0]),
     )
@@ -108,8 +117,30 @@ def _limits(table: Table) -> Limits:
     return Limits(**values)
 
 
-def _tls(table: Table) -> TlsConfig | None:
-    values: dict[str, Any] = {
+def _made(
+    kind: type[Made],
+    top: Table,
+    key: str,
+    known: Sequence[str],
+    values_of: Callable[[Table], dict[str, Any]],
+    given: Mapping[str, Any],
+) -> Made | None:
+    """What a table says, and `given` over it; None: neither is there, or something is wrong with them."""
+    if key not in top and not given:
+        return None
+    table = top.table(key, known)
+    values = values_of(table)
+    if not table.is_sound:
+        return None
+    try:
+        return kind(**{**values, **given})
+    except ConfigError as error:
+        table.report(str(error))
+        return None
+
+
+def _tls(table: Table) -> dict[str, Any]:
+    return {
         "mode": table.get("mode", one_of("off", "required", "selective"), "required"),
         "min_version": table.get("min_version", one_of("1.2", "1.3"), "1.3"),
         "certificate_path": table.path("certificate_file"),
@@ -118,28 +149,14 @@ def _tls(table: Table) -> TlsConfig | None:
         "crl_path": table.path("crl_file"),
         "psk_path": table.path("psk_file"),
     }
-    if not table.is_sound:
-        return None
-    try:
-        return TlsConfig(**values)
-    except ConfigError as error:
-        table.report(str(error))
-        return None
 
 
-def _admin(table: Table) -> AdminConfig | None:
-    values: dict[str, Any] = {
+def _admin(table: Table) -> dict[str, Any]:
+    return {
         "socket_path": table.path("socket"),
         "address": table.get("listen", tcp_address, None),
         "token_path": table.path("token_file"),
     }
-    if not table.is_sound:
-        return None
-    try:
-        return AdminConfig(**values)
-    except ConfigError as error:
-        table.report(str(error))
-        return None
 
 
 def _metrics(table: Table) -> TcpAddress | None:
@@ -148,7 +165,7 @@ def _metrics(table: Table) -> TcpAddress | None:
     return table.get("listen", tcp_address, None)
 
 
-def _exports(top: Table, directory: str, tls: TlsConfig | None) -> tuple[ExportConfig, ...]:
+def _exports(top: Table, directory: str, tls: TlsConfig | None, *, knows_mode: bool) -> tuple[ExportConfig, ...]:
     """Each with a name. Names and writers are compared here, where lines are known."""
     exports: list[ExportConfig] = []
     names: dict[str | None, Table] = {}
@@ -167,7 +184,7 @@ def _exports(top: Table, directory: str, tls: TlsConfig | None) -> tuple[ExportC
                     f"{escaped(export.path)} is exported in line {line} already, expected read_only = true in both",
                     "path",
                 )
-        if tls is not None or "tls" not in top:
+        if knows_mode:
             _check_tls(table, tls)
         exports.append(export)
         names.setdefault(export.name, table)

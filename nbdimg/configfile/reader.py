@@ -57,8 +57,9 @@ class Reader:
         return True
 
     def place(self, path: KeyPath) -> str:
-        """The file's name, with the key's line where it has lines."""
-        return self.name if self._text is None else f"{self.name}:{self.line_of(path)}"
+        """The file's name, with the key's line, unless nothing of it is there."""
+        is_there = self._text is not None and self.has(*map(str, path[:1]))
+        return f"{self.name}:{self.line_of(path)}" if is_there else self.name
 
     def problems(self) -> list[str]:
         """In the order of lines."""
