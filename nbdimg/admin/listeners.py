@@ -24,7 +24,7 @@ from nbdimg.config import AdminConfig, ServerConfig, TcpAddress
 from nbdimg.errors import ConfigError
 from nbdimg.server.listen import is_loopback, listen_private, listen_tcp, remove_socket
 from nbdimg.server.systemd import ADMIN_NAME, Inherited
-from nbdimg.server.terms import check_admin
+from nbdimg.server.terms import check_addresses, check_admin
 
 CONNECTIONS_MAX = 64
 """At one listener; the next is closed on accept. Probes, a scraper and a few people need less."""
@@ -55,6 +55,7 @@ async def admin_listening(config: ServerConfig, inherited: Sequence[Inherited]) 
         ListenError: an address cannot be listened on.
     """
     check_admin(config)
+    check_addresses(config)
     backend = Backend()
     async with AsyncExitStack() as stack:
         for each in inherited:

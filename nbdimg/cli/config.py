@@ -30,9 +30,9 @@ def check(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A configuration for nbdimg serve --config.")],
     as_json: Annotated[bool, typer.Option("--json", help="The result, or all problems, as JSON.")] = False,
 ) -> int:
-    """Say all that is wrong with a configuration, as the environment changes it. Opens no image.
+    """Say all that is wrong with a configuration, as the environment changes it. Opens no other file.
 
-    The exit status is 0 when it can be served, 2 otherwise.
+    The exit status is 0 when nothing is, 2 otherwise.
     """
     problems: Sequence[str]
     try:

@@ -2,7 +2,7 @@
 
 0   done; for `serve`: drained after SIGTERM or SIGINT
 1   something failed: a flush, a server that is not there; or a file that is to be made exists
-2   the command line is wrong
+2   the command line or the configuration is wrong
 3   an image cannot be opened: missing, locked, refused; or its format lacks what is asked for
 4   an address cannot be listened on
 130 interrupted by SIGINT; 143, 129: `create`, `resize` and `bitmap` by SIGTERM, SIGHUP

@@ -167,10 +167,14 @@ def _read_keys(path: str) -> dict[str, bytes]:
     return keys
 
 
-def _set_key_callback(context: Any, callback: Any) -> None:
-    """Python 3.13 brought pre-shared keys to `ssl`, where OpenSSL has them."""
+def check_key_support() -> None:
+    """Python 3.13 brought pre-shared keys to `ssl`, where OpenSSL has them. Raises: ConfigError: they are not there."""
     if not getattr(ssl, "HAS_PSK", False):
         raise ConfigError("TLS with pre-shared keys needs Python 3.13 or later and an OpenSSL that has them")
+
+
+def _set_key_callback(context: Any, callback: Any) -> None:
+    check_key_support()
     context.set_psk_server_callback(callback)
 
 

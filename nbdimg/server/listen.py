@@ -26,6 +26,9 @@ UNIX_BUFFER_SIZE = 1 << 20
 """Socket buffer in bytes for Unix sockets, where the kernel's default of 208 KiB costs a wake-up for every piece of a
 large transfer. TCP sizes its buffers itself."""
 
+SOCKET_PATH_MAX = 107
+"""Bytes of a Unix socket's path: sun_path without the NUL at its end. Source: unix(7)."""
+
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 60, 10, 6
 USER_TIMEOUT_MS = 120_000
 """A peer that has vanished is noticed in two minutes, not in the kernel's two hours."""
@@ -50,6 +53,12 @@ _found: dict[str, _Found] = {}
 def address_of(uri: NbdUri) -> tuple[str, int]:
     """Where `uri` listens, whatever it demands there: two listeners cannot have the same."""
     return (uri.socket, -1) if uri.socket is not None else (uri.host or "", uri.port)
+
+
+def check_socket_path(path: str | None) -> None:
+    """Raises: ListenError: no Unix socket can have that path."""
+    if path is not None and (size := len(os.fsencode(path))) > SOCKET_PATH_MAX:
+        raise ListenError(f"cannot listen on {path}: the path has {size} bytes, expected at most {SOCKET_PATH_MAX}")
 
 
 def is_exposed(uri: NbdUri) -> bool:
@@ -99,6 +108,7 @@ def ask_before_listening(config: ServerConfig, inherited: Collection[NbdUri]) ->
 
 def _ask(path: str | None, host: str | None) -> None:
     if path is not None:
+        check_socket_path(path)
         _remove_left_over(path)
     elif host is not None:
         _found[host] = _look_up(host)

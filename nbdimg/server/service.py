@@ -13,19 +13,28 @@ from functools import partial
 from time import time
 
 from nbdimg.config import ExportConfig, ServerConfig
-from nbdimg.errors import ConfigError, ImageError, NbdimgError
+from nbdimg.errors import ConfigError, ImageError, ListenError, NbdimgError
 from nbdimg.export.export import Export, default_name
 from nbdimg.export.registry import Registry
 from nbdimg.formats import open_image, read_key_file, snapshot_labels
 from nbdimg.image.image import Image
 from nbdimg.limits import Limits
 from nbdimg.server import sandbox
+from nbdimg.server.credentials import check_key_support
 from nbdimg.server.handover import LeftClient, files_of
 from nbdimg.server.listen import address_of
 from nbdimg.server.overlays import lend_overlays
 from nbdimg.server.server import Server
 from nbdimg.server.systemd import Inherited
-from nbdimg.server.terms import as_reached, check_admin, check_identities, check_listener, exposed, terms_of
+from nbdimg.server.terms import (
+    as_reached,
+    check_addresses,
+    check_admin,
+    check_identities,
+    check_listener,
+    exposed,
+    terms_of,
+)
 from nbdimg.server.tls import Tls
 from nbdimg.storage.workers import workers
 from nbdimg.units import MiB, counted
@@ -146,7 +155,7 @@ class Service:
         return replace(config, exports=(*config.exports, *self.live.values()))
 
     def check(self, config: ServerConfig) -> None:
-        """Raises: ConfigError: it contradicts itself, the exports added live, or the inherited listeners."""
+        """Raises: as `check_config`: it contradicts itself, the exports added live, or the inherited listeners."""
         whole = self._with_live(config)
         check_config(whole)
         for uri in self.inherited:
@@ -272,20 +281,22 @@ async def serving(
 
 
 def check_config(config: ServerConfig) -> None:
-    """Raises: ConfigError: the configuration contradicts itself."""
+    """Raises: ConfigError, ListenError: the configuration contradicts itself, or asks for what cannot be."""
     for error in contradictions(config):
         raise error
 
 
-def contradictions(config: ServerConfig) -> Iterator[ConfigError]:
+def contradictions(config: ServerConfig) -> Iterator[ConfigError | ListenError]:
     """What `check_config` has against it, one after the other."""
     checks: list[Callable[[], None]] = [partial(check_listener, uri, config) for uri in config.listeners]
     checks += [partial(check_identities, replace(config, exports=(export,))) for export in config.exports]
-    checks += [partial(check_admin, config), partial(_check_images, config.exports)]
+    checks += [partial(check_admin, config), partial(check_addresses, config), partial(_check_images, config.exports)]
+    if config.tls is not None and config.tls.psk_path is not None:
+        checks.append(check_key_support)
     for check in checks:
         try:
             check()
-        except ConfigError as error:
+        except (ConfigError, ListenError) as error:
             yield error
 
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 from ipaddress import ip_network
 
 from nbdimg.config import AccessRule, ExportConfig, ServerConfig
-from nbdimg.errors import ConfigError
+from nbdimg.errors import ConfigError, ListenError
 from nbdimg.export.access import Right, Rule, normalized
 from nbdimg.export.registry import Terms
-from nbdimg.server.listen import is_exposed, is_loopback
+from nbdimg.server.listen import address_of, check_socket_path, is_exposed, is_loopback
 from nbdimg.uri import NbdUri
 
 
@@ -40,7 +40,10 @@ def check_identities(config: ServerConfig) -> None:
 
 
 def check_listener(uri: NbdUri, config: ServerConfig) -> None:
-    """Raises: ConfigError: there is no TLS for `uri`, or it is exposed without TLS and without leave."""
+    """Raises: ConfigError: there is no TLS for `uri`, or it is exposed without TLS and without leave. ListenError: it
+    cannot be.
+    """
+    check_socket_path(uri.socket)
     if uri.is_tls and config.tls is None:
         raise ConfigError(f"{uri} needs TLS: give a certificate with [tls] (--tls-certificate), or listen with nbd")
     if not config.allows_plaintext and exposed([uri], config):
@@ -51,14 +54,34 @@ def check_listener(uri: NbdUri, config: ServerConfig) -> None:
         )
 
 
+def check_addresses(config: ServerConfig) -> None:
+    """Raises: ListenError: two are the same. Port 0 is another one each time."""
+    wanted = [(address_of(uri), f"listener {uri}") for uri in config.listeners]
+    if config.admin is not None and config.admin.socket_path is not None:
+        wanted.append(((config.admin.socket_path, -1), f"the admin API at {config.admin.socket_path}"))
+    admin_address = None if config.admin is None else config.admin.address
+    for address, what in ((admin_address, "the admin API"), (config.metrics_address, "metrics")):
+        if address is not None:
+            wanted.append(((address.host, address.port), f"{what} at {address}"))
+    seen: dict[tuple[str, int], str] = {}
+    for place, what in wanted:
+        if seen.setdefault(place, what) is not what and place[1] != 0:
+            raise ListenError(f"{seen[place]} has the address of {what}, expected one for each")
+
+
 def exposed(listeners: Iterable[NbdUri], config: ServerConfig) -> list[NbdUri]:
     """Those at which other machines reach an export without TLS."""
     return [uri for uri in listeners if is_exposed(uri) and is_plaintext(uri, config)]
 
 
 def check_admin(config: ServerConfig) -> None:
-    """Raises: ConfigError: other machines reach the admin API, whose token goes in clear, without leave."""
-    address = config.admin.address if config.admin is not None else None
+    """Raises: ConfigError: other machines reach the admin API, whose token goes in clear, without leave.
+    ListenError: its socket cannot be.
+    """
+    if config.admin is None:
+        return
+    check_socket_path(config.admin.socket_path)
+    address = config.admin.address
     if address is not None and not is_loopback(address.host) and not config.allows_plaintext:
         raise ConfigError(
             f"the admin API at {address} is reachable from other machines and HTTP is plain text: listen on 127.0.0.1, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from nbdimg.cli.main import run
 from tests.support.configured import ConfiguredServer, export
 from tests.support.rawclient import connect_negotiated
 
-USAGE, IMAGE = 2, 3
+USAGE, IMAGE, LISTEN = 2, 3, 4
 
 
 @pytest.fixture
@@ -77,6 +78,49 @@ def test_check_tells_all_that_contradicts_itself_at_once(file: Path, capsys: pyt
     found = [line.removeprefix(f"nbdimg: {file}: ") for line in capsys.readouterr().err.splitlines()]
     expected = ("nbd://0.0.0.0/ is", "nbd://[::]/ is", "a: the rule for dns:x needs", "the admin API at 0.0.0.0:1 is")
     assert [line[: len(begin)] for line, begin in zip(found, expected, strict=True)] == list(expected)
+
+
+LONG = "/" + "s" * 107
+TOO_LONG = f"cannot listen on {LONG}: the path has 108 bytes, expected at most 107"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"listen = ['nbd+unix:///?socket={LONG}']", TOO_LONG),
+        (f"[admin]\nsocket = '{LONG}'", TOO_LONG),
+        (
+            "listen = ['nbd+unix:///?socket=/s']\n[admin]\nsocket = '/s'",
+            "listener nbd+unix:///?socket=/s has the address of the admin API at /s, expected one for each",
+        ),
+        (
+            "listen = ['nbd://[::1]:1', 'nbds://[::1]:1']\n[tls]\ncertificate_file = 'c'",
+            "listener nbd://[::1]:1/ has the address of listener nbds://[::1]:1/, expected one for each",
+        ),
+        (
+            "[admin]\nlisten = '[::1]:1'\ntoken_file = 't'\n[metrics]\nlisten = '[::1]:1'",
+            "the admin API at [::1]:1 has the address of metrics at [::1]:1, expected one for each",
+        ),
+        pytest.param(
+            "[tls]\npsk_file = 'keys'",
+            "TLS with pre-shared keys needs Python 3.13 or later and an OpenSSL that has them",
+            marks=pytest.mark.skipif(getattr(ssl, "HAS_PSK", False), reason="this Python has pre-shared keys"),
+        ),
+    ],
+)
+def test_check_and_serve_refuse_what_cannot_be_in_the_same_words(
+    file: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    file.write_text(text)
+    assert run(["config", "check", str(file)]) == USAGE
+    assert capsys.readouterr().err == f"nbdimg: {file}: {said}\n"
+    assert run(["serve", "--sandbox=off", "--config", str(file)]) == (USAGE if "TLS" in said else LISTEN)
+    assert capsys.readouterr().err == f"nbdimg: {said}\n"
+
+
+def test_check_takes_the_longest_path_of_a_socket_and_any_number_of_free_ports(file: Path) -> None:
+    file.write_text(f"listen = ['nbd+unix:///?socket={LONG[:-1]}', 'nbd://[::1]:0']\n[metrics]\nlisten = '[::1]:0'")
+    assert run(["config", "check", str(file)]) == 0
 
 
 def test_check_missing_file_exits_2(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
