@@ -13,7 +13,7 @@ from functools import partial
 from time import time
 
 from nbdimg.config import ExportConfig, ServerConfig
-from nbdimg.errors import ConfigError, ImageError, ListenError, NbdimgError
+from nbdimg.errors import ConfigError, ImageError, ListenError, NbdimgError, escaped
 from nbdimg.export.export import Export, default_name
 from nbdimg.export.registry import Registry
 from nbdimg.formats import open_image, read_key_file, snapshot_labels
@@ -396,7 +396,10 @@ async def _open_all(
     if len(labels) < count:
         logger.warning("%s: of %s %d are exported", name, counted(count, "snapshot"), len(labels))
     for snapshot_id, label in labels.items():
-        exports.append(await _open_snapshot(config, snapshot_id, label, limits, key))
+        try:
+            exports.append(await _open_snapshot(config, snapshot_id, label, limits, key))
+        except ConfigError as error:
+            logger.warning("snapshot %s of %s is not exported: %s", escaped(label), escaped(name), error)
 
 
 async def open_snapshot(config: ExportConfig, snapshot_id: str, label: str, limits: Limits) -> Export:

@@ -21,7 +21,7 @@ from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.limits import Limits
 from nbdimg.server import live
 from nbdimg.server.live import RemoveMode
-from nbdimg.server.service import check_config
+from nbdimg.server.service import check_config, named
 from nbdimg.storage.posix import PosixFile
 from nbdimg.uri import NbdUri
 from tests.server.controlled import AtWork, ControlledServer, Worker
@@ -681,6 +681,18 @@ def test_snapshot_beyond_those_that_are_exported_is_made_all_the_same(
     assert served.has_logged("1 snapshots are exported, and not one more")
     served.ask(served.control.snapshot_delete("disk", "two"))
     assert [each.name for each in served.ask(served.control.snapshots("disk"))] == ["one"]
+
+
+def test_snapshot_whose_export_would_have_too_long_a_name_is_left_out_also_at_the_next_start(
+    served: ControlledServer, make: Make
+) -> None:
+    config = replace(make("disk", "qcow2"), name="d" * 4092)
+    served.ask(served.control.add(config))
+    assert served.ask(served.control.snapshot_create(named(config), "tue")).export == f"{config.name}@tue"
+    assert served.ask(served.control.snapshot_create(named(config), "monday")).export is None
+    served.ask(served.control.remove(named(config), "drain"))
+    assert served.ask(served.control.add(config)) == [config.name, f"{config.name}@tue"]
+    assert served.has_logged("snapshot 'monday' of 'ddd")
 
 
 def test_snapshot_that_fails_midway_poisons_its_image_alone(
