@@ -158,6 +158,7 @@ class Service:
         """Raises: as `check_config`: it contradicts itself, the exports added live, or the inherited listeners."""
         whole = self._with_live(config)
         check_config(whole)
+        _check_directories(config.image_directories)
         for uri in self.inherited:
             check_listener(uri, whole)
 
@@ -301,7 +302,9 @@ def contradictions(config: ServerConfig) -> Iterator[ConfigError | ListenError]:
 
 
 def _check_directories(directories: Sequence[str]) -> None:
-    """Raises: ConfigError: one is not there; what is made in its place later would be out of the sandbox's reach."""
+    """Raises: ConfigError: one is not there; what is made in its place later would be out of the sandbox's reach, and
+    the next start would fail.
+    """
     for directory in directories:
         if not os.path.isdir(directory):
             raise ConfigError(f"image directory {directory}: there is none, expected one at the start")

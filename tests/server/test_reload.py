@@ -307,6 +307,7 @@ def test_reload_access_taken_away_ends_only_those_who_lose_it(served: tuple[Conf
         ('listen = ["nbd://192.0.2.1:0"]', "nbd://192.0.2.1:0/ is reachable from other machines"),
         ('listen = ["nbd+unix:///?socket=b.img"]', "b.img: Address already in use"),
         ('[tls]\ncertificate_file = "missing.pem"\n', "missing.pem"),
+        ('image_directories = ["missing"]', "missing: there is none, expected one at the start"),
     ],
 )
 def test_reload_of_what_cannot_be_changes_nothing_and_says_so(
