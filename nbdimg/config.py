@@ -92,9 +92,10 @@ class TlsConfig:
     """TLS for all listeners, from PEM files: `certificate_path` is the server's chain, its own certificate first.
 
     `key_path` None: the key is in the certificate's file. With `client_ca_path` every client must show a certificate
-    that this authority issued for client authentication, and `crl_path` (needs it) refuses revoked ones. `psk_path`:
-    pre-shared keys, lines of NAME:HEX; then a certificate may be left out. `mode` is that of `nbd:` listeners; `nbds:`
-    listeners always require TLS. In mode "selective" exports with `is_tls_only` need TLS, others do not.
+    that this authority issued for client authentication, and `crl_path` (needs it) refuses revoked ones: the
+    lists of this authority and of those beneath it. `psk_path`: pre-shared keys, lines of NAME:HEX; then a certificate
+    may be left out. `mode` is that of `nbd:` listeners; `nbds:` listeners always require TLS. In mode "selective" exports
+    with `is_tls_only` need TLS, others do not.
 
     Raises: ConfigError: files that do not go together.
     """

@@ -104,7 +104,7 @@ def _context(config: TlsConfig) -> ssl.SSLContext:
         _load_authority(context, config.client_ca_path, "TLS client CA file", "x509_ca")
     if config.crl_path is not None:
         _load_authority(context, config.crl_path, "revocation list file", "crl")
-        context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
+        context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_CHAIN
     return context
 
 

@@ -152,6 +152,32 @@ def test_revocation_list_out_of_date_refuses_everybody(realm: Realm) -> None:
         assert server.has_logged("CRL has expired")
 
 
+@pytest.mark.parametrize("is_revoked", [True, False])
+def test_certificate_of_an_authority_that_was_revoked_is_refused(
+    realm: Realm, tmp_path: Path, is_revoked: bool
+) -> None:
+    """The lists of both authorities are there; the client's own certificate is on neither."""
+    office = Authority(tmp_path / "office", "office", realm.authority)
+    lists = [realm.authority.revoke(office) if is_revoked else realm.authority.revoke(), office.revoke()]
+    authorities, revocations = tmp_path / "authorities.pem", tmp_path / "lists.pem"
+    for joined, parts in ((authorities, [realm.authority.path, office.path]), (revocations, lists)):
+        joined.write_bytes(b"".join(Path(part).read_bytes() for part in parts))
+    tls = realm.tls(client_ca_path=str(authorities), crl_path=str(revocations))
+    with LiveServer(realm.config(tls)) as server:
+        found = refusal(server.address, client_context(realm.authority, office.issue("client")))
+        assert (found is not None) is is_revoked
+        assert not is_revoked or server.has_logged("certificate revoked")
+
+
+def test_revocation_lists_that_lack_one_authority_refuse_its_certificates(realm: Realm, tmp_path: Path) -> None:
+    office = Authority(tmp_path / "office", "office", realm.authority)
+    authorities = tmp_path / "authorities.pem"
+    authorities.write_bytes(Path(realm.authority.path).read_bytes() + Path(office.path).read_bytes())
+    with LiveServer(realm.config(realm.tls(client_ca_path=str(authorities), crl_path=office.revoke()))) as server:
+        assert refusal(server.address, client_context(realm.authority, office.issue("client"))) is not None
+        assert server.has_logged("unable to get certificate CRL")
+
+
 def test_server_certificate_of_a_stranger_is_refused_by_the_client_and_logged(realm: Realm) -> None:
     with LiveServer(realm.config(realm.tls())) as server:
         with pytest.raises(ssl.SSLCertVerificationError):

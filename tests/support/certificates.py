@@ -48,9 +48,9 @@ class Identity:
 
 
 class Authority:
-    """A certificate authority whose files lie beneath `directory`."""
+    """A certificate authority whose files lie beneath `directory`. Its certificate was issued by `parent`, or itself."""
 
-    def __init__(self, directory: Path, name: str = "test authority") -> None:
+    def __init__(self, directory: Path, name: str = "test authority", parent: Authority | None = None) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._key = ec.generate_private_key(ec.SECP256R1())
@@ -59,10 +59,11 @@ class Authority:
         usage = dict.fromkeys(
             ("content_commitment", "data_encipherment", "encipher_only", "decipher_only", "key_agreement"), False
         )
-        self._certificate = (
+        issuer = parent or self
+        self.certificate = (
             x509.CertificateBuilder()
             .subject_name(self._name)
-            .issuer_name(self._name)
+            .issuer_name(issuer._name)
             .public_key(self._key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - 2 * DAY)
@@ -74,10 +75,10 @@ class Authority:
                 ),
                 critical=True,
             )
-            .sign(self._key, hashes.SHA256())
+            .sign(issuer._key, hashes.SHA256())
         )
         self.path = str(directory / "ca-cert.pem")
-        Path(self.path).write_bytes(_pem(self._certificate))
+        Path(self.path).write_bytes(_pem(self.certificate))
 
     def issue(
         self,
@@ -110,7 +111,7 @@ class Authority:
         certificate = builder.sign(self._key, hashes.SHA256())
         place = self.directory / (directory or f"{role}-{common_name}")
         place.mkdir(exist_ok=True)
-        (place / "ca-cert.pem").write_bytes(_pem(self._certificate))
+        (place / "ca-cert.pem").write_bytes(_pem(self.certificate))
         found = Identity(place, role, certificate)
         Path(found.certificate_path).write_bytes(_pem(certificate))
         key_pem = key.private_bytes(
@@ -120,7 +121,7 @@ class Authority:
             file.write(key_pem)
         return found
 
-    def revoke(self, *revoked: Identity, days: float = 5) -> str:
+    def revoke(self, *revoked: Identity | Authority, days: float = 5) -> str:
         """The path of a new revocation list, good for `days`."""
         now = datetime.datetime.now(datetime.UTC)
         builder = (
