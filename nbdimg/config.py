@@ -94,8 +94,8 @@ class TlsConfig:
     `key_path` None: the key is in the certificate's file. With `client_ca_path` every client must show a certificate
     that this authority issued for client authentication, and `crl_path` (needs it) refuses revoked ones: the
     lists of this authority and of those beneath it. `psk_path`: pre-shared keys, lines of NAME:HEX; then a certificate
-    may be left out. `mode` is that of `nbd:` listeners; `nbds:` listeners always require TLS. In mode "selective" exports
-    with `is_tls_only` need TLS, others do not.
+    may be left out. `mode` is that of `nbd:` listeners; `nbds:` listeners always require TLS. In mode "selective"
+    exports with `is_tls_only` need TLS, others do not.
 
     Raises: ConfigError: files that do not go together.
     """

@@ -48,7 +48,7 @@ class Identity:
 
 
 class Authority:
-    """A certificate authority whose files lie beneath `directory`. Its certificate was issued by `parent`, or itself."""
+    """A certificate authority whose files lie beneath `directory`. `parent` has issued its certificate, or itself."""
 
     def __init__(self, directory: Path, name: str = "test authority", parent: Authority | None = None) -> None:
         self.directory = directory
