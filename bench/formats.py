@@ -25,7 +25,7 @@ from bench.cells import CELLS, KIB, MIB, Cell
 from bench.image import settle, warm
 from bench.report import CellSummary, Verdict, summarize
 from bench.results import Sample
-from bench.servers import ServerSpec, wait_accepting
+from bench.servers import ServerSpec
 from bench.throughput import rotated
 from tests.support.server import NbdimgServer, PeerServer
 
@@ -179,7 +179,6 @@ def _started(server: ServerSpec, image: Path, format: str) -> Iterator[str]:
     else:
         process = PeerServer(lambda path: argv(path, image))
     with process:
-        wait_accepting(process, process.socket_path)
         yield f"nbd+unix:///?socket={process.socket_path}"
 
 

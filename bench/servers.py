@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.server import START_TIMEOUT_S, NbdimgServer, PeerServer, ServerProcess
+from tests.support.server import NbdimgServer, PeerServer
 
 PROBE_TIMEOUT_S = 20.0
 
@@ -82,7 +80,6 @@ class ServerSpec:
             argv = self.peer_argv
             process = PeerServer(lambda path: argv(path, image))
         with process:
-            wait_accepting(process, process.socket_path)
             yield Server(self.name, process.pid, f"nbd+unix:///?socket={process.socket_path}")
 
 
@@ -91,20 +88,6 @@ def _has_command_line(package: str) -> bool:
         return importlib.util.find_spec(f"{package}.__main__") is not None
     except ImportError:
         return False
-
-
-def wait_accepting(process: ServerProcess, socket_path: str) -> None:
-    """A bound socket refuses connections until `listen`: poll past that gap."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while True:
-        with socket.socket(socket.AF_UNIX) as sock:
-            try:
-                sock.connect(socket_path)
-                return
-            except OSError as error:
-                if not process.is_running() or time.monotonic() > deadline:
-                    raise RuntimeError(f"does not accept connections: {error}; {process.stderr()}") from error
-        time.sleep(0.005)
 
 
 def _qemu_nbd(aio: str) -> Callable[[str, Path], list[str]]:

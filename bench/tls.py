@@ -19,7 +19,7 @@ from bench.cells import CELLS, KIB
 from bench.formats import EXIT_BELOW, FormatCell, is_below, report
 from bench.image import settle, warm
 from bench.results import Sample
-from bench.servers import ServerSpec, wait_accepting
+from bench.servers import ServerSpec
 from bench.throughput import rotated
 from tests.support.certificates import LOOPBACK_NAMES, Authority, Identity
 from tests.support.server import NbdimgServer, PeerServer
@@ -52,7 +52,6 @@ def _started(server: ServerSpec, image: Path, identity: Identity) -> Iterator[st
     else:
         process = PeerServer(lambda path: argv(path, image))
     with process:
-        wait_accepting(process, process.socket_path)
         yield f"nbds+unix:///?socket={process.socket_path}&tls-verify-peer=false"
 
 

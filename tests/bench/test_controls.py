@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,6 +96,25 @@ def test_server_that_does_not_start_is_missing_with_its_message(image: Path) -> 
     assert reason is not None
     assert reason.startswith("does not start: ")
     assert "no-such-parameter" in reason
+
+
+def test_server_that_is_deaf_until_it_greets_is_waited_for(image: Path) -> None:
+    """As qemu-nbd: a SIGTERM that comes between its `listen` and its loop is lost, and nobody ends it."""
+    deaf = """
+import contextlib, signal, socket, sys, time
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+listener.listen()
+time.sleep(0.3)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+while True:
+    client, _ = listener.accept()
+    with client, contextlib.suppress(BrokenPipeError):
+        client.send(b"NBDMAGIC")
+"""
+    spec = ServerSpec("nbdimg", (sys.executable, "--version"), lambda path, _: [sys.executable, "-c", deaf, path])
+    assert spec.missing(image) is None
 
 
 def test_cold_neighbour_of_a_serial_server_stalls_the_warm_reader(image: Path) -> None:

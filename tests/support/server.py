@@ -151,26 +151,30 @@ class NbdimgServer(ServerProcess):
 
 
 class PeerServer(ServerProcess):
-    """Another server on a Unix socket: `PeerServer(lambda path: ["qemu-nbd", "-k", path, ...])`."""
+    """Another NBD server on a Unix socket, ready when the constructor returns:
+    `PeerServer(lambda path: ["qemu-nbd", "-k", path, ...])`.
+    """
 
     def __init__(self, argv: Callable[[str], Sequence[str]], env: Mapping[str, str] | None = None) -> None:
         self.socket_directory = tempfile.TemporaryDirectory(prefix="nbd-")
         self.socket_path = os.path.join(self.socket_directory.name, "s")
         super().__init__(argv(self.socket_path), env)
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not self._accepts():
+        while not self._greets():
             if not self.is_running() or time.monotonic() > deadline:
                 self.kill()
                 raise RuntimeError(f"{self.process.args!r} does not listen: {self.stderr()}")
             time.sleep(0.01)
 
-    def _accepts(self) -> bool:
+    def _greets(self) -> bool:
+        """Not until then does qemu-nbd hear SIGTERM: its socket takes connections before its loop runs."""
         with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(START_TIMEOUT_S)
             try:
                 probe.connect(self.socket_path)
+                return bool(probe.recv(1))
             except OSError:
                 return False
-            return True
 
     def stop(self) -> int:
         try:
