@@ -9,13 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from nbdimg.cli.output import print_json, shown
-from nbdimg.cli.streams import complain
+from nbdimg.cli.streams import EXIT_USAGE, complain
 from nbdimg.config import ServerConfig
 from nbdimg.configfile import ConfigFileError, FileConfig, load_config
 from nbdimg.server.service import contradictions
 from nbdimg.units import counted
-
-EXIT_USAGE = 2
 
 config = typer.Typer(name="config", help="Configuration files.", no_args_is_help=True)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nbdimg.cli.healthcheck import DEFAULT_SOCKET, SOCKET_VARIABLE
-from nbdimg.cli.options import name_and_image, parsed
+from nbdimg.cli.options import AsJson, name_and_image, parsed
 from nbdimg.cli.output import dated, print_json, print_table, shown, sized
 from nbdimg.errors import ConfigError
 from nbdimg.formats import DRIVERS
@@ -23,7 +23,6 @@ SocketPath = Annotated[
 ]
 Url = Annotated[str | None, typer.Option("--url", metavar="URL", help="The server's HTTP API, in place of a socket.")]
 TokenFile = Annotated[str | None, typer.Option("--token-file", metavar="FILE", help="The token that goes with --url.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="An export's name.")]
 
 ctl = typer.Typer(name="ctl", help="Look at and change a running server.", no_args_is_help=True)

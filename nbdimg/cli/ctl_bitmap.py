@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nbdimg.cli.bitmap import Disabled, Granularity, print_bitmaps
-from nbdimg.cli.ctl import AsJson, SocketPath, TokenFile, Url, path_of, report, server_api
+from nbdimg.cli.ctl import SocketPath, TokenFile, Url, path_of, report, server_api
 from nbdimg.cli.healthcheck import DEFAULT_SOCKET
-from nbdimg.cli.options import parsed
+from nbdimg.cli.options import AsJson, parsed
 from nbdimg.cli.output import print_json, shown
 from nbdimg.units import parse_size
 

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Sequence
 from time import monotonic
 
-from nbdimg.cli.streams import complain
+from nbdimg.cli.streams import EXIT_USAGE, complain
 from nbdimg.errors import with_user_hidden
 
 DEFAULT_SOCKET = "/run/nbdimg/admin.sock"
@@ -25,7 +25,7 @@ ANSWER_SIZE_MAX = 64 << 10
 
 PATHS = {"live": "/livez", "ready": "/readyz", "startup": "/startupz"}
 
-EXIT_UNHEALTHY, EXIT_USAGE = 1, 2
+EXIT_UNHEALTHY = 1
 
 HELP = f"""\
 Usage: nbdimg healthcheck [OPTIONS] [live|ready|startup]

@@ -32,11 +32,10 @@ from nbdimg.cli.map import map_
 from nbdimg.cli.resize import resize
 from nbdimg.cli.serve import serve
 from nbdimg.cli.snapshot import snapshot
-from nbdimg.cli.streams import EXIT_FAILED, complain, exit_with, flushed
+from nbdimg.cli.streams import EXIT_FAILED, EXIT_USAGE, complain, exit_with, flushed
 from nbdimg.cli.top import top
 from nbdimg.errors import ConfigError, ImageError, ListenError, NbdimgError
 
-EXIT_USAGE = 2
 EXIT_IMAGE = 3
 EXIT_LISTEN = 4
 

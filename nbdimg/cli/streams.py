@@ -14,7 +14,7 @@ from typing import NoReturn, TextIO
 
 from nbdimg.errors import printable
 
-EXIT_FAILED = 1
+EXIT_FAILED, EXIT_USAGE = 1, 2
 
 
 def open_standard_streams() -> None:

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from nbdimg.cli.ctl import AsJson, SocketPath, TokenFile, Url, server_api
+from nbdimg.cli.ctl import SocketPath, TokenFile, Url, server_api
 from nbdimg.cli.healthcheck import DEFAULT_SOCKET
 from nbdimg.cli.interrupt import raise_at_interrupt
+from nbdimg.cli.options import AsJson
 from nbdimg.cli.output import print_json, print_table, shown
 
 if TYPE_CHECKING:
