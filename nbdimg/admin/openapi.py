@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, get_args
 
 from aiohttp import web
 
-from nbdimg.admin.exports import BITMAP_ACTIONS_MAX
+from nbdimg.admin.exports import BITMAP_ACTIONS_MAX, REMOVE_MODES
+from nbdimg.admin.overview import DISCONNECT_MODES
 from nbdimg.admin.problems import PROBLEM_TYPE
 from nbdimg.admin.requests import JSON_TYPE
 from nbdimg.configfile.mapping import OVERLAY_MODES
@@ -110,7 +112,7 @@ def _server_paths() -> Json:
 def _client_paths() -> Json:
     export = _parameter("query", "export", _STRING, "only clients of this export")
     client_id = _parameter("path", "id", _COUNT, "from the list of clients")
-    mode = _mode("drain: requests in flight are answered; hard: cut at once", "drain", "hard")
+    mode = _mode("drain: requests in flight are answered; hard: cut at once", DISCONNECT_MODES)
     return {
         "/v1/clients": {
             "get": _operation(
@@ -137,12 +139,7 @@ def _export_paths() -> Json:
         "drain: requests in flight are answered; hide: who is connected goes on, nobody else comes; "
         "hard: connections are cut. All return when that is done, hide at once."
     )
-    resize = {
-        "type": "object",
-        "required": ["size"],
-        "properties": {"size": _SIZE, "shrink": {**_BOOLEAN, "default": False}},
-        "additionalProperties": False,
-    }
+    resize = _object({"size": _SIZE}, {"shrink": {**_BOOLEAN, "default": False}})
     return {
         "/v1/exports": {
             "get": _operation(
@@ -162,7 +159,7 @@ def _export_paths() -> Json:
                 "remove",
                 "Export an image no longer.",
                 {"204": {"description": "removed"}},
-                parameters=[_mode(modes, "drain", "hide", "hard")],
+                parameters=[_mode(modes, REMOVE_MODES)],
             ),
         },
         "/v1/exports/{name}/resize": {
@@ -176,7 +173,6 @@ def _export_paths() -> Json:
 
 def _snapshot_paths() -> Json:
     name = {"$ref": "#/components/parameters/name"}
-    new = {"type": "object", "required": ["name"], "properties": {"name": _STRING}, "additionalProperties": False}
     return {
         "/v1/exports/{name}/snapshots": {
             "parameters": [name],
@@ -187,7 +183,7 @@ def _snapshot_paths() -> Json:
                 "create_snapshot",
                 "Keep the disk as it is now, durably, and export that too.",
                 {"201": _json(_reference("Snapshot"), "the new snapshot", has_location=True)},
-                body=new,
+                body=_object({"name": _STRING}),
             ),
         },
         "/v1/exports/{name}/snapshots/{snapshot}": {
@@ -223,15 +219,10 @@ def _bitmap_paths() -> Json:
 
 
 def _schemas() -> Json:
-    access = _object(
-        optional={
-            "identities": _STRINGS,
-            "networks": _STRINGS,
-            "uids": {"type": "array", "items": _COUNT},
-            "gids": {"type": "array", "items": _COUNT},
-            "read_only": _BOOLEAN,
-        }
-    )
+    return {**_problem_schemas(), **_export_schemas(), **_client_schemas(), **_part_schemas(), **_server_schemas()}
+
+
+def _problem_schemas() -> Json:
     return {
         "Problem": {
             "type": "object",
@@ -245,6 +236,20 @@ def _schemas() -> Json:
                 "image": {**_STRING, "description": "the image file at fault"},
             },
         },
+    }
+
+
+def _export_schemas() -> Json:
+    access = _object(
+        optional={
+            "identities": _STRINGS,
+            "networks": _STRINGS,
+            "uids": {"type": "array", "items": _COUNT},
+            "gids": {"type": "array", "items": _COUNT},
+            "read_only": _BOOLEAN,
+        }
+    )
+    return {
         "NewExport": {
             **_object(
                 required={"path": {**_STRING, "description": "the image's whole name, from / on"}},
@@ -282,6 +287,11 @@ def _schemas() -> Json:
                 "failure": {**_NULLABLE_STRING, "description": "why it takes no writes and no flush any more"},
             }
         ),
+    }
+
+
+def _client_schemas() -> Json:
+    return {
         "Client": _object(
             {
                 "id": _COUNT,
@@ -294,6 +304,12 @@ def _schemas() -> Json:
                 "in_flight": _COUNT,
             }
         ),
+    }
+
+
+def _part_schemas() -> Json:
+    """Of what is inside an image."""
+    return {
         "Snapshot": _object(
             {
                 "id": _STRING,
@@ -311,6 +327,11 @@ def _schemas() -> Json:
                 "is_consistent": {**_BOOLEAN, "description": "false: a crash cost what it knew; it can be removed"},
             }
         ),
+    }
+
+
+def _server_schemas() -> Json:
+    return {
         "Status": _object(
             {
                 "state": {"enum": ["starting", "serving", "stopping"]},
@@ -355,7 +376,7 @@ def _parameter(place: str, name: str, schema: Json, description: str) -> Json:
     return {"in": place, "name": name, "required": place == "path", "schema": schema, "description": description}
 
 
-def _mode(description: str, *modes: str) -> Json:
+def _mode(description: str, modes: Sequence[str]) -> Json:
     return _parameter("query", "mode", {"enum": list(modes), "default": modes[0]}, description)
 
 
