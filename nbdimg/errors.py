@@ -1,4 +1,4 @@
-"""Every exception that nbdimg raises on purpose.
+"""The exceptions by which one part of nbdimg tells another, or who uses it, what went wrong.
 
     NbdimgError
     ├─ ConfigError              a setting, an option or an argument is wrong
@@ -15,8 +15,11 @@
         ├─ ImageLocked          another process holds the image
         └─ ImageFailed          an earlier I/O error made the state unknown: open it anew
 
-Messages say what was found, what is allowed and where. `OSError` is not wrapped: it passes from the file to
-`wire/errors.py`, the only place that turns an errno into an NBD error.
+Messages say what was found, what is allowed and where. What one package raises for itself stands there, and has its
+place in this tree: a problem of a configuration file, an option's refusal, an answer of the HTTP API.
+
+A request's `OSError` is not wrapped: it passes from the file to `wire/errors.py`, the only place that turns an errno
+into an NBD error. `storage/ordering.py` has two kinds of it, for writes that may be tried again.
 """
 
 from __future__ import annotations

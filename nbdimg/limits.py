@@ -1,6 +1,7 @@
-"""Every limit of the server, in one place, with its reason.
+"""Limits that an operator may change, and those that several parts obey, each with its reason.
 
-The wire's own constants (string length, structure sizes) stand in `wire/constants.py`; these are choices.
+What one part alone obeys stands at its head, as does how much of a format is accepted. The wire's own constants (string
+length, structure sizes) stand in `wire/constants.py`; these are choices.
 """
 
 from __future__ import annotations

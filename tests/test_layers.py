@@ -7,6 +7,7 @@ function imports or a type checker alone sees.
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -18,6 +19,8 @@ import nbdimg
 
 ROOT = Path(nbdimg.__file__).parent
 SOURCES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(ROOT.rglob("*.py"))}
+
+ARCHITECTURE = (ROOT.parent / "docs/architecture.md").read_text()
 
 LEAVES = {
     "errors": set[str](),
@@ -131,6 +134,21 @@ def test_package_is_found_by_its_name(source: str) -> None:
     parent, _, name = f"nbdimg/{source}".removesuffix("/__init__.py").replace("/", ".").rpartition(".")
     package = import_module(f"{parent}.{name}")
     assert getattr(import_module(parent), name) is package
+
+
+def test_architectures_table_names_every_module_and_no_other() -> None:
+    """Rows are of files, `wire/a.py`, `b.py`, or of a folder, `wire/`: then what is in it is named without `.py`."""
+    files, stems = set[str](), set[str]()
+    for where, what in re.findall(r"^\| (`.*?) \| (.*)", ARCHITECTURE, re.MULTILINE):
+        folder = ""
+        for name in re.findall(r"`([^`]+)`", where):
+            folder = name.rpartition("/")[0] or folder
+            if name.endswith("/"):
+                stems |= {f"{folder}/{stem}.py" for stem in " ".join(re.findall(r"`([^`]+)`", what)).split()}
+            else:
+                files.add(f"{folder}/{name.rpartition('/')[2]}".lstrip("/"))
+    assert files <= SOURCES.keys()
+    assert {each for each in SOURCES if not each.endswith("/__init__.py")} <= files | stems
 
 
 def test_table_has_no_cycle() -> None:
