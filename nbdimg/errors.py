@@ -9,7 +9,7 @@
     ├─ RequestError             one request fails with an errno; its connection goes on
     │   └─ GuardedWrite         it would have turned the image into something else
     └─ ImageError               an image cannot be opened, read or written
-        ├─ UnrecognizedFormat   no driver claims the file, or the claimed one has none
+        ├─ UnrecognizedFormat   by its magic it is of a format that no driver reads
         ├─ UnsupportedFeature   well-formed, and nbdimg cannot serve it
         ├─ CorruptImage         violates its format; never written to afterwards
         ├─ ImageLocked          another process holds the image
@@ -100,7 +100,7 @@ class ImageError(NbdimgError):
 
 
 class UnrecognizedFormat(ImageError):
-    """No driver claims the file."""
+    """By its magic the file is of a format that no driver reads."""
 
 
 class UnsupportedFeature(ImageError):

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
-from nbdimg.errors import ConfigError, ImageError, ImageLocked, UnsupportedFeature
+from nbdimg.errors import ConfigError, ImageError, ImageLocked, UnrecognizedFormat, UnsupportedFeature
 from nbdimg.formats import raw
 from nbdimg.formats.gate import ConfinedGate
 from nbdimg.formats.options import Backing, OpenOptions
@@ -212,10 +212,10 @@ async def snapshot_labels(image: Image, *, count_max: int, bytes_max: int) -> tu
 
 
 async def probed_format(file: PosixFile) -> str:
-    """By its magic; raw without one. Raises: UnsupportedFeature: no driver reads it. OSError."""
+    """By its magic; raw without one. Raises: UnrecognizedFormat: no driver reads it. OSError."""
     name = probe(await read(file, 0, min(HEAD_SIZE, file.size))) or "raw"
     if name not in DRIVERS:
-        raise UnsupportedFeature(
+        raise UnrecognizedFormat(
             file.path, f"this is a {name} image, which is not supported; --format raw serves its bytes as they are"
         )
     return name

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdimg.errors import ConfigError, ImageError, ImageLocked, RequestError, UnsupportedFeature
+from nbdimg.errors import ConfigError, ImageError, ImageLocked, RequestError, UnrecognizedFormat
 from nbdimg.formats import DRIVERS, check_format, create_image, open_image
 from nbdimg.formats.probe import HEAD_SIZE, planted, probe
 
@@ -98,7 +98,7 @@ def test_open_by_magic_of_a_format_without_driver_is_refused_in_one_line(
     path = tmp_path / "disk.img"
     path.write_bytes((bytes(offset) + magic).ljust(size, b"\0"))
     count = open_descriptor_count()
-    with pytest.raises(UnsupportedFeature, match=f"this is a {name} image") as caught:
+    with pytest.raises(UnrecognizedFormat, match=f"this is a {name} image") as caught:
         asyncio.run(open_image(path))
     assert "\n" not in str(caught.value)
     assert "--format raw" in str(caught.value)
