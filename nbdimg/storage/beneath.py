@@ -71,8 +71,8 @@ class Root:
             os.close(descriptor)
 
 
-def open_beneath(directory: int, path: str, *, writable: bool, block_device: bool = False) -> int:
-    """A descriptor for the regular file (or, with `block_device`, the block device) at `path` beneath `directory`.
+def open_beneath(directory: int, path: str, *, writable: bool) -> int:
+    """A descriptor for the regular file at `path` beneath `directory`.
 
     Never waits for the other end of a FIFO.
 
@@ -85,7 +85,7 @@ def open_beneath(directory: int, path: str, *, writable: bool, block_device: boo
     flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     descriptor = _open(directory, path, flags)
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
-    if kind == stat.S_IFREG or (block_device and kind == stat.S_IFBLK):
+    if kind == stat.S_IFREG:
         return descriptor
     os.close(descriptor)
     raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'no file')}")

@@ -79,7 +79,6 @@ class Request:
         offset: int,
         length: int,
         payload: memoryview | None = None,
-        owns_payload: bool = False,
     ) -> None:
         self.command = command
         self.flags = flags
@@ -87,7 +86,7 @@ class Request:
         self.offset = offset
         self.length = length
         self.payload = payload
-        self.owns_payload = owns_payload
+        self.owns_payload = False
         self.arrived_s = 0.0
 
     def keep_payload(self) -> None:

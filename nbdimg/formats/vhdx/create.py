@@ -189,7 +189,7 @@ def _locator(path: str, parent: Parent) -> Locator:
         raise ConfigError(f"{escaped(parent.path)}: the parent's path is not UTF-8, and cannot be stored") from None
     if len(way) > _PATH_MAX:
         raise ConfigError(f"the parent's path has {len(way)} characters, expected at most {_PATH_MAX}")
-    return parent_locator(parent.data_write_guid, relative_path=way if way.startswith("../") else f"./{way}")
+    return parent_locator(parent.data_write_guid, way if way.startswith("../") else f"./{way}")
 
 
 def _metadata(planned: Layout, options: CreateOptions, locator: Locator | None) -> bytes:

@@ -55,17 +55,9 @@ class Locator:
         return b"".join(head) + text
 
 
-def parent_locator(
-    linkage: UUID,
-    *,
-    relative_path: str | None = None,
-    volume_path: str | None = None,
-    absolute_path: str | None = None,
-) -> Locator:
-    """The locator of a new child; a relative path with `/` is stored with `\\`."""
-    relative = relative_path.replace("/", "\\") if relative_path else None
-    paths = dict(zip(PATH_KEYS, (relative, volume_path, absolute_path), strict=True))
-    return Locator({LINKAGE: f"{{{linkage}}}", **{key: path for key, path in paths.items() if path}}, linkage)
+def parent_locator(linkage: UUID, relative_path: str) -> Locator:
+    """The locator of a new child; `/` is stored as `\\`."""
+    return Locator({LINKAGE: f"{{{linkage}}}", RELATIVE_PATH: relative_path.replace("/", "\\")}, linkage)
 
 
 def parse_locator(path: str, data: bytes, offset: int) -> Locator:

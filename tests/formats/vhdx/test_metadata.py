@@ -197,7 +197,7 @@ def test_build_metadata_gives_the_bytes_that_windows_writes() -> None:
 
 
 def test_build_metadata_of_a_child_and_with_further_items() -> None:
-    locator = parent_locator(LINKAGE, relative_path="p.vhdx")
+    locator = parent_locator(LINKAGE, "p.vhdx")
     unknown = UUID(bytes_le=craft.raw(craft.UNKNOWN))
     extra = [
         (Item(unknown, 0, 4, is_user=True, is_virtual_disk=True), b"mine"),

@@ -107,7 +107,9 @@ class Client:
     ) -> Request:
         flags = int(CommandFlag.FUA) if is_durable else 0
         payload = None if data is None else memoryview(data)
-        return Request(int(command), flags, 0, offset, length, payload, owns_payload=data is not None)
+        request = Request(int(command), flags, 0, offset, length, payload)
+        request.owns_payload = data is not None
+        return request
 
     async def _run(self, request: Request) -> None:
         work = self.target.submit(request)
