@@ -50,7 +50,7 @@ async def repair(file: BlockFile, header: Header, *, leaks_only: bool, progress:
     """Repair what can be; `header` is kept current. An image that cannot be checked whole is not touched.
 
     Returns: a check of what remains, with what was fixed in `leaks_fixed` and `corruptions_fixed`.
-    Args: leaks_only: lower refcounts, and nothing else.
+    Args: leaks_only: lower refcounts, and set the COPIED flags that go with them if nothing is corrupt.
     Raises: OSError; UnsupportedFeature: the refcount table would become too large.
     """
     survey = Survey(file, header, is_fixing=not leaks_only)
@@ -63,14 +63,14 @@ async def repair(file: BlockFile, header: Header, *, leaks_only: bool, progress:
         await _clear_unknown_autoclear(file, header)
         work = _Repair(survey)
         if leaks_only:
-            await work.lower()
+            await work.leaks()
         else:
             await work.all()
         remaining = Survey(file, header)
         await remaining.run(progress)
         after = remaining.report
         if after.exit_status == _LEAKS and not leaks_only:
-            await _Repair(remaining).lower()
+            await _Repair(remaining).leaks()
             after = await check(file, header, progress=progress)
         after.leaks_fixed = max(0, before.leaks - after.leaks)
         after.corruptions_fixed = max(0, before.corruptions - after.corruptions)
@@ -123,6 +123,12 @@ class _Repair:
         await self._fix_entries(tables, is_setting=False)
         await self.lower()
         await self._fix_entries(tables, is_setting=True)
+
+    async def leaks(self) -> None:
+        """Lower refcounts. Flags are set only where no count is too low: what is shared would be written in place."""
+        await self.lower()
+        if not self._survey.report.corruptions:
+            await self._fix_entries(self._writable_l2_tables(), is_setting=True)
 
     async def lower(self) -> None:
         if not (self._references.has_broken_references or self._survey.needs_rebuild):

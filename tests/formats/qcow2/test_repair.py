@@ -174,6 +174,43 @@ def test_repair_leaks_only_lowers_refcounts(name: str, sound: Path, tmp_path: Pa
     assert guest(path) == before
 
 
+def _snapshots_gone(edit: Edit) -> None:
+    """As a crash in the deletion of the last snapshots leaves it: what they shared still has its counts."""
+    edit.put(60, 0, 4)
+
+
+@pytest.mark.parametrize("leaks_only", [False, True])
+def test_repair_of_leaked_shares_sets_the_flags_that_go_with_the_counts(
+    leaks_only: bool, sound: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "damaged.qcow2"
+    shutil.copy(image_of("snapshots", sound), path)
+    _snapshots_gone(Edit(path))
+    before, content = guest(path), path.read_bytes()
+    assert qemu_check(path).exit_status == 3
+    report = repaired(path, leaks_only=leaks_only)
+    assert report is not None
+    assert report.is_clean, report
+    assert qemu_check(path).exit_status == 0
+    assert guest(path) == before
+    if leaks_only:
+        for number, state in enumerate(crashes(content, in_memory(content, leaks_only=True)[0].epochs)):
+            assert undercounted(state) == 0, f"state {number}"
+            assert in_memory(state, leaks_only=False)[1].is_clean, f"state {number}"
+
+
+def test_repair_leaks_only_sets_no_flag_beside_a_count_that_is_too_low(sound: Path, tmp_path: Path) -> None:
+    path = damaged_image(mutation("snapshot data refcount 1"), sound, tmp_path)
+    edit = Edit(path)
+    _leak_too(edit)
+    before = edit.get(edit.entry(8))
+    report = repaired(path, leaks_only=True)
+    assert report is not None
+    assert (report.leaks, report.exit_status) == (0, 2)
+    assert edit.get(edit.entry(8)) == before
+    assert before < structs.COPIED
+
+
 def test_repair_leaks_only_leaves_corruptions(sound: Path, tmp_path: Path) -> None:
     path = damaged_image(mutation("L2 entry twice"), sound, tmp_path)
     report = repaired(path, leaks_only=True)
@@ -260,10 +297,10 @@ def crashes(content: bytes, epochs: list[list[tuple[int, bytes]]]) -> Iterator[b
     yield bytes(done.content)
 
 
-def in_memory(content: bytes) -> tuple[LogFile, CheckReport]:
+def in_memory(content: bytes, *, leaks_only: bool = False) -> tuple[LogFile, CheckReport]:
     file = LogFile(content)
     header = asyncio.run(header_of(file))
-    report = asyncio.run(repair(file, header, leaks_only=False))
+    report = asyncio.run(repair(file, header, leaks_only=leaks_only))
     return file, report
 
 
