@@ -181,6 +181,13 @@ def _bitmap_data(edit: Edit) -> int:
     raise AssertionError("no bitmap has data")
 
 
+def _entry_of_a_snapshot(edit: Edit) -> None:
+    """In an L2 table that the active image has a copy of."""
+    table = edit.get(edit.get(edit.snapshots)) & 0x00FF_FFFF_FFFF_FE00
+    assert table != edit.l2()
+    edit.put(table + 8 * 200, COPIED)
+
+
 FIRST = range(4096)
 
 MUTATIONS = (
@@ -210,6 +217,9 @@ MUTATIONS = (
     Mutation(
         "L2 entry misaligned, zero", "version 3", _entry(0, lambda e: (e.get(e.entry(0)) + 512) | 1), damaged=FIRST
     ),
+    Mutation("L2 entry COPIED without an offset", "version 3", _entry(20, lambda _: COPIED), ours=2),
+    Mutation("snapshot's L2 entry COPIED without an offset", "snapshots", _entry_of_a_snapshot, ours=2),
+    Mutation("extended entry COPIED without an offset", "extended", lambda e: e.put(e.l2() + 16 * 64, COPIED), ours=2),
     Mutation("L2 entry zero, COPIED clear", "version 3", _entry(0, lambda edit: _data(edit) | 1)),
     Mutation("L2 entry to its L2 table", "version 3", _entry(0, lambda edit: COPIED | edit.l2()), damaged=FIRST),
     Mutation("L2 entry to the L1 table", "version 3", _entry(0, lambda edit: COPIED | edit.l1)),

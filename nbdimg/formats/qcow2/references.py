@@ -6,6 +6,8 @@ Entries are judged as QEMU's check does, so that both say the same; what a drive
 corruption here too:
 
     bit 0 of an L2 entry in version 2, or with extended entries      QEMU: accepted by the check, refused by reads
+    COPIED in an L2 entry that is nothing else                       QEMU: takes it as unallocated; the specification
+                                                                     allows it with an external data file alone
     an external data file's host offset is not the guest offset      QEMU: accepted by the check, refused by reads
 
 A table at an impossible place is not followed. `has_broken_references` then says that a cluster without references
@@ -111,7 +113,7 @@ class References:
         self._l1_indexes: dict[int, int] = {}
         """Cluster of an L2 table -> the first index of the active L1 table that has it, with an external data file."""
         self.zeroable: list[tuple[int, int]] = []
-        """(cluster of the L2 table, index) of misaligned entries that hold no data."""
+        """(cluster of the L2 table, index) of entries that hold no data: misaligned, or COPIED without an offset."""
         self.beyond: set[int] = set()
         self.has_broken_references = False
         self.bytes_read = 0
@@ -361,6 +363,8 @@ class References:
                 entry = self._count_odd(piece, index, entry, bitmaps)
             offset = entry & offset_mask
             if not offset:
+                if entry == copied:
+                    self._count_without_offset(piece, index)
                 continue
             allocated += 1
             if offset != next_offset and next_offset:
@@ -416,6 +420,13 @@ class References:
         if self.add_region("data cluster", offset, self._cluster_size, total) and active:
             self._check_copied(_L2, at, piece.first_index + index, entry, self.stored[offset >> self._bits], active)
         return 0
+
+    def _count_without_offset(self, piece: _Piece, index: int) -> None:
+        number = piece.first_index + index
+        message = f"entry {number} is {s.COPIED:#018x}, expected COPIED to be clear without an offset"
+        self.corruption(_L2, piece.entry_at(index), message, piece.uses[1])
+        if self._is_fixing:
+            self.zeroable.append((piece.cluster, piece.first_index + index))
 
     def _count_compressed(self, entry: int, at: int, uses: tuple[int, int]) -> None:
         active, total = uses

@@ -1,7 +1,7 @@
 """Repair of an image: refcounts become what the references say, COPIED flags what the refcounts say.
 
     1  raise refcounts, or build all refcount structures anew              barrier
-    2  zero misaligned L2 entries without data, clear wrong COPIED flags   barrier
+    2  zero L2 entries that hold no data, clear wrong COPIED flags         barrier
     3  lower refcounts                                                     barrier
     4  set missing COPIED flags                                            barrier
     5  check again; if nothing is left, clear the dirty and the corrupt bit   barrier
@@ -280,7 +280,8 @@ class _Repair:
             for index in zeroable:
                 word = index * words_per_entry - start // _U64_SIZE
                 if 0 <= word < len(words):
-                    words[word] = 0 if self._header.has_subclusters else s.ZERO
+                    is_cleared = self._header.has_subclusters or not words[word] & s.OFFSET_MASK
+                    words[word] = 0 if is_cleared else s.ZERO
                     changed.append(word)
             if is_active:
                 changed.extend(self._fix_flags(words, words_per_entry, is_setting, is_l1))
