@@ -8,6 +8,7 @@ guest cluster. What `qemu-img check` says is said here: the same counts and the 
 
     a refcount block's pointer is impossible         here always corruption (2), QEMU at times: cannot be checked (1)
     a table at an impossible place                   not followed here; QEMU reads what lies there as a table
+    a snapshot's L1 table does not reach its size    here corruption: what it lacks may be what leaks; QEMU: sound
     what QEMU's check does not look at               see `references`
 
 Spec: qcow2 "Reference counts", "Bitmaps", "Snapshots".
@@ -202,7 +203,10 @@ class Survey:
                     f"snapshot {index} has {extra_length} bytes of extra data, expected {_SNAPSHOT_EXTRA_MIN} or more"
                 )
                 references.corruption("snapshot table", offset + 36, message)
-            await self._count_snapshot(index, offset, l1_offset, l1_size)
+            disk_size = 0
+            if extra_length >= _SNAPSHOT_EXTRA_MIN:
+                disk_size = int.from_bytes(await references.read(offset + s.SNAPSHOT.size + 8, 8))
+            await self._count_snapshot(index, offset, l1_offset, l1_size, disk_size)
             offset += s.SNAPSHOT.size + extra_length + id_length + name_length
             if offset - start > s.SNAPSHOT_TABLE_BYTES_MAX:
                 raise CorruptImage(
@@ -211,7 +215,8 @@ class Survey:
         if offset > start:
             references.add_table("snapshot table", start, offset - start)
 
-    async def _count_snapshot(self, index: int, at: int, l1_offset: int, l1_size: int) -> None:
+    async def _count_snapshot(self, index: int, at: int, l1_offset: int, l1_size: int, disk_size: int) -> None:
+        """What a table that is too short for the disk lacks are references."""
         cluster_size = self.header.cluster_size
         entries_max = s.L1_BYTES_MAX // 8
         if l1_offset % cluster_size:
@@ -221,6 +226,10 @@ class Survey:
             message = f"snapshot {index} has {l1_size} L1 entries, allowed are {entries_max}"
             self.references.broken("snapshot table", at + 8, message)
         else:
+            needed = self.header.l1_entries_needed(disk_size)
+            if l1_size < needed:
+                message = f"snapshot {index} has {l1_size} L1 entries, its disk of {disk_size} bytes takes {needed}"
+                self.references.broken("snapshot table", at + 8, message)
             await self.references.count_l1(f"L1 table of snapshot {index}", l1_offset, l1_size, is_active=False)
 
     def _count_luks(self) -> None:

@@ -426,7 +426,7 @@ class References:
         message = f"entry {number} is {s.COPIED:#018x}, expected COPIED to be clear without an offset"
         self.corruption(_L2, piece.entry_at(index), message, piece.uses[1])
         if self._is_fixing:
-            self.zeroable.append((piece.cluster, piece.first_index + index))
+            self.zeroable.append((piece.cluster, number))
 
     def _count_compressed(self, entry: int, at: int, uses: tuple[int, int]) -> None:
         active, total = uses

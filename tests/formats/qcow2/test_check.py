@@ -115,7 +115,6 @@ EXACT = (
     "refcount table entries to one block",
     "compressed entry COPIED",
     "compressed entry longer",
-    "snapshot L1 smaller",
     "snapshot L1 entry behind the end",
     "snapshot data refcount 1",
     "bitmaps disowned",
