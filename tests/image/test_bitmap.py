@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdimg.export.status import dirty_pairs
-from nbdimg.image.bitmap import DirtyBitmap
+from nbdimg.image.bitmap import PIECE_SIZE, DirtyBitmap
 from nbdimg.units import KiB, MiB, TiB
 
 SIZE = 100 * 512 + 100
@@ -56,8 +57,8 @@ def test_set_range_sets_the_bits_that_the_format_has() -> None:
     bitmap = DirtyBitmap("b", 64 * KiB, 16 * MiB)
     bitmap.set_range(64 * KiB, 64 * KiB + 1)
     bitmap.set_range(9 * 64 * KiB - 1, 11 * 64 * KiB)
-    assert bytes(bitmap.bits[:3]) == b"\x02\x07\x00"
-    assert len(bitmap.bits) == 32
+    assert bitmap.stored(0, 3) == b"\x02\x07\x00"
+    assert bitmap.byte_count == 32
 
 
 @settings(deadline=None)
@@ -69,7 +70,7 @@ def test_set_range_and_runs_agree_with_the_model(
     for offset, stop in changes:
         bitmap.set_range(offset, stop)
         model.set_range(offset, stop)
-    assert bytes(bitmap.bits) == model.bits()
+    assert bitmap.stored(0, bitmap.byte_count) == model.bits()
     assert list(bitmap.runs(*asked)) == model.runs(*asked)
     assert list(bitmap.runs(asked[0], asked[0])) == []
 
@@ -92,7 +93,7 @@ def test_merge_of_any_granularities_is_a_superset_rounded_out(
             model.set_range(index * source, min(SIZE, (index + 1) * source))
     for _ in bitmap.merge(other):
         pass
-    assert bytes(bitmap.bits) == model.bits()
+    assert bitmap.stored(0, bitmap.byte_count) == model.bits()
 
 
 @settings(deadline=None)
@@ -107,7 +108,7 @@ def test_resize_keeps_what_is_left_and_is_dirty_beyond(changes: list[tuple[int, 
     model.dirty = (model.dirty + [False] * count)[:count]
     if size > SIZE:
         model.set_range(SIZE, size)
-    assert bytes(bitmap.bits) == model.bits()
+    assert bitmap.stored(0, bitmap.byte_count) == model.bits()
     assert bitmap.size == size
 
 
@@ -118,11 +119,90 @@ def test_clear_leaves_nothing_dirty() -> None:
     assert list(bitmap.runs(0, SIZE)) == [(SIZE, False)]
 
 
-def test_trim_tail_clears_the_bits_behind_the_end() -> None:
+def test_bits_behind_the_end_of_the_disk_are_not_loaded() -> None:
     bitmap = DirtyBitmap("b", 512, SIZE)
-    bitmap.bits[:] = b"\xff" * len(bitmap.bits)
-    bitmap.trim_tail()
-    assert bitmap.bits[-1] == 0x1F  # 101 granules: 12 bytes and 5 bits
+    bitmap.load(0, memoryview(b"\xff" * bitmap.byte_count))
+    assert bitmap.stored(12, 13) == b"\x1f"  # 101 granules: 12 bytes and 5 bits
+
+
+LARGE = 3 * 8 * PIECE_SIZE + 1003
+"""Granules: three pieces of bits and a part of one."""
+
+bit_ranges = st.tuples(
+    st.sampled_from([0, 8 * PIECE_SIZE, 16 * PIECE_SIZE, 24 * PIECE_SIZE]).flatmap(
+        lambda edge: st.integers(max(0, edge - 20), edge + 20)
+    ),
+    st.one_of(st.integers(1, 40), st.integers(1, LARGE)),
+).map(lambda pair: (pair[0], min(LARGE, sum(pair))))
+
+steps = st.lists(
+    st.tuples(st.sampled_from(["set", "set", "copy", "merge", "load", "clear", "cut", "undo"]), bit_ranges)
+)
+
+
+@settings(deadline=None)
+@given(steps)
+def test_bitmap_of_several_pieces_agrees_with_a_number_that_has_its_bits(
+    steps: list[tuple[str, tuple[int, int]]],
+) -> None:
+    """What was copied stays as it was."""
+    bitmap, model = DirtyBitmap("b", 512, 512 * LARGE), 0
+    copies: list[tuple[DirtyBitmap, int]] = []
+    for step, (first, stop) in steps:
+        part = (1 << stop) - (1 << first)
+        if step == "set":
+            bitmap.set_range(512 * first, 512 * stop)
+            model |= part
+        elif step == "copy":
+            copies.append((bitmap, model))
+            bitmap = bitmap.copy()
+        elif step == "merge" and copies:
+            for _ in bitmap.merge(copies[first % len(copies)][0]):
+                pass
+            model |= copies[first % len(copies)][1]
+        elif step == "load":
+            bitmap, model = DirtyBitmap("b", 512, 512 * LARGE), part
+            content = memoryview(part.to_bytes(bitmap.byte_count, "little"))
+            for start in range(0, len(content), 8 * first or 512):
+                bitmap.load(start, content[start : start + (8 * first or 512)])
+        elif step == "clear":
+            bitmap.clear()
+            model = 0
+        elif step == "cut" and stop < LARGE:
+            bitmap.resize(512 * stop)
+            bitmap.resize(512 * LARGE)
+            model = model & (1 << stop) - 1 | (1 << LARGE) - (1 << stop)
+        elif step == "undo":
+            bitmap.resize(512 * stop)()
+    for made, bits in [*copies, (bitmap, model)]:
+        assert int.from_bytes(made.stored(0, made.byte_count), "little") == bits
+        dirty = sum(((1 << end // 512) - (1 << start // 512)) for start, end in made.dirty_runs(0, made.size))
+        assert dirty == bits
+        for start in range(0, made.byte_count - 100, 4096):
+            for stop in (start + 100, start + 4096):
+                found = made.stored(start, min(stop, made.byte_count))
+                assert made.is_all(start, start + len(found), dirty=True) == (found.count(255) == len(found))
+                assert made.is_all(start, start + len(found), dirty=False) == (not any(found))
+
+
+def test_bitmap_of_256_tib_takes_memory_for_what_is_mixed_alone() -> None:
+    """Its bits are 512 MiB, a list of their pieces 1 MiB."""
+    tracemalloc.start()
+    try:
+        bitmap = DirtyBitmap("b", 64 * KiB, 256 * TiB)
+        for offset in range(0, 256 * TiB, TiB):
+            bitmap.set_range(offset, offset + 512)
+        kept = bitmap.copy()
+        bitmap.set_range(64 * KiB, 256 * TiB)
+        for _ in kept.merge(bitmap):
+            pass
+        undo = kept.resize(TiB)
+        kept.resize(256 * TiB)
+        undo()
+        assert list(bitmap.runs(0, bitmap.size)) == [(bitmap.size, True)]
+        assert tracemalloc.get_traced_memory()[1] < 16 * MiB
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(("granularity", "count"), [(64 * KiB, 128), (128 * KiB, 64)])
@@ -130,12 +210,12 @@ def test_merge_over_16_tib_gives_others_their_turn(granularity: int, count: int)
     """Of 32 MiB of bits 256 KiB are merged at once, or 1,024 runs of another granularity."""
     bitmap, other = DirtyBitmap("b", 64 * KiB, 16 * TiB), DirtyBitmap("c", granularity, 16 * TiB)
     runs = 64 * 1024
-    other.bits[: runs // 4] = b"\x55" * (runs // 4)
+    other.load(0, memoryview(b"\x55" * (runs // 4)))
     assert sum(1 for _ in bitmap.merge(other)) == count
     used = runs // 4 * granularity // (64 * KiB)
-    assert bytes(bitmap.bits[:used]) == (b"\x55" if granularity == 64 * KiB else b"\x33") * used
-    assert bitmap.is_all(used, len(bitmap.bits), dirty=False)
-    assert not bitmap.is_all(used - 1, len(bitmap.bits), dirty=False)
+    assert bitmap.stored(0, used) == (b"\x55" if granularity == 64 * KiB else b"\x33") * used
+    assert bitmap.is_all(used, bitmap.byte_count, dirty=False)
+    assert not bitmap.is_all(used - 1, bitmap.byte_count, dirty=False)
 
 
 @pytest.mark.parametrize("is_dirty", [False, True])
@@ -190,6 +270,6 @@ def test_dirty_pairs_cover_the_range_from_the_front_and_miss_nothing_dirty(
 def test_dirty_pairs_of_many_runs_in_one_unit_stop_soon() -> None:
     """Every other granule of 512 bytes is dirty: a million runs of one unit after the other, all dirty."""
     bitmap = DirtyBitmap("b", 512, 1024 * MiB)
-    bitmap.bits[:] = b"\x55" * len(bitmap.bits)
+    bitmap.load(0, memoryview(b"\x55" * bitmap.byte_count))
     assert dirty_pairs(bitmap, 0, 1024 * MiB, 65536, 640) == [(10 * 65536, 1)]
     assert dirty_pairs(bitmap, 0, 1024 * MiB, 512, 3) == [(512, 1), (512, 0), (512, 1)]

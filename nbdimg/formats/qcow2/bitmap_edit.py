@@ -145,7 +145,7 @@ class BitmapEditor:
 
     def _clean(self, entry: BitmapEntry) -> DirtyBitmap:
         size = byte_count(self._header.size, entry.granularity)
-        taken = sum(len(bits.bits) for other, bits in self._changes.values() if bits and other.name != entry.name)
+        taken = sum(bits.byte_count for other, bits in self._changes.values() if bits and other.name != entry.name)
         if taken + size > MEMORY_MAX:
             raise UnsupportedFeature(
                 self._file.path,

@@ -40,6 +40,7 @@ from nbdimg.errors import CorruptImage, ImageError, RequestError, UnsupportedFea
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.bitmap_header import check_room, switch
 from nbdimg.formats.qcow2.bitmaps import (
+    TURN_BYTES,
     BitmapEntry,
     BitmapFlag,
     check_fit,
@@ -75,7 +76,7 @@ MEMORY_MAX = 512 * MiB
 """Bits of one image in memory: what QEMU allows a single bitmap, 256 TiB at 64 KiB."""
 
 WRITE_SIZE = 1 * MiB
-"""Bytes of bits in one write, and looked at between two turns of the loop."""
+"""Bytes of bits in one write."""
 
 _FLAGS_OFFSET = 12
 _U32 = Struct(">I")
@@ -93,6 +94,7 @@ class BitmapStore:
         self._file = file
         self._header = header
         self._loaded: dict[str, DirtyBitmap] = {}
+        self._loading = asyncio.Lock()
         self.is_marked = False
         """Whether every recording bitmap is durably in use."""
         self._marked: set[str] = set()
@@ -113,18 +115,22 @@ class BitmapStore:
         return tuple(entry.name for entry in self.entries if entry.is_consistent or entry.name in self._marked)
 
     async def get(self, name: str) -> DirtyBitmap:
-        """The bitmap of one of `names`, as it is now.
+        """The bitmap of one of `names`, as it is now. It is loaded once, however many ask for it at the same time.
 
         Raises: UnsupportedFeature: it would take too much memory. RequestError: EINVAL, there is none of this name.
         """
-        found = self._loaded.get(name)
-        if found is not None:
-            return found
+        if name not in self._loaded:
+            async with self._loading:
+                if name not in self._loaded:
+                    self._loaded[name] = await self._load(name)
+        return self._loaded[name]
+
+    async def _load(self, name: str) -> DirtyBitmap:
         entry = next((entry for entry in self.entries if entry.name == name), None)
         if entry is None:
             raise RequestError(errno.EINVAL, f"bitmap {escaped(name)} is not there any more")
         size = byte_count(self._header.size, entry.granularity)
-        taken = sum(len(bitmap.bits) for bitmap in self._loaded.values())
+        taken = sum(bitmap.byte_count for bitmap in self._loaded.values())
         if taken + size > MEMORY_MAX:
             raise UnsupportedFeature(
                 self._file.path,
@@ -133,8 +139,7 @@ class BitmapStore:
                 entry.offset,
             )
         table = await load_table(self._file, self._header, entry)
-        bitmap = await load_bits(self._file, self._header, entry, table)
-        return self._loaded.setdefault(name, bitmap)
+        return await load_bits(self._file, self._header, entry, table)
 
     async def copy(self, name: str) -> DirtyBitmap:
         """As `get`, for whoever changes it."""
@@ -294,7 +299,7 @@ class BitmapStore:
             bits = bits or self._loaded.get(entry.name)
             if bits is not None:
                 loaded[entry.name] = bits
-        taken = sum(len(bitmap.bits) for bitmap in loaded.values())
+        taken = sum(bitmap.byte_count for bitmap in loaded.values())
         if taken > MEMORY_MAX:
             raise _too_much(self._file.path, taken)
         return loaded
@@ -313,7 +318,7 @@ class BitmapStore:
             if len(table) != max(1, table_size_for(bitmap.size, bitmap.granularity, cluster_size)):
                 return False
             for index, place in enumerate(table):
-                piece = bytes(bitmap.bits[index * cluster_size : (index + 1) * cluster_size])
+                piece = bitmap.stored(index * cluster_size, (index + 1) * cluster_size)
                 if place & OFFSET_MASK:
                     await self._file.pwrite(place & OFFSET_MASK, piece.ljust(cluster_size, b"\0"))
                 elif any(piece):
@@ -439,15 +444,15 @@ class _Space:
 async def _write_bitmap(space: _Space, entry: BitmapEntry, bitmap: DirtyBitmap) -> BitmapEntry:
     """Bits and table in new clusters; clusters that are all clean or all dirty take none."""
     header = space.header
-    cluster_size, bits = header.cluster_size, bitmap.bits
+    cluster_size = header.cluster_size
     table_size = max(1, table_size_for(bitmap.size, bitmap.granularity, cluster_size))
     table = array("Q", bytes(8 * table_size))
     mixed = []
     for index in range(len(table)):
         start = index * cluster_size
-        if start % WRITE_SIZE == 0:
+        if start % TURN_BYTES == 0:
             await asyncio.sleep(0)
-        stop = min(start + cluster_size, len(bits))
+        stop = min(start + cluster_size, bitmap.byte_count)
         if stop - start == cluster_size and bitmap.is_all(start, stop, dirty=True):
             table[index] = 1
         elif not bitmap.is_all(start, stop, dirty=False):
@@ -456,10 +461,10 @@ async def _write_bitmap(space: _Space, entry: BitmapEntry, bitmap: DirtyBitmap) 
         place = await space.allocate(min(len(mixed), max(1, WRITE_SIZE // cluster_size)), is_contiguous=False)
         offset = place.cluster << header.cluster_bits
         batch, mixed = mixed[: place.count], mixed[place.count :]
-        pieces = [bits[index * cluster_size : (index + 1) * cluster_size].ljust(cluster_size, b"\0") for index in batch]
+        pieces = [bitmap.stored(index * cluster_size, (index + 1) * cluster_size) for index in batch]
         for number, index in enumerate(batch):
             table[index] = offset + number * cluster_size
-        await space.file.pwrite(offset, b"".join(pieces))
+        await space.file.pwrite(offset, b"".join(piece.ljust(cluster_size, b"\0") for piece in pieces))
     table_offset = await _write_table(space, encode_offsets(table))
     return replace(entry, table_offset=table_offset, table_size=len(table))
 

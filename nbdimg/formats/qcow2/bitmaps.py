@@ -15,6 +15,7 @@ Spec: qcow2.rst "Bitmaps extension", "Bitmap directory", "Bitmap table".
 
 from __future__ import annotations
 
+import asyncio
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ TABLE_BYTES_MAX = 16 * MiB
 """Of all bitmap tables of an image together: a bitmap of 16 TiB at 64 KiB takes 512 KiB with the smallest clusters."""
 
 TYPE_DIRTY_TRACKING = 1
+
+TURN_BYTES = 1 * MiB
+"""Of bits, looked at between two turns of the loop."""
 
 
 class BitmapFlag(IntFlag):
@@ -238,19 +242,20 @@ async def load_table(file: BlockFile, header: Header, entry: BitmapEntry) -> arr
 async def load_bits(file: BlockFile, header: Header, entry: BitmapEntry, table: array[int]) -> DirtyBitmap:
     """A consistent bitmap, whose table this is."""
     bitmap = DirtyBitmap(entry.name, entry.granularity, header.size)
-    with memoryview(bitmap.bits) as view:
-        for start in range(0, len(view), header.cluster_size):
-            place = table[start // header.cluster_size]
-            piece = view[start : start + header.cluster_size]
-            offset = place & OFFSET_MASK
-            if offset:
-                if not file.try_pread(offset, piece):
-                    await file.pread(offset, piece)
-            elif place & 1:
-                piece[:] = b"\xff" * len(piece)
-            piece.release()
-    if bitmap.bits:
-        bitmap.trim_tail()
+    buffer = memoryview(bytearray(header.cluster_size))
+    for start in range(0, bitmap.byte_count, header.cluster_size):
+        if start % TURN_BYTES == 0:
+            await asyncio.sleep(0)
+        place = table[start // header.cluster_size]
+        stop = min(start + header.cluster_size, bitmap.byte_count)
+        offset = place & OFFSET_MASK
+        if offset:
+            stored = buffer[: stop - start]
+            if not file.try_pread(offset, stored):
+                await file.pread(offset, stored)
+            bitmap.load(start, stored)
+        elif place & 1:
+            bitmap.set_range(8 * start * entry.granularity, min(8 * stop * entry.granularity, header.size))
     return bitmap
 
 

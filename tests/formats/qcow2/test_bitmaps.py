@@ -8,6 +8,7 @@ import asyncio
 import errno
 import re
 import struct
+from array import array
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,10 +21,12 @@ from nbdimg.formats.gate import DenyGate
 from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.qcow2 import bitmap_store
 from nbdimg.formats.qcow2.bitmap_edit import BitmapEditor, open_editor
-from nbdimg.formats.qcow2.bitmaps import load_bits, load_directory, load_table
+from nbdimg.formats.qcow2.bitmaps import BitmapEntry, load_bits, load_directory, load_table
 from nbdimg.formats.qcow2.check import check
+from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.open import read_header
 from nbdimg.formats.qcow2.resize import resize
+from nbdimg.image.bitmap import DirtyBitmap
 from nbdimg.image.image import Image
 from nbdimg.storage.file import BlockFile, Buffer
 from nbdimg.storage.memory import MemoryFile
@@ -834,5 +837,26 @@ def test_add_where_stale_bitmaps_were_replaces_them(tmp_path: Path) -> None:
         await editor.save()
         assert await stored(file) == {"new": []}
         assert await checked(file) == 3
+
+    asyncio.run(run())
+
+
+def test_bitmap_that_many_ask_for_at_once_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each load may take as much time and memory as the bitmap's bits."""
+    loaded = []
+
+    async def counted(file: BlockFile, header: Header, entry: BitmapEntry, table: array[int]) -> DirtyBitmap:
+        loaded.append(entry.name)
+        await asyncio.sleep(0)
+        return await load_bits(file, header, entry, table)
+
+    monkeypatch.setattr(bitmap_store, "load_bits", counted)
+
+    async def run() -> None:
+        image = await opened(MemoryFile(made(tmp_path / "disk", bitmaps=("b0", "frozen"))))
+        found = await asyncio.gather(*(image.bitmap("frozen") for _ in range(8)))
+        assert all(each is found[0] for each in found)
+        assert loaded == ["b0", "frozen"]
+        await image.close()
 
     asyncio.run(run())
