@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from nbdimg.errors import ConfigError, CorruptImage, UnsupportedFeature
@@ -32,6 +33,7 @@ from nbdimg.formats.vhdx.parts import Parts, load_parts
 from nbdimg.formats.vhdx.region import RegionEntry
 from nbdimg.image.image import Image
 from nbdimg.storage.file import BlockFile, read
+from nbdimg.storage.ordering import hindered, leaves_no_doubt
 from nbdimg.units import MiB, align_down, align_up, div_ceil
 
 Progress = Callable[[int, int], None]
@@ -42,7 +44,8 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
     """Give the disk `size` bytes; durable on return. Nothing may be in flight. What is new reads as zeroes.
 
     Raises: ConfigError: the size cannot be. UnsupportedFeature: a parent that is larger would show through, or there is
-    no log. CorruptImage: the image has what cannot be resized. OSError.
+    no log. CorruptImage: the image has what cannot be resized. OSError: where that leaves no doubt about what the disk
+    has the size is the old one and the image goes on; else it fails.
     """
     former = image.driver
     assert isinstance(former, VhdxDriver)
@@ -51,11 +54,17 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
     if size == former.size:
         return
     await image.flush()
+    refusal: OSError | None = None
     try:
         await former.close()
         parts = await load_parts(file, await load_headers(file))
         session = Session(file, parts.headers, changes_data=True)
-        await _Resize(file, parts, size, session, progress).run()
+        try:
+            await _Resize(file, parts, size, session, progress).run()
+        except OSError as error:
+            if not leaves_no_doubt(error):
+                raise
+            refusal = error
         driver, _ = await load_driver(file, OpenOptions(DenyGate(), writable=True))
     except BaseException:
         image.gate.failure = "a resize was not finished: open it anew"
@@ -64,6 +73,8 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
         cache.succeed(former.tables[kind])
     image.driver = driver
     image.resized()
+    if refusal is not None:
+        raise refusal
 
 
 def _check_size(image: Image, driver: VhdxDriver, size: int) -> None:
@@ -93,16 +104,27 @@ class _Resize:
     async def run(self) -> None:
         await self._session.begin()
         if self._new.size > self._old.size:
-            await self._zero_short_block()
-            bat = await self._room_for_bat()
-            await self._clear_slots(bat)
-            if self._new.is_fixed:
-                await self._add_fixed_blocks(bat)
+            size = self._file.size
+            try:
+                bat = await hindered(self._prepare())
+            except OSError:
+                with suppress(OSError):
+                    await self._file.truncate(size)
+                raise
             await self._session.change(await self._pages(bat))
         else:
             await self._session.change(await self._pages(self._bat))
             await self._forget()
         await self._session.end()
+
+    async def _prepare(self) -> RegionEntry:
+        """What nothing refers to yet. Returns where the BAT will be."""
+        await self._zero_short_block()
+        bat = await self._room_for_bat()
+        await self._clear_slots(bat)
+        if self._new.is_fixed:
+            await self._add_fixed_blocks(bat)
+        return bat
 
     async def _zero_short_block(self) -> None:
         """What the last block holds behind the old end of the disk: the guest is about to see it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -17,8 +18,9 @@ from nbdimg.formats.vhdx.check import check
 from nbdimg.formats.vhdx.driver import VhdxDriver
 from nbdimg.image.gate import Reference
 from nbdimg.image.image import Image
+from nbdimg.storage.file import Buffer
 from nbdimg.storage.memory import MemoryFile
-from nbdimg.units import KiB, MiB, TiB
+from nbdimg.units import GiB, KiB, MiB, TiB
 from tests.formats.vhdx import craft
 from tests.support.crash import RecordingFile
 from tests.support.crash.states import crash_states
@@ -51,7 +53,9 @@ class Gate:
         return MemoryFile(dynamic(b"\x0f" * self._size), "parent.vhdx", writable=False)
 
 
-async def opened(file: MemoryFile | RecordingFile, gate: Gate | None = None, *, writable: bool = True) -> Image:
+async def opened(
+    file: MemoryFile | RecordingFile | FaultFile, gate: Gate | None = None, *, writable: bool = True
+) -> Image:
     return await open_file(file, "vhdx", OpenOptions(gate or Gate(), writable=writable))
 
 
@@ -312,6 +316,55 @@ def test_resize_that_fails_ends_the_session_and_the_file_opens_again() -> None:
         return await guest_of(await opened(MemoryFile(file.content)))
 
     assert asyncio.run(work())[:MiB] == b"\1" * MiB
+
+
+class FullFile(FaultFile):
+    """May not become longer than `size_max`."""
+
+    size_max: int | None = None
+
+    async def truncate(self, size: int) -> None:
+        self._check(size)
+        await super().truncate(size)
+
+    async def zero(self, offset: int, length: int) -> bool:
+        self._check(offset + length)
+        return await super().zero(offset, length)
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        self._check(offset + len(data))
+        await super().pwrite(offset, data)
+
+    def _check(self, stop: int) -> None:
+        if self.size_max is not None and stop > self.size_max:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("room", [0, MiB])
+@pytest.mark.parametrize(("content", "size"), [(dynamic(b"\1" * MiB), 512 * GiB), (fixed(b"\1" * MiB), 3 * MiB)])
+def test_growth_that_finds_no_space_keeps_the_size_and_the_image_goes_on(content: bytes, size: int, room: int) -> None:
+    async def work() -> None:
+        memory = MemoryFile(content)
+        file = FullFile(memory)
+        image = await opened(file)
+        await image.write(0, b"\2" * 512)
+        file.size_max = len(content) + room
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space left on device"):
+                await resize_image(image, size)
+            assert (image.size, image.failure) == (MiB, None)
+            await image.write(512, b"\3" * 512)
+            await image.flush()
+        file.size_max = None
+        await resize_image(image, 2 * MiB)
+        await image.write(MiB, b"\4" * MiB)
+        await image.close()
+        guest = await guest_of(await opened(MemoryFile(memory.content)))
+        assert guest == b"\2" * 512 + b"\3" * 512 + b"\1" * (MiB - 1024) + b"\4" * MiB
+        report = await check(MemoryFile(memory.content))
+        assert (report.corruptions, report.leaks) == (0, 0)
+
+    asyncio.run(work())
 
 
 # Crashes
