@@ -395,10 +395,7 @@ async def _prepare(
     kept = {entry.table_offset for entry, bitmap in changes if bitmap is None}
     gone = [entry for entry in before if entry.table_offset not in kept]
     old = clusters_of(header, gone, [await load_table(file, header, entry) for entry in gone])
-    region = directory_region(header)
-    if region is not None:
-        first = region[0] >> header.cluster_bits
-        old.extend(range(first, first + div_ceil(region[1], header.cluster_size)))
+    old.extend(_directory_clusters(header, before))
     entries = []
     for entry, bitmap in changes:
         entries.append(entry if bitmap is None else await _write_bitmap(space, entry, bitmap))
@@ -406,6 +403,14 @@ async def _prepare(
     if entries:
         entries, extension = await _write_directory(space, entries)
     return old, entries, extension
+
+
+def _directory_clusters(header: Header, entries: Sequence[BitmapEntry]) -> range:
+    """Where they lie, whether or not the header names that at the moment (B4)."""
+    if not entries:
+        return range(0)
+    stop = entries[-1].offset + len(entries[-1].to_bytes())
+    return range(entries[0].offset >> header.cluster_bits, div_ceil(stop, header.cluster_size))
 
 
 async def settle(file: BlockFile, counts: Refcounts) -> None:
