@@ -242,7 +242,7 @@ def test_fault_at_each_call_leaves_the_old_bitmaps_or_the_new_or_an_image_that_s
     assert outcomes == {(True, True), (False, True), (False, False)}
 
 
-def test_full_disk_between_the_writes_of_a_header_costs_no_bitmap_and_no_space_when_it_is_closed(tmp_path: Path) -> None:
+def test_full_disk_between_the_writes_of_a_header_costs_no_bitmap_and_no_space_in_the_end(tmp_path: Path) -> None:
     """Where the extension lies across two sectors the header names no directory meanwhile (B4)."""
     content = straddling(made(tmp_path / "disk", "cluster_size=4k", bitmaps=("frozen",)))
     found = set()
