@@ -35,7 +35,7 @@ def pwrite(*arguments):
     global count
     count += 1
     if count in {calls}:
-        os.kill(os.getpid(), {number})
+        os.kill(os.getpid(), {calls}[count])
         time.sleep({slow_s})
     return real(*arguments)
 os.pwrite = pwrite
@@ -71,7 +71,12 @@ def interrupted(script: str, *arguments: str, ignored: bool = False) -> subproce
 
 
 def at_write(*calls: int, slow_s: float = 0.05, number: int = signal.SIGINT) -> str:
-    return AT_WRITE.format(calls=set(calls), slow_s=slow_s, number=int(number))
+    return at_writes({call: number for call in calls}, slow_s)
+
+
+def at_writes(numbers: dict[int, int], slow_s: float) -> str:
+    """The signal for each call that gets one."""
+    return AT_WRITE.format(calls={call: int(number) for call, number in numbers.items()}, slow_s=slow_s)
 
 
 def with_bitmaps(path: str) -> None:
@@ -138,11 +143,12 @@ def test_interrupted_bitmap_verb_goes_on_to_its_end(number: int) -> None:
     assert is_sound("a.qcow2")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_second_interrupt_ends_at_once(number: int) -> None:
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_second_interrupt_ends_at_once(first: int, second: int) -> None:
     with_bitmaps("a.qcow2")
-    ended = interrupted(at_write(1, 2, slow_s=20, number=number), "resize", "a.qcow2", "+20M")
-    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + number, "", LINE)
+    ended = interrupted(at_writes({1: first, 2: second}, slow_s=4), "resize", "a.qcow2", "+20M")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + second, "", LINE)
 
 
 def test_hangups_of_a_closed_terminal_leave_time_to_end_in_order() -> None:
