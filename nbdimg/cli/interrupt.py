@@ -44,8 +44,8 @@ def raise_at_interrupt() -> None:
 @contextmanager
 def interrupted_between(report: Callable[[int, int], None] | None) -> Iterator[Callable[[int, int], None]]:
     """What to tell of progress in place of `report`: it raises Interrupted after a first SIGINT, SIGTERM or SIGHUP that
-    is not ignored. Until progress is told the work goes on, to its end if need be; a second SIGINT or SIGTERM, whichever
-    came first, ends the process. SIGHUP does not: a terminal that is closed sends several.
+    is not ignored. Until progress is told the work goes on, to its end if need be; a second SIGINT or SIGTERM ends the
+    process, whichever came first. SIGHUP does not: a terminal that is closed sends several.
     """
     asked: int | None = None
 

@@ -71,7 +71,7 @@ def interrupted(script: str, *arguments: str, ignored: bool = False) -> subproce
 
 
 def at_write(*calls: int, slow_s: float = 0.05, number: int = signal.SIGINT) -> str:
-    return at_writes({call: number for call in calls}, slow_s)
+    return at_writes(dict.fromkeys(calls, number), slow_s)
 
 
 def at_writes(numbers: dict[int, int], slow_s: float) -> str:
