@@ -64,7 +64,7 @@ def _of(error: Exception) -> web.Response:
         status = 409 if isinstance(error, ImageLocked) else 500 if isinstance(error, ImageFailed) else 422
         return problem(status, str(error), image=error.path)
     if isinstance(error, OSError):
-        status = 507 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 500
+        status = 507 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else 500
         reason = error.strerror or str(error)
         return problem(status, f"{error.filename}: {reason}" if error.filename else reason)
     return failed(error)

@@ -19,8 +19,10 @@ from nbdimg.storage.file import BlockFile
 
 T = TypeVar("T")
 
-OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
-"""Errors of a write that say nothing about what was written before: it may be tried again when there is space."""
+OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Errors of a write that say nothing about what was written before: it may be tried again when there is space, or when
+the file may be longer.
+"""
 
 
 class UnwrittenError(OSError):

@@ -133,6 +133,7 @@ def test_drain_of_a_real_server_is_seen_until_its_end(tmp_path: Path) -> None:
         (CorruptImage("/i", "L1 is bad", 7), 422, "/i: L1 is bad"),
         (ImageFailed("/i", "open it anew"), 500, "/i: open it anew"),
         (OSError(errno.ENOSPC, "No space left on device"), 507, "No space left on device"),
+        (OSError(errno.EFBIG, "File too large"), 507, "File too large"),
         (OSError(errno.EIO, "Input/output error", "/i"), 500, "/i: Input/output error"),
         (RequestError(errno.EINVAL, "no"), 500, "internal error; the server's log says more"),
         (ZeroDivisionError("secret"), 500, "internal error; the server's log says more"),

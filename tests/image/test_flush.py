@@ -241,10 +241,11 @@ def test_failed_barrier_with_nothing_new_to_cover_poisons_the_gate() -> None:
     [
         (UnwrittenError(errno.ENOSPC, "No space left on device"), False),
         (UnwrittenError(errno.EDQUOT, "Disk quota exceeded"), False),
+        (UnwrittenError(errno.EFBIG, "File too large"), False),
         (UnwrittenError(errno.EIO, "Input/output error"), True),
         (OSError(errno.ENOSPC, "No space left on device"), True),
     ],
-    ids=["write, no space", "write, quota", "write, other error", "barrier, no space"],
+    ids=["write, no space", "write, quota", "write, file too large", "write, other error", "barrier, no space"],
 )
 def test_plan_that_found_no_space_for_a_write_alone_is_tried_again(error: OSError, is_poison: bool) -> None:
     """F2."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from nbdimg.storage.posix import PosixFile
 from nbdimg.units import GiB, KiB, MiB, TiB
 from tests.crash import qcow2 as scenarios
 from tests.support.crash import run_now
+from tests.support.faultfile import os_error
 from tests.support.qcow2edit import Edit, QemuReport, make_luks, qemu_check, qemu_img, qemu_io
 from tests.support.qcow2mutants import AnyGate
 
@@ -552,7 +554,8 @@ def test_resize_at_cluster_boundaries_needs_no_key_of_a_backing_file(tmp_path: P
 # Failures
 
 
-def test_grow_without_space_keeps_the_old_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
+def test_grow_without_space_keeps_the_old_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     path = tmp_path / "a.qcow2"
     content = made(path, "cluster_size=512", MiB)
     write = PosixFile._pwrite
@@ -560,14 +563,14 @@ def test_grow_without_space_keeps_the_old_size(tmp_path: Path, monkeypatch: pyte
 
     def full(file: PosixFile, offset: int, view: memoryview) -> None:
         if is_full:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise os_error(number)
         write(file, offset, view)
 
     async def run() -> None:
         nonlocal is_full
         image = await open_image(path)
         monkeypatch.setattr(PosixFile, "_pwrite", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(OSError, match=os.strerror(number)):
             await resize_image(image, 64 * MiB)
         assert image.size == MiB
         is_full = False
