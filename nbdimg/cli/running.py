@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 
-from nbdimg.cli.streams import take_no_wait_at_stderr
+from nbdimg.cli.streams import flush, take_no_wait_at_stderr
 from nbdimg.config import ServerConfig
 from nbdimg.configfile import FileConfig, Overrides, load_config
 from nbdimg.server import handover, sandbox
@@ -167,10 +167,20 @@ def _announce(service: Service, notifier: Notifier) -> None:
     sandbox.announce()
     if not service.config.exports:
         logging.getLogger("nbdimg").warning("nothing is exported: the configuration has no [[exports]]")
-    for uri in service.uris:
-        print(uri)
-    sys.stdout.flush()
+    _print_uris(service)
     notifier.ready(status(service))
+
+
+def _print_uris(service: Service) -> None:
+    """A full disk or a reader that has gone keeps no server from serving."""
+    refused: OSError | None = None
+    try:
+        for uri in service.uris:
+            print(uri)
+    except OSError as error:
+        refused = error
+    if (refused := flush(sys.stdout) or refused) is not None:
+        logging.getLogger("nbdimg").warning("the URIs of exports were not printed: %s", refused.strerror)
 
 
 def _exit_status(service: Service) -> int:

@@ -59,14 +59,20 @@ def exit_with(status: int) -> NoReturn:
 
 
 def flushed(stream: TextIO) -> bool:
-    """Whether all of the output has arrived. If not that is said, and the rest dropped: Python would change the status
-    for it.
+    """Whether all of the output has arrived. If not that is said, and the rest dropped."""
+    error = flush(stream)
+    if error is not None and not isinstance(error, BrokenPipeError):
+        complain(f"{stream.name}: {error.strerror}")
+    return error is None
+
+
+def flush(stream: TextIO) -> OSError | None:
+    """Returns why not all of the output could be written; the rest is dropped then: Python would change the status for
+    it.
     """
     try:
         stream.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if not isinstance(error, BrokenPipeError):
-            complain(f"{stream.name}: {error.strerror}")
-        return False
-    return True
+        return error
+    return None

@@ -12,6 +12,8 @@ import pytest
 from rich.progress import Progress
 
 from nbdimg.cli import output
+from tests.support.rawclient import connect_negotiated
+from tests.support.rss import wait_until
 
 COLUMNS = ("NAME", "SIZE", "FORMAT", "MODE")
 ROW = ("vm1", "1048576", "qcow2", "rw")
@@ -19,11 +21,13 @@ ROW = ("vm1", "1048576", "qcow2", "rw")
 pytestmark = pytest.mark.usefixtures("directory")
 
 
+def environment(*, is_unbuffered: bool) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONUNBUFFERED": "1" * is_unbuffered}
+
+
 def nbdimg(*arguments: str, is_unbuffered: bool = False, **streams: Any) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONUNBUFFERED": "1" * is_unbuffered}
-    return subprocess.run(
-        [sys.executable, "-m", "nbdimg", *arguments], env=environment, text=True, timeout=60, **streams
-    )
+    command = [sys.executable, "-m", "nbdimg", *arguments]
+    return subprocess.run(command, env=environment(is_unbuffered=is_unbuffered), text=True, timeout=60, **streams)
 
 
 def test_output_that_finds_no_space_is_one_line() -> None:
@@ -51,6 +55,30 @@ def test_output_that_nobody_reads_is_no_complaint() -> None:
     finally:
         os.close(writer)
     assert (ended.returncode, ended.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("is_unbuffered", [False, True])
+@pytest.mark.parametrize("reason", ["No space left on device", "Broken pipe"])
+def test_server_whose_uris_cannot_be_printed_serves_all_the_same(reason: str, is_unbuffered: bool) -> None:
+    Path("a.raw").write_bytes(bytes(512))
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full, open("log", "w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "nbdimg", "serve", "--listen=nbd+unix:///?socket=s", "a.raw"],
+            env=environment(is_unbuffered=is_unbuffered),
+            stdout=full if "space" in reason else writer,
+            stderr=log,
+        )
+    os.close(writer)
+    try:
+        assert wait_until(lambda: "were not printed" in Path("log").read_text(), 30)
+        with connect_negotiated("s", "a") as client:
+            assert client.read(0, 512).data == bytes(512)
+    finally:
+        server.terminate()
+    assert server.wait(60) == 0
+    assert f"the URIs of exports were not printed: {reason}" in Path("log").read_text()
 
 
 @pytest.mark.parametrize(
