@@ -4,7 +4,8 @@
     nbd+unix:///[name]?socket=/path         Unix socket
     nbds://…, nbds+unix://…                 the same, TLS required
 
-Source: doc/uri.md of the NBD project. A path of `//disk` is the export name `/disk`.
+Source: doc/uri.md of the NBD project. A path of `//disk` is the export name `/disk`. The `%` in front of an IPv6
+address's zone is written `%25` (RFC 6874); QEMU takes no other, so a bare one is read and never printed.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class NbdUri:
             raise ConfigError(f"{text!r}: socket= belongs to nbd+unix, not to {parts.scheme}")
         if not parts.hostname:
             raise ConfigError(f"{text!r}: a TCP URI needs a host, write nbd://127.0.0.1:{DEFAULT_PORT}")
-        return cls(host=parts.hostname, port=DEFAULT_PORT if port is None else port, name=name, is_tls=is_tls)
+        host = parts.hostname.replace("%25", "%", 1) if ":" in parts.hostname else parts.hostname
+        return cls(host=host, port=DEFAULT_PORT if port is None else port, name=name, is_tls=is_tls)
 
     def __str__(self) -> str:
         scheme = "nbds" if self.is_tls else "nbd"
@@ -68,7 +70,7 @@ class NbdUri:
         if self.socket is not None:
             return f"{scheme}+unix://{path}?socket={_encoded(self.socket)}"
         assert self.host is not None
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        host = f"[{self.host.replace('%', '%25')}]" if ":" in self.host else self.host
         port = "" if self.port == DEFAULT_PORT else f":{self.port}"
         return f"{scheme}://{host}{port}{path}"
 

@@ -31,6 +31,9 @@ from nbdimg.uri import NbdUri
         ("nbd://h/d%C3%A9", NbdUri(host="h", name="dé")),
         ("nbd://[::1]", NbdUri(host="::1")),
         ("nbd://[::1]:10810/disk", NbdUri(host="::1", port=10810, name="disk")),
+        ("nbd://[fe80::1%25eth0]:10810/disk", NbdUri(host="fe80::1%eth0", port=10810, name="disk")),
+        ("nbd://[FE80::1%25Eth0]", NbdUri(host="fe80::1%Eth0")),
+        ("nbd://[fe80::1%eth0]", NbdUri(host="fe80::1%eth0")),
         ("nbds://h/disk", NbdUri(host="h", name="disk", is_tls=True)),
         ("NBD://Host", NbdUri(host="host")),
         ("nbd+unix:///?socket=/run/nbd.sock", NbdUri(socket="/run/nbd.sock")),
@@ -120,6 +123,7 @@ def test_parse_socket_path_with_a_plus_sign_keeps_it() -> None:
         (NbdUri(host="127.0.0.1", port=10810, name="disk"), "nbd://127.0.0.1:10810/disk"),
         (NbdUri(host="::1", name="disk"), "nbd://[::1]/disk"),
         (NbdUri(host="::1", port=0), "nbd://[::1]:0/"),
+        (NbdUri(host="fe80::1%eth0", port=10810), "nbd://[fe80::1%25eth0]:10810/"),
         (NbdUri(host="h", name="/disk"), "nbd://h//disk"),
         (NbdUri(host="h", name="a b?#%"), "nbd://h/a%20b%3F%23%25"),
         (NbdUri(host="h", is_tls=True), "nbds://h/"),
@@ -133,7 +137,7 @@ def test_print_uri(uri: NbdUri, text: str) -> None:
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
-hosts = st.sampled_from(["localhost", "127.0.0.1", "::1", "fe80::1", "example.com"])
+hosts = st.sampled_from(["localhost", "127.0.0.1", "::1", "fe80::1", "fe80::1%eth0", "example.com"])
 almost_uris = st.builds("".join, st.lists(st.sampled_from([*"nbds+unix:/?#[]@&=%:;0", "nbd://", "socket="])))
 uris = st.one_of(
     st.builds(NbdUri, host=hosts, port=st.integers(0, 65535), name=texts, is_tls=st.booleans()),
