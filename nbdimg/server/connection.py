@@ -412,9 +412,13 @@ class Connection:
             self.refuse(Refusal.ACCESS, f"may not open export {escaped(export.name)}: {reason}", export.name)
 
     def refuse(self, reason: Refusal, message: str, export: str | None = None) -> None:
-        """A client that has opened an export is refused nothing: what it does then, the server's own log tells."""
+        """A client that has opened an export is refused nothing: what it does then, the server's own log tells.
+
+        The line comes behind the answer, or its time would tell a hidden export from one that is not there.
+        """
         if self._visit is None:
-            self._shared.audit.refused(self.peer, reason, message, export, self.identities, self.tls_version)
+            tell = self._shared.audit.refused
+            self._shared.loop.call_soon(tell, self.peer, reason, message, export, self.identities, self.tls_version)
         else:
             self._say(logging.WARNING, message)
 

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,6 +32,7 @@ from tests.support.rawprotocol import Command, ConnectionClosed, Info, Option, R
 from tests.support.rss import wait_until
 
 LINE_LIMIT_S = 30
+ANSWER_LIMIT_S = 5
 UID = os.getuid()
 TCP = NbdUri(host="127.0.0.1", port=0)
 
@@ -191,6 +193,25 @@ def test_hidden_export_is_one_refusal_however_often_the_client_asks(tmp_path: Pa
         said = one_refusal(trail, "access", "may not open export 'disk'")
         assert said["export"] == "disk"
         assert str(said["peer"]).startswith("127.0.0.1:")
+
+
+@pytest.mark.parametrize("option", [Option.INFO, Option.EXPORT_NAME])
+def test_line_of_a_refusal_comes_behind_the_answer(tmp_path: Path, option: Option) -> None:
+    """To write it takes as long as ten answers: an export of others would differ by that from one that is not there."""
+    has_answer = threading.Event()
+    were_in_time: list[bool] = []
+    with audited() as trail, LiveServer(served(tmp_path, AccessRule(networks=("192.0.2.1",)))) as server:
+        trail.on_record = lambda: were_in_time.append(has_answer.wait(ANSWER_LIMIT_S))
+        with Client(server.address) as client:
+            client.greet()
+            if option == Option.INFO:
+                assert client.option(option, info_data("disk"))[-1].type == Rep.ERR_UNKNOWN
+            else:
+                client.send_option(option, b"disk")
+                assert client.wait_closed(LINE_LIMIT_S) is not None
+            has_answer.set()
+            trail.after(1 if option == Option.INFO else 2)
+    assert all(were_in_time)
 
 
 def test_refusal_of_an_export_names_the_certificate(tmp_path: Path) -> None:
