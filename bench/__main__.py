@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import cold, environment, fairness, fio, profile, report, throughput
+from bench import cold, fairness, profile, report, throughput
 from bench.cells import CELLS, MIB, Cell, select_cells
-from bench.image import create_image, warm
 from bench.results import Run
-from bench.servers import SERVERS, SUBJECT, ServerSpec, select_servers
+from bench.servers import SERVERS, ServerSpec, select_servers
+from bench.session import IMAGE_SIZE, ROUNDS, SECONDS, end_on_signals, positive, progress, recorded
 
 PARTS = ("throughput", "cold", "fairness", "profile")
 GOAL_RATIO = 1.5
@@ -44,21 +39,11 @@ def parse_size(text: str) -> int:
     return int(text[:-1]) * unit
 
 
-def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return value
-
-    return convert
-
-
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="python -m bench", description="Speed of nbdimg beside qemu-nbd and nbdkit.")
     add = options.add_argument
-    add("--rounds", type=_positive(int), metavar="N", help="interleaved rounds (default 3)")
-    add("--seconds", type=_positive(float), metavar="S", help="measured time of each fio run (default 3)")
+    add("--rounds", type=positive(int), metavar="N", help="interleaved rounds (default 3)")
+    add("--seconds", type=positive(float), metavar="S", help="measured time of each fio run (default 3)")
     add("--size", type=parse_size, metavar="SIZE", help="size of the image, such as 512M (default)")
     add("--cells", nargs="+", default=[], metavar="PATTERN", help=f"of {', '.join(cell.name for cell in CELLS)}")
     add("--servers", nargs="+", default=[], metavar="WORD", help=f"of {', '.join(spec.name for spec in SERVERS)}")
@@ -68,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add("--directory", type=Path, metavar="DIR", help="where the image is made (default: a temporary directory)")
     add("--output", type=Path, metavar="DIR", help=f"where {REPORT_NAME} and {RESULTS_NAME} go (default: bench)")
     add("--from", type=Path, dest="recorded", metavar="FILE", help="measure nothing, report a recorded results.json")
-    add("--check", type=_positive(float), metavar="RATIO", help="exit 1 when a cell is below RATIO or a goal is missed")
+    add("--check", type=positive(float), metavar="RATIO", help="exit 1 when a cell is below RATIO or a goal is missed")
     return options
 
 
@@ -89,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         errors.print("bench: interrupted, nothing was written", style="red")
         return EXIT_INTERRUPTED
-    report.print_report(run, least_ratio, Console())
+    report.print_report(run, report.tables(run, least_ratio), Console())
     directory = output_directory(options)
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -117,35 +102,14 @@ def measure(options: argparse.Namespace, command: str, errors: Console) -> Run:
 
     Raises: ValueError for a selection that matches nothing and when fio is missing.
     """
-    rounds = options.rounds or (1 if options.quick else 3)
-    seconds = options.seconds or (1.0 if options.quick else 3.0)
-    size = options.size or (IMAGE_SIZE_MIN if options.quick else 512 * MIB)
+    rounds = options.rounds or (1 if options.quick else ROUNDS)
+    seconds = options.seconds or (1.0 if options.quick else SECONDS)
+    size = options.size or (IMAGE_SIZE_MIN if options.quick else IMAGE_SIZE)
     parts = ["profile"] if options.profile else options.only or list(PARTS)
     cells, specs = select_cells(options.cells), select_servers(options.servers)
-    if fio.version() == "missing":
-        raise ValueError("fio is not installed")
-    with tempfile.TemporaryDirectory(prefix="nbdimg-bench-", dir=options.directory) as directory:
-        steal = environment.Steal()
-        image = Path(directory, "bench.raw")
-        create_image(image, size)
-        warm(image, 0, size)
-        reasons = {spec.name: spec.missing(image) for spec in specs}
-        servers = [spec for spec in specs if reasons[spec.name] is None]
-        run = Run(
-            command=command,
-            date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            subject=SUBJECT.name,
-            rounds=rounds,
-            seconds=seconds,
-            image_size=size,
-            facts=environment.facts(Path(directory)),
-            servers={spec.name: spec.version() for spec in servers},
-            missing={name: reason for name, reason in reasons.items() if reason is not None},
-        )
+    with recorded(command, specs, rounds, seconds, size, options.directory) as (run, servers, image):
         if servers:
             _measure_parts(run, parts, cells, servers, image, errors)
-    run.facts["load average at end"] = environment.load_average()
-    steal.add_to(run.facts)
     return run
 
 
@@ -160,7 +124,7 @@ def _measure_parts(
         "profile": profile.step_count(servers),
     }
     subject = next((spec for spec in servers if spec.name == run.subject), None)
-    with _progress(sum(totals[part] for part in parts), errors) as step:
+    with progress(sum(totals[part] for part in parts), errors) as step:
         if "throughput" in parts:
             run.samples = throughput.measure(cells, servers, image, run.rounds, run.seconds, step)
         if "cold" in parts:
@@ -171,25 +135,6 @@ def _measure_parts(
             run.profile = profile.measure(subject, servers, image, run.seconds, step)
 
 
-@contextmanager
-def _progress(total: int, console: Console) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr; the function that it gives is called with the name of each step as that step begins."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("start", total=total)
-        done = -1
-
-        def step(description: str) -> None:
-            nonlocal done
-            done += 1
-            progress.update(task, completed=done, description=description)
-
-        yield step
-        progress.update(task, completed=total)
-
-
 if __name__ == "__main__":
-    # A benchmark that is told to end must still end its servers and remove its image and control group.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    end_on_signals()
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from statistics import median
@@ -140,7 +140,7 @@ def problems(run: Run, least_ratio: float) -> list[str]:
     found = []
     if not (run.samples or run.cold or run.fairness):
         found.append("nothing was measured that has a goal")
-    for cell in _cells(run):
+    for cell in measured_cells(run):
         summary = summarize(run.samples, cell.name, run.subject)
         verdict = summary.verdict(least_ratio)
         if verdict is Verdict.FAIL:
@@ -230,16 +230,16 @@ def throughput_table(run: Run, least_ratio: float) -> Table:
         f"Goal: {least_ratio:g}x.",
         ["cell", "unit", *run.servers, *run.missing, "best peer", "ratio", "low", "high", "verdict"],
     )
-    for cell in _cells(run):
+    for cell in measured_cells(run):
         summary = summarize(run.samples, cell.name, run.subject)
         table.rows.append(
             [
                 cell.title,
                 cell.unit,
-                *(_rate(cell, summary, server) for server in run.servers),
+                *(rate_text(cell, summary, server) for server in run.servers),
                 *("missing" for _ in run.missing),
                 summary.best_peer or "-",
-                *(_ratio(value) for value in (summary.ratio, summary.ratio_low, summary.ratio_high)),
+                *(ratio_text(value) for value in (summary.ratio, summary.ratio_low, summary.ratio_high)),
                 summary.verdict(least_ratio).value,
             ]
         )
@@ -252,7 +252,7 @@ def latency_table(run: Run) -> Table:
         "p50 / p99 in microseconds, each the median of the rounds.",
         ["cell", *run.servers],
     )
-    for cell in _cells(run):
+    for cell in measured_cells(run):
         row = [cell.title]
         for server in run.servers:
             rounds = [
@@ -356,8 +356,13 @@ def _profile_tables(profile: Profile) -> Iterator[Table]:
 
 def markdown(run: Run, least_ratio: float) -> str:
     """The whole of RESULTS.md."""
+    return page("Benchmark results", run, tables(run, least_ratio))
+
+
+def page(title: str, run: Run, tables: Iterable[Table]) -> str:
+    """A whole report: where and how it was made, who is missing, what failed, and the tables."""
     lines = [
-        "# Benchmark results",
+        f"# {title}",
         "",
         f"Made by `{run.command}` on {run.date}. Every figure was measured in that one run, on this machine:",
         "",
@@ -370,11 +375,11 @@ def markdown(run: Run, least_ratio: float) -> str:
         *(_section("Missing", [f"{name}: {reason}" for name, reason in run.missing.items()])),
         *(_section("Failed", failures(run))),
     ]
-    return "\n".join(lines) + "\n" + "\n".join(table.markdown() for table in tables(run, least_ratio))
+    return "\n".join(lines) + "\n" + "\n".join(table.markdown() for table in tables)
 
 
-def print_report(run: Run, least_ratio: float, console: Console) -> None:
-    for table in tables(run, least_ratio):
+def print_report(run: Run, tables: Iterable[Table], console: Console) -> None:
+    for table in tables:
         console.print(table.rich())
         console.print()
     for name, reason in run.missing.items():
@@ -387,7 +392,8 @@ def _section(title: str, items: Sequence[str]) -> list[str]:
     return [f"## {title}", "", *(f"* {item}" for item in items), ""] if items else []
 
 
-def _cells(run: Run) -> list[Cell]:
+def measured_cells(run: Run) -> list[Cell]:
+    """The cells of which there are samples, in table order."""
     names = {sample.cell for sample in run.samples}
     return [cell for cell in CELLS if cell.name in names]
 
@@ -402,7 +408,7 @@ def _neighbour_rows(samples: Sequence[NeighbourSample], run: Run) -> Iterator[tu
             yield kind, server, summarize_neighbour(samples, kind, server)
 
 
-def _rate(cell: Cell, summary: CellSummary, server: str) -> str:
+def rate_text(cell: Cell, summary: CellSummary, server: str) -> str:
     """The median in the cell's unit; `failed` beside it, or alone, when a round failed."""
     value = summary.medians.get(server)
     if value is None:
@@ -415,7 +421,8 @@ def _thousands(value: float) -> str:
     return f"{value / 1000:.1f}k"
 
 
-def _ratio(value: float | None) -> str:
+def ratio_text(value: float | None) -> str:
+    """With two digits, or a dash where there is none."""
     return "-" if value is None else f"{value:.2f}"
 
 
