@@ -295,10 +295,6 @@ class Server:
         Returns what went wrong with images; they are closed all the same.
         """
         await self.dismiss(self.clients_of(exports))
-        # What runs now may work for a connection that is gone; what starts later cannot be of these exports.
-        wanted = set(exports)
-        if tasks := [task for task, export in self._shared.tasks.items() if export in wanted]:
-            await asyncio.wait(tasks)
         return await self._close_all(exports)
 
     async def outlast(self, exports: Collection[Export]) -> Sequence[NbdimgError]:
@@ -352,22 +348,35 @@ class Server:
         for connection in list(self._connections.values()):
             connection.close()
         self._sweeper.cancel()
+        failures = await self._close_all(list(self._registry))
         while self._shared.tasks:
             await asyncio.wait(self._shared.tasks)
         self._shared.tell_rest()
-        return await self._close_all(list(self._registry))
+        return failures
 
     async def _close_all(self, exports: Collection[Export]) -> Sequence[NbdimgError]:
-        has_failed = any(export.image.failure is not None for export in exports)
-        failures: list[NbdimgError] = []
-        for export in exports:
-            try:
-                await export.close()
-            except NbdimgError as error:
-                failures.append(error)
-        if failures or has_failed:
+        """Each as soon as nothing works with it any more: storage that hangs under one holds up no other."""
+        # What runs now may work for a connection that is gone; what starts later cannot be of these exports.
+        running: dict[Export, list[asyncio.Task[None]]] = {export: [] for export in exports}
+        for task, export in self._shared.tasks.items():
+            if export in running:
+                running[export].append(task)
+        outcomes = await asyncio.gather(*(self._close(export, tasks) for export, tasks in running.items()))
+        return [failure for failure in outcomes if failure is not None]
+
+    async def _close(self, export: Export, tasks: Collection[asyncio.Task[None]]) -> NbdimgError | None:
+        """Returns what went wrong."""
+        if tasks:
+            await asyncio.wait(tasks)
+        failure = None
+        has_failed = export.image.failure is not None
+        try:
+            await export.close()
+        except NbdimgError as error:
+            failure = error
+        if failure is not None or has_failed:
             self.estate.renounce()
-        return failures
+        return failure
 
 
 def _sweep_interval(limits: Limits) -> float:

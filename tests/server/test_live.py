@@ -272,6 +272,32 @@ def test_removal_and_reload_wait_for_no_storage_but_their_own(
         assert client.read_reply().error == 0
 
 
+def test_stop_closes_images_though_storage_hangs_under_another(
+    served: ControlledServer, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or who loses patience with the server loses what is stored at the end, dirty bitmaps for one."""
+    is_back = asyncio.Event()
+
+    async def hanging() -> None:
+        await is_back.wait()
+
+    keep = served.service.exports["keep"][0].image
+    served.ask(served.control.add(make("other", "qcow2")))
+    other = served.service.exports["other"][0].image.driver.file
+    assert isinstance(other, PosixFile)
+    monkeypatch.setattr(keep, "flush", hanging)
+    with served.connect("keep") as client:
+        client.send_requests([client.new_request(Command.FLUSH)])
+        assert wait_until(lambda: served.now(served.control.export, "keep").in_flight == 1, WAIT_S)
+        closing = served.start(served.service.server.close())
+        try:
+            assert wait_until(lambda: other.descriptor < 0, WAIT_S)
+            assert not closing.done()
+        finally:
+            served.now(is_back.set)
+        assert closing.result(WAIT_S) == []
+
+
 def test_removals_at_once_join_and_what_comes_behind_finds_nothing(served: ControlledServer, make: Make) -> None:
     served.ask(served.control.add(make("disk")))
 
