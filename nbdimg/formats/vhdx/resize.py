@@ -31,6 +31,7 @@ from nbdimg.formats.vhdx.offline import PIECE_SIZE, Session, bat_pieces, region_
 from nbdimg.formats.vhdx.open import load_driver
 from nbdimg.formats.vhdx.parts import Parts, load_parts
 from nbdimg.formats.vhdx.region import RegionEntry
+from nbdimg.formats.vhdx.replay import replay_to_file
 from nbdimg.image.image import Image
 from nbdimg.storage.file import BlockFile, read
 from nbdimg.storage.ordering import hindered, leaves_no_doubt
@@ -57,7 +58,7 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
     refusal: OSError | None = None
     try:
         await former.close()
-        parts = await load_parts(file, await load_headers(file))
+        parts = await load_parts(file, await replay_to_file(file, await load_headers(file)))
         session = Session(file, parts.headers, changes_data=True)
         try:
             await _Resize(file, parts, size, session, progress).run()

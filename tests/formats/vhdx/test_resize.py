@@ -7,6 +7,7 @@ import errno
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -365,6 +366,29 @@ def test_growth_that_finds_no_space_keeps_the_size_and_the_image_goes_on(content
         assert (report.corruptions, report.leaks) == (0, 0)
 
     asyncio.run(work())
+
+
+def test_resize_behind_a_session_that_could_not_begin_leaves_a_log_that_can_be_read() -> None:
+    """A header may name the former session's log on disk: it is ended first, not written over."""
+
+    async def work(index: int) -> bool:
+        memory = MemoryFile(dynamic(b"\1" * MiB))
+        file = FaultFile(memory, slow_only=True)
+        image = await opened(file)
+        file.fail_at(4, errno.EIO)  # an entry, its barrier, the first header, its barrier
+        with pytest.raises(OSError, match="Input/output"):
+            await image.write(0, b"\2" * 512)
+        count = len(file.calls)
+        file.fail_at(index, errno.EIO)
+        with suppress(OSError, ImageFailed):
+            await resize_image(image, 4 * MiB)
+        assert (await guest_of(await opened(MemoryFile(memory.content))))[:MiB] == b"\1" * MiB, f"call {index}"
+        return len(file.calls) - count <= index
+
+    index = 0
+    while not asyncio.run(work(index)):
+        index += 1
+    assert index > 10
 
 
 # Crashes
