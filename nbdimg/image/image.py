@@ -173,8 +173,22 @@ class Image:
         if not recording.is_marked:
             async with self._marking:
                 if not recording.is_marked:
-                    await recording.mark()
+                    await self._mark(recording)
         self._try_record(recording, offset, stop)
+
+    async def _mark(self, recording: BitmapStore) -> None:
+        """A barrier that fails here leaves the same doubt as one of a flush: what an earlier server wrote may be lost.
+
+        Raises: OSError.
+        """
+        try:
+            await recording.mark()
+        except ordering.UnwrittenError:
+            raise
+        except OSError as error:
+            reason = error.strerror or str(error)
+            self.gate.failure = f"its bitmaps could not be marked in use ({reason}); open it anew"
+            raise
 
     # Look-up
 

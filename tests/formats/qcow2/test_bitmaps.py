@@ -269,7 +269,9 @@ def test_image_opened_for_writing_and_not_changed_is_not_touched(tmp_path: Path)
     assert bytes(file.content) == content
 
 
-def test_mark_fails_at_its_barrier_and_every_later_change_fails(tmp_path: Path) -> None:
+def test_mark_fails_at_its_barrier_and_every_later_change_and_flush_fails(tmp_path: Path) -> None:
+    """It was the barrier of what an earlier server wrote, too (F3)."""
+
     async def run() -> None:
         file = FaultFile(MemoryFile(made(tmp_path / "disk")), slow_only=True)
         image = await opened(file)
@@ -278,8 +280,10 @@ def test_mark_fails_at_its_barrier_and_every_later_change_fails(tmp_path: Path) 
         with pytest.raises(OSError, match="Input/output"):
             await image.write(0, b"z" * 512)
         file.heal()
-        with pytest.raises(OSError, match="Input/output"):
-            await image.write(0, b"z" * 512)
+        expected = r"its bitmaps could not be marked in use \(Input/output error\); open it anew"
+        for change in (image.write(0, b"z" * 512), image.flush()):
+            with pytest.raises(ImageFailed, match=expected):
+                await change
         assert await _read(image) == before
 
     asyncio.run(run())
