@@ -31,6 +31,7 @@ from nbdimg.formats.qcow2.crypt import EncryptedFile
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.l1 import check_tables_differ
+from nbdimg.formats.qcow2.packed import encode_offsets
 from nbdimg.image.driver import ExtentKind, Miss
 from nbdimg.image.image import Image
 from nbdimg.storage.ordering import space_may_wait
@@ -245,17 +246,25 @@ async def _grow(image: Image, driver: Qcow2Driver, size: int, progress: Progress
 
 
 async def _grow_l1(driver: Qcow2Driver, count: int) -> None:
-    """A table of at least `count` entries, in a new place; the header follows with the next plan."""
+    """A table of at least `count` entries, in a new place; the header follows with the next plan. Where it finds no
+    space that shows here, while nothing counts the place or refers to it.
+    """
     header, l1, counts = driver.header, driver.mapping.l1, driver.refcounts
     assert counts is not None
     if count <= header.l1_size:
         return
     clusters = div_ceil(8 * count, header.cluster_size)
     run = await _answer(lambda: counts.allocate_contiguous(clusters))
+    offset, entries = run.cluster << header.cluster_bits, l1.entries + array("Q", bytes(8 * (count - header.l1_size)))
+    try:
+        await driver.file.pwrite(offset, encode_offsets(entries))
+    except OSError:
+        counts.give_back(run)
+        raise
     counts.metadata.update(range(run.cluster, run.cluster + run.count))
     old_cluster = header.l1_offset >> header.cluster_bits
     old_clusters = div_ceil(8 * header.l1_size, header.cluster_size)
-    l1.move(run.cluster << header.cluster_bits, l1.entries + array("Q", bytes(8 * (count - header.l1_size))))
+    l1.move(offset, entries)
     header.l1_offset, header.l1_size = l1.offset, count
     driver.resized()
     if old_clusters:

@@ -16,15 +16,19 @@ import pytest
 
 from nbdimg.errors import ConfigError, CorruptImage, ImageError, UnsupportedFeature
 from nbdimg.formats import open_file, open_image, resize_image
+from nbdimg.formats.gate import DenyGate
 from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.qcow2 import bitmaps, resize
+from nbdimg.formats.qcow2.check import check
 from nbdimg.formats.qcow2.driver import Qcow2Driver
+from nbdimg.formats.qcow2.open import read_header
 from nbdimg.image.image import Image
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.storage.ordering import Plan
 from nbdimg.storage.posix import PosixFile
 from nbdimg.units import GiB, KiB, MiB, TiB
 from tests.crash import qcow2 as scenarios
+from tests.formats.qcow2.test_faults import FullFile
 from tests.support.crash import run_now
 from tests.support.faultfile import os_error
 from tests.support.qcow2edit import Edit, QemuReport, make_luks, qemu_check, qemu_img, qemu_io
@@ -604,6 +608,24 @@ def test_grow_without_space_for_its_l1_table_keeps_the_bitmaps_at_the_old_size(t
     asyncio.run(run())
     assert_is(path, content)
     assert qemu_img("info", path).stdout.count(" name: monday") == 1
+
+
+def test_grow_that_finds_no_space_for_its_l1_table_until_the_end_leaks_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.qcow2"
+    made(path, "cluster_size=512", MiB)
+    qemu_img("bitmap", "--add", "-g", "512", path, "monday")
+
+    async def run() -> None:
+        file = FullFile(MemoryFile(path.read_bytes()), slow_only=True)
+        image = await open_file(file, "qcow2", OpenOptions(DenyGate(), writable=True))
+        file.capacity = file.size
+        with pytest.raises(OSError, match="No space"):
+            await resize_image(image, 64 * MiB)
+        await image.close()
+        report = await check(file, await read_header(file))
+        assert (report.leaks, report.corruptions) == (0, 0)
+
+    asyncio.run(run())
 
 
 def test_grow_with_a_failed_barrier_fails_the_image_and_leaves_a_sound_one(
