@@ -47,6 +47,8 @@ _STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (OSError, EXIT_FAILED),
 )
 
+_FILE_METAVARS = ("FILE", "DIR", "PATH")
+
 _SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
@@ -107,7 +109,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _command() -> Any:
-    """The root command. Its help shows no type for switches, which take no value; typer 0.29 would show <bool>."""
+    """The root command. Its help shows no type for switches, which take no value; typer 0.29 would show <bool>. Options
+    that name a file or directory take no empty name.
+    """
     root: Any = typer.main.get_command(app)
     waiting = [root]
     while waiting:
@@ -115,8 +119,19 @@ def _command() -> Any:
         for parameter in command.get_params(typer.Context(command, **_SETTINGS)):
             if getattr(parameter, "is_flag", False):
                 parameter.metavar = ""
+            if parameter.metavar in _FILE_METAVARS:
+                parameter.callback = _named
         waiting += getattr(command, "commands", {}).values()
     return root
+
+
+def _named(context: Any, parameter: Any, value: Any) -> Any:
+    """The value of an option that names a file: an empty one, of a variable that is not set, would often stand for the
+    current directory.
+    """
+    if "" in (value if isinstance(value, list | tuple) else (value,)):
+        raise typer.BadParameter("it is empty, expected a name", context, parameter)
+    return value
 
 
 def _report(error: Exception) -> int:

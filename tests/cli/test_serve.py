@@ -79,6 +79,23 @@ def size_of(address: str | tuple[str, int], name: str) -> int:
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("serve", "--allow-references="), ("serve", "--image-directory=a", "--image-directory=")),
+        *(("serve", "--config="), ("info", "--allow-references="), ("ctl", "add", "--allow-references=")),
+        ("ctl", "status", "--socket="),
+    ],
+)
+def test_option_that_names_a_file_takes_no_empty_name(
+    capfd: pytest.CaptureFixture[str], image: Path, arguments: tuple[str, ...]
+) -> None:
+    """Which would stand for the current directory, of whoever has not set a variable."""
+    option = arguments[-1].removesuffix("=")
+    assert run([*arguments, *([] if "status" in arguments else [str(image)])]) == USAGE
+    assert_one_line(capfd.readouterr().err, f"Invalid value for '{option}'.*: it is empty, expected a name; see nbdimg")
+
+
+@pytest.mark.parametrize(
     ("options", "pattern"),
     [
         (["--frobnicate"], "No such option.*--frobnicate.*see nbdimg serve --help"),
