@@ -185,6 +185,8 @@ class ExportConfig:
     accepts_lost_log: bool = False
 
     def __post_init__(self) -> None:
+        if self.parent_path is not None and self.format not in (None, "vhdx"):
+            raise ConfigError(f"a parent is given to a {self.format} image, expected a differencing vhdx image")
         if self.overlay is None:
             if self.overlay_directory is not None:
                 raise ConfigError("a directory for overlays is given, and no overlays are asked for")

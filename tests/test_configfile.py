@@ -59,8 +59,8 @@ tls = false
 
 [[exports]]
 name = "second"
-path = "/images/second.raw"
-format = "raw"
+path = "/images/second.vhdx"
+format = "vhdx"
 read_only = true
 description = "a disk"
 min_block_size = "4K"
@@ -119,9 +119,9 @@ def test_load_full_file_maps_every_key(file: Path) -> None:
     first, second = server.exports
     assert first == ExportConfig(path=f"{here}/disks/vm.qcow2", name="vm", is_tls_only=False)
     assert second == ExportConfig(
-        path="/images/second.raw",
+        path="/images/second.vhdx",
         name="second",
-        format="raw",
+        format="vhdx",
         is_read_only=True,
         description="a disk",
         block_size_min=4096,
@@ -155,6 +155,7 @@ def test_load_example_names_every_key_and_each_default_that_it_names_is_accepted
     tables = {"limits", "exports", "access", "admin", "metrics"}
     assert shown == ({*TOP_KEYS, *TLS_KEYS, *ADMIN_KEYS, *METRICS_KEYS, *EXPORT_KEYS, *ACCESS_KEYS, *LIMITS} - tables)
     live = re.sub(r"^#((?:[a-z_]+ = |\[(?:tls|admin|metrics)\]).*)", r"\1", text, flags=re.MULTILINE)
+    live = live.replace('format = "qcow2"', 'format = "vhdx"')  # which has a parent
     config = load(file, live.replace('mode = "required"', 'mode = "selective"'))
     assert config.server.limits == Limits()
     assert config.server.tls is not None
@@ -302,6 +303,10 @@ def test_load_every_limit_can_come_from_file_and_environment(file: Path, key: st
         ),
         ("[[exports]]\npath = 'x'\nread-only = true", "3: exports[0].read-only: unknown key, did you mean read_only"),
         ("[[exports]]\npath = 'x'\ntls = false", "3: exports[0].tls: this has a meaning only with tls.mode = "),
+        (
+            "[[exports]]\npath = 'x'\nformat = 'qcow2'\nparent = 'y'\noverlay = 'per-client'",
+            "4: exports[0].parent: a parent is given to a qcow2 image, expected a differencing vhdx image",
+        ),
         (
             "[[exports]]\npath = 'x'\n[[exports]]\npath = 'y'\nname = 'x'",
             "5: exports[1].name: the name 'x' is taken by the export in line 1",

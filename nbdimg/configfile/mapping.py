@@ -221,18 +221,19 @@ def _export(table: Table, directory: str) -> ExportConfig | None:
         roots=table.get("allow_references", list_of(path_in(directory)), ()),
         access=tuple(_access(each) for each in table.tables("access", ACCESS_KEYS)),
         is_tls_only=table.get("tls", boolean, True),
-        parent_path=table.path("parent"),
         accepts_lost_log=table.get("accept_lost_log", boolean, False),
     )
+    parent: dict[str, Any] = {"parent_path": table.path("parent")}
     overlays: dict[str, Any] = {
         "overlay": table.get("overlay", one_of(*OVERLAY_MODES), None),
         "overlay_directory": table.path("overlay_dir"),
     }
-    try:
-        return replace(config, **overlays)
-    except ConfigError as error:
-        table.report(str(error), "overlay" if "overlay" in table else "overlay_dir")
-        return config
+    for key, values in (("parent", parent), ("overlay" if "overlay" in table else "overlay_dir", overlays)):
+        try:
+            config = replace(config, **values)
+        except ConfigError as error:
+            table.report(str(error), key)
+    return config
 
 
 def _access(table: Table) -> AccessRule:
