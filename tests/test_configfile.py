@@ -532,6 +532,14 @@ def test_load_windows_line_ends_keep_the_lines(file: Path) -> None:
         load_config(file, environment={})
 
 
+def test_load_file_of_an_editor_that_begins_with_a_byte_order_mark_is_read(file: Path) -> None:
+    file.write_bytes(b"\xef\xbb\xbfreload = 'watch'\n")
+    assert load_config(file, environment={}).reload == "watch"
+    file.write_bytes(b"\xef\xbb\xbf\na = '\xff'")
+    with pytest.raises(ConfigFileError, match=r":2: byte 0xff is not UTF-8"):
+        load_config(file, environment={})
+
+
 # Where keys stand
 
 

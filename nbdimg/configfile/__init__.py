@@ -12,6 +12,7 @@ refused without being shown.
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import tomllib
@@ -177,6 +178,7 @@ def _read(name: str) -> str:
         raise ConfigFileError([f"{name}: {error.strerror}"]) from None
     if len(content) > FILE_SIZE_MAX:
         raise ConfigFileError([f"{name}: more than {FILE_SIZE_MAX} bytes are no configuration"])
+    content = content.removeprefix(codecs.BOM_UTF8)
     try:
         return content.decode().replace("\r\n", "\n")
     except UnicodeDecodeError as error:
