@@ -146,3 +146,33 @@ def test_bar_that_is_interrupted_while_it_starts_is_stopped(monkeypatch: pytest.
     with pytest.raises(SystemExit):
         work()
     assert len(stopped) == 1
+
+
+def test_bar_is_not_shown_for_what_takes_no_longer_than_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal:
+        def isatty(self) -> bool:
+            return True
+
+    shown: list[str] = []
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(output, "_made", lambda unit: (lambda done, total: None, lambda: shown.append(unit), bool))
+    for quiet_s, expected in ((60.0, []), (0.0, ["tables"])):
+        with output.progress("tables", quiet_s=quiet_s) as report:
+            assert report is not None
+            report(1, 2)
+        assert shown == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (1, "1 byte"),
+        (1023, "1023 bytes"),
+        (1024, "1 KiB (1024 bytes)"),
+        (1023 << 10, "1023 KiB (1047552 bytes)"),
+        (3 << 29, "1.5 GiB (1610612736 bytes)"),
+        (1 << 63, "8 EiB (9223372036854775808 bytes)"),
+    ],
+)
+def test_size_is_shown_in_its_unit_and_in_bytes(size: int, expected: str) -> None:
+    assert output.sized(size) == expected
