@@ -31,6 +31,9 @@ async def serve_images(config: ServerConfig, inheritance: Inheritance, *, is_ver
     Raises: as `serving`.
     """
     stop = _StopSignals(signal.SIGINT, *([signal.SIGHUP] if config.tls is None else []))
+    is_reload_asked = asyncio.Event()
+    if config.tls is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, is_reload_asked.set)
     notifier = _prepare(config, None, inheritance, is_verbose=is_verbose)
     try:
         async with (
@@ -40,6 +43,8 @@ async def serve_images(config: ServerConfig, inheritance: Inheritance, *, is_ver
             attach(service, Control(service, None))
             if config.tls is not None:
                 asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, service.reload_tls)
+            if is_reload_asked.is_set():
+                service.reload_tls()
             _announce(service, notifier)
             await stop.wait_and_drain(service, notifier)
         service.server.estate.settle(notifier)

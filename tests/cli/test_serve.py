@@ -18,6 +18,7 @@ import pytest
 
 from nbdimg import __version__
 from nbdimg.cli.main import run
+from tests.support.certificates import Authority
 from tests.support.rawclient import Client, try_connect
 from tests.support.rawprotocol import Command, TransmissionFlag
 from tests.support.rss import wait_until
@@ -458,6 +459,21 @@ def test_serve_serves_on_at_a_signal_that_it_was_started_to_ignore(image: Path, 
     with NbdimgServer(image, program=ignoring) as server:
         server.process.send_signal(number)
         assert size_of(server.socket_path, "disk") == image.stat().st_size
+        server.terminate()
+        assert server.wait(10) == 0
+
+
+def test_serve_hangup_while_it_starts_has_the_files_of_tls_read_again(tmp_path: Path, image: Path) -> None:
+    """As who renews certificates sends it, while images are still opened: here the server waits for a key."""
+    identity = Authority(tmp_path / "ca").issue("server", common_name="localhost")
+    tls = [f"--tls-certificate={identity.certificate_path}", f"--tls-key={identity.key_path}"]
+    os.mkfifo(tmp_path / "key")
+    more = [f"--key-file={tmp_path}/key", "--listen", f"nbd+unix:///?socket={tmp_path}/s", "--log-format=text"]
+    with ServerProcess(command("serve", *tls, *more, image)) as server:
+        with open(tmp_path / "key", "wb") as key:
+            server.process.send_signal(signal.SIGHUP)
+            key.write(b"key")
+        assert wait_until(lambda: not server.is_running() or "files were reloaded" in server.stderr(), 20)
         server.terminate()
         assert server.wait(10) == 0
 
