@@ -476,8 +476,7 @@ class Connection:
             if now - self._left_s >= LEAVE_TIMEOUT_S:
                 self.close()
             return
-        stalled_since = self.outbox.stalled_since_s
-        if stalled_since is not None and now - stalled_since >= limits.stall_timeout_s:
+        if self._is_stalled(now):
             self._give_up(f"took no reply for {limits.stall_timeout_s:g} s")
             return
         watch = self._watch
@@ -490,6 +489,17 @@ class Connection:
                 self._give_up(f"the rest of a request did not come: {counted(received, 'byte')} in {seconds:.1f} s")
             else:
                 self._watch = Watch(now, transmission.handled_count, self._received_bytes)
+
+    def _is_stalled(self, now: float) -> bool:
+        """Whether the client has taken nothing for too long. A socket is said to be writable when a good part of its
+        buffer is free; what a slow client has taken until then is found out by trying to send.
+        """
+        outbox = self.outbox
+        since_s = outbox.stalled_since_s
+        if since_s is None or now - since_s < self._limits.stall_timeout_s:
+            return False
+        outbox.send_pending()
+        return outbox.stalled_since_s == since_s
 
     def give_way(self, kept_s: float) -> None:
         """Close a connection that has had its place for so long without opening an export."""

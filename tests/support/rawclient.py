@@ -136,8 +136,8 @@ class Client:
         return data
 
     def receive_ahead(self, length: int) -> None:
-        """Take at least `length` more bytes out of the socket and keep them for the replies that they belong to."""
-        self._buffer = bytearray(self.receive(len(self._buffer) + length)) + self._buffer
+        """Take `length` more bytes out of the socket and keep them for the replies that they belong to."""
+        self._buffer = bytearray(self._receive_long(len(self._buffer) + length))
 
     def _receive_long(self, length: int) -> bytes:
         data = bytearray(length)
