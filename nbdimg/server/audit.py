@@ -50,12 +50,14 @@ class Audit:
         self.refusal_counts = dict.fromkeys(Refusal, 0)
         self.tls_counts: dict[str, int] = {}
         self._visits = LimitedLog(logger, ATTACH_LINES_MAX, ATTACH_PERIOD_S)
-        self._refusals = LimitedLog(logger)
+        self._refusals = {reason: LimitedLog(logger) for reason in Refusal}
+        """Apart, or who sends rubbish would cover who tries what it may not open."""
 
     def tell_rest(self) -> None:
         """Have the log say of how many there was no line. The server ends."""
         self._visits.tell_rest()
-        self._refusals.tell_rest()
+        for refusals in self._refusals.values():
+            refusals.tell_rest()
 
     def encrypted(self, version: str) -> None:
         """A TLS handshake has succeeded."""
@@ -74,7 +76,7 @@ class Audit:
         self.refusal_counts[reason] += 1
         known = {"export": export, "peer": peer, "identity": sorted(identities), "tls": tls}
         fields = {"event": "refuse", **known, "reason": reason.value}
-        self._refusals.say(logging.WARNING, f"{peer}: refused: {message}", fields)
+        self._refusals[reason].say(logging.WARNING, f"{peer}: refused: {message}", fields)
 
     def attached(self, visit: Visit) -> None:
         visit.meter.attach_count += 1

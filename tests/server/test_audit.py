@@ -367,18 +367,36 @@ def test_refusals_are_logged_so_many_a_second_and_counted_all(monkeypatch: pytes
             kept.refused("peer", Refusal.LIMIT, "too many")
         assert len(trail.records) == log.LINES_MAX
         now = 1.5
-        kept.refused("peer", Refusal.TLS, "no certificate")
+        kept.refused("peer", Refusal.LIMIT, "still too many")
         return kept
 
     with audited() as trail:
         kept = asyncio.run(scenario())
         assert trail.messages()[log.LINES_MAX :] == [
             "7 more lines from connections were not logged",
-            "peer: refused: no certificate",
+            "peer: refused: still too many",
         ]
-    assert kept.refusal_counts[Refusal.LIMIT] == log.LINES_MAX + 7
-    assert kept.refusal_counts[Refusal.TLS] == 1
+    assert kept.refusal_counts[Refusal.LIMIT] == log.LINES_MAX + 8
     assert audit.ATTACH_LINES_MAX >= 1000, "a thousand machines that start at once leave a thousand lines"
+
+
+def test_refusals_of_one_kind_do_not_hide_those_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who sends rubbish needs no right to anything, and would cover who tries what it may not open."""
+    monkeypatch.setattr(log, "monotonic", lambda: 0.0)
+
+    async def scenario() -> None:
+        kept = Audit()
+        for _ in range(log.LINES_MAX + 1):
+            kept.refused("anybody", Refusal.PROTOCOL, "rubbish")
+        kept.refused("mallory", Refusal.ACCESS, "may not open export 'disk'")
+        kept.tell_rest()
+
+    with audited() as trail:
+        asyncio.run(scenario())
+    assert trail.messages()[log.LINES_MAX :] == [
+        "mallory: refused: may not open export 'disk'",
+        "1 more line from connections was not logged",
+    ]
 
 
 def test_what_was_left_out_is_told_of_at_the_periods_end_though_nothing_follows() -> None:
