@@ -7,6 +7,8 @@
 * fairness: 4 KiB latency beside a 4 MiB x 16 neighbour on another connection;
 * profile: processor time, system calls and Python functions for each request.
 
-Imports go down only: `__main__`; `session`, the four parts and `report`; `servers`, `fio`, `image`, `process`,
-`environment`; `results` and `cells`.
+`python -m bench.ceiling` puts a bare server in C beside them: how much of what is possible here is reached.
+
+Imports go down only: `__main__` and `ceiling`; `session`, the four parts and `report`; `servers`, `fio`, `image`,
+`process`, `environment`; `results` and `cells`.
 """

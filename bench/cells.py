@@ -41,14 +41,19 @@ CELLS = (
     Cell("1m-read-8", "1 MiB read, depth 8", "read", MIB, 8),
     Cell("1m-write-8", "1 MiB write, depth 8", "write", MIB, 8),
 )
+CEILING_CELLS = (
+    *CELLS,
+    Cell("4k-randwrite-1", "4 KiB random write, depth 1", "randwrite", 4 * KIB, 1),
+)
+"""Those of `bench.ceiling`: a lone write too, of which most is a wake-up and the kernel."""
 
 
-def select_cells(patterns: Sequence[str]) -> tuple[Cell, ...]:
-    """The cells whose name matches any of the shell patterns, in table order; all of them for no pattern.
+def select_cells(patterns: Sequence[str], cells: Sequence[Cell] = CELLS) -> tuple[Cell, ...]:
+    """Of `cells` those whose name matches any of the shell patterns, in table order; all of them for no pattern.
 
     Raises: ValueError for a pattern that matches nothing.
     """
     for pattern in patterns:
-        if not any(fnmatchcase(cell.name, pattern) for cell in CELLS):
-            raise ValueError(f"no cell matches {pattern!r}; cells: {', '.join(cell.name for cell in CELLS)}")
-    return tuple(cell for cell in CELLS if not patterns or any(fnmatchcase(cell.name, pattern) for pattern in patterns))
+        if not any(fnmatchcase(cell.name, pattern) for cell in cells):
+            raise ValueError(f"no cell matches {pattern!r}; cells: {', '.join(cell.name for cell in cells)}")
+    return tuple(cell for cell in cells if not patterns or any(fnmatchcase(cell.name, pattern) for pattern in patterns))

@@ -10,7 +10,7 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from bench.cells import CELLS, MIB, Cell
+from bench.cells import CEILING_CELLS, MIB, Cell
 from bench.results import Measurement, NeighbourSample, Profile, Run, Sample
 
 FAIRNESS_P99_MAX_US = 10_000.0
@@ -395,7 +395,7 @@ def _section(title: str, items: Sequence[str]) -> list[str]:
 def measured_cells(run: Run) -> list[Cell]:
     """The cells of which there are samples, in table order."""
     names = {sample.cell for sample in run.samples}
-    return [cell for cell in CELLS if cell.name in names]
+    return [cell for cell in CEILING_CELLS if cell.name in names]
 
 
 def _kinds(samples: Sequence[NeighbourSample]) -> list[str]:
