@@ -144,6 +144,11 @@ def _end(edit: Edit) -> int:
     return (edit.size // edit.cluster_size + 3) * edit.cluster_size
 
 
+def _next(edit: Edit) -> int:
+    """The offset of the first cluster that the file has nothing of."""
+    return -(-edit.size // edit.cluster_size) * edit.cluster_size
+
+
 def _leak(edit: Edit) -> None:
     offset = (edit.size + edit.cluster_size - 1) // edit.cluster_size * edit.cluster_size
     edit.write(offset + edit.cluster_size - 1, b"\0")
@@ -233,6 +238,8 @@ MUTATIONS = (
     Mutation("L1 entries to one L2", "version 3", _l1(1, lambda edit: edit.get(edit.l1))),
     Mutation("L1 entry to the L1 table", "version 3", _l1(1, lambda edit: COPIED | edit.l1), False),
     Mutation("L1 table behind the end", "version 3", _put(lambda _: 40, _end), False),
+    Mutation("L1 table at the end", "version 3", _put(lambda _: 40, _next), False),
+    Mutation("snapshot L1 at the end", "snapshots", _put(lambda e: e.snapshots, _next), False),
     Mutation("refcount table entry 0", "version 3", _table(0, lambda _: 0)),
     Mutation("refcount table entry behind the end", "version 3", _table(0, _end)),
     Mutation("refcount table spare entry behind the end", "version 3", _table(7, _end)),

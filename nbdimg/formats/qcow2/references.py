@@ -182,7 +182,10 @@ class References:
         return clusters
 
     def add_table(self, structure: str, offset: int, length: int) -> range | None:
-        """`add_region` for metadata."""
+        """`add_region` for metadata. What ends behind the file's last cluster is not inside, however short it is."""
+        if offset + length > self.cluster_count << self._bits:
+            self._beyond(structure, offset, length, 1)
+            return None
         clusters = self.add_region(structure, offset, length)
         if clusters:
             self.metadata.append((clusters[0], clusters[-1]))
