@@ -1,10 +1,11 @@
 """Repair of an image: refcounts become what the references say, COPIED flags what the refcounts say.
 
-    1  raise refcounts, or build all refcount structures anew              barrier
-    2  zero L2 entries that hold no data, clear wrong COPIED flags         barrier
-    3  lower refcounts                                                     barrier
-    4  set missing COPIED flags                                            barrier
-    5  check again; if nothing is left, clear the dirty and the corrupt bit   barrier
+    1  raise refcounts, or build all refcount structures anew                   barrier
+    2  zero L2 entries that hold no data, clear wrong COPIED flags              barrier
+    3  lower refcounts                                                          barrier
+    4  set missing COPIED flags                                                 barrier
+    5  check again; if nothing is left, clear counts behind the end of the file barrier
+    6  if no corruption is left, clear the dirty and the corrupt bit            barrier
 
 At each point a refcount is no lower than it was or than its references (Q1), a flag says "write in place" only with
 refcount 1, and nothing but the image itself says how far the repair came: after a crash it is run again from the start.
@@ -21,6 +22,7 @@ is lowered.
 
 from __future__ import annotations
 
+import asyncio
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from operator import ne
 from nbdimg.errors import UnsupportedFeature
 from nbdimg.formats.findings import CheckReport
 from nbdimg.formats.qcow2 import structs as s
-from nbdimg.formats.qcow2.check import Survey, check
+from nbdimg.formats.qcow2.check import Survey
 from nbdimg.formats.qcow2.counts import Counts, differing, last_used, used_blocks
 from nbdimg.formats.qcow2.header import KNOWN_AUTOCLEAR, Header
 from nbdimg.formats.qcow2.packed import decode_offsets, encode_offsets
@@ -42,6 +44,8 @@ from nbdimg.units import div_ceil
 
 _REPAIRED = Incompatible.DIRTY | Incompatible.CORRUPT
 _U64_SIZE = 8
+_BLOCKS_AT_ONCE = 512
+"""Refcount blocks that are passed over before the loop gets its turn."""
 _LEAKS = 3
 """`CheckReport.exit_status`: leaks and nothing else, as when what hid references has gone with the old structures."""
 
@@ -51,32 +55,37 @@ async def repair(file: BlockFile, header: Header, *, leaks_only: bool, progress:
 
     Returns: a check of what remains, with what was fixed in `leaks_fixed` and `corruptions_fixed`.
     Args: leaks_only: lower refcounts, and set the COPIED flags that go with them if nothing is corrupt.
-    Raises: OSError; UnsupportedFeature: the refcount table would become too large.
+    Raises: OSError; UnsupportedFeature: the refcount table would become too large, or METADATA_MAX.
     """
     survey = Survey(file, header, is_fixing=not leaks_only)
     await survey.run(progress)
     before = survey.report
     if before.check_errors:
         return before
-    after = before
     if not before.is_clean:
         await _clear_unknown_autoclear(file, header)
-        work = _Repair(survey)
         if leaks_only:
-            await work.leaks()
+            await _Repair(survey).leaks()
         else:
-            await work.all()
-        remaining = Survey(file, header)
-        await remaining.run(progress)
-        after = remaining.report
-        if after.exit_status == _LEAKS and not leaks_only:
-            await _Repair(remaining).leaks()
-            after = await check(file, header, progress=progress)
-        after.leaks_fixed = max(0, before.leaks - after.leaks)
-        after.corruptions_fixed = max(0, before.corruptions - after.corruptions)
+            await _Repair(survey).all()
+        survey = await _surveyed(file, header, progress)
+        if survey.report.exit_status == _LEAKS and not leaks_only:
+            await _Repair(survey).leaks()
+            survey = await _surveyed(file, header, progress)
+    after = survey.report
+    after.leaks_fixed = max(0, before.leaks - after.leaks)
+    after.corruptions_fixed = max(0, before.corruptions - after.corruptions)
+    if after.is_clean:
+        after.leaks_fixed += await _Repair(survey).clear_behind()
     if header.incompatible & _REPAIRED and not after.corruptions and not after.check_errors:
         await _clear_bits(file, header)
     return after
+
+
+async def _surveyed(file: BlockFile, header: Header, progress: Progress | None) -> Survey:
+    survey = Survey(file, header)
+    await survey.run(progress)
+    return survey
 
 
 async def _clear_unknown_autoclear(file: BlockFile, header: Header) -> None:
@@ -166,6 +175,37 @@ class _Repair:
         content = bytearray(length)
         await self._file.pread(offset, memoryview(content))
         return content
+
+    async def clear_behind(self) -> int:
+        """Clear the counts of clusters behind the file's end, which no check looks at: once the file had grown they
+        would be leaks. Returns how many there were. An entry that cannot be followed may mean one of them, so nothing
+        else may be left to repair.
+        """
+        counts, per_block = self._references.counts, self._header.refcount_entries
+        end = len(counts) if counts[-1] else len(counts) - 1
+        per_piece = self._piece_size * 8 // self._header.refcount_bits
+        cleared = 0
+        for number, (index, block) in enumerate(self._survey.blocks.items()):
+            if number % _BLOCKS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+            kept = max(0, end - index * per_block)
+            for piece in range(kept // per_piece, per_block // per_piece):
+                cleared += await self._clear_piece(block + piece * self._piece_size, kept - piece * per_piece)
+        if cleared:
+            await self._file.fdatasync()
+        return cleared
+
+    async def _clear_piece(self, offset: int, kept: int) -> int:
+        """Set the counts of a piece to 0 but for the first `kept`, if there are any; returns how many were not."""
+        codec = self._survey.codec
+        entries = codec.decode(await self._references.read(offset, self._piece_size))
+        behind = entries[max(0, kept) :]
+        count = len(behind) - behind.count(0)
+        if count:
+            await _clear_unknown_autoclear(self._file, self._header)
+            entries[max(0, kept) :] = codec.zeroes(len(behind))
+            await _write(self._file, offset, codec.encode(entries))
+        return count
 
     # Refcounts anew
 

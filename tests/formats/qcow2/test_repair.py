@@ -257,6 +257,42 @@ def test_repair_rebuild_that_would_grow_over_a_dangling_entry_is_not_done(sound:
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize("features", [0, 1])
+@pytest.mark.parametrize("leaks_only", [False, True])
+def test_repair_clears_counts_behind_the_end_of_the_file(leaks_only: bool, features: int, tmp_path: Path) -> None:
+    """No check counts them as leaks, before the file has grown. Clusters of 512 bytes: a block counts 256."""
+    path = tmp_path / "image"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512", path, "1M")
+    qemu_io(path, "write -q -P 1 0 16k")
+    edit = Edit(path)
+    end = -(-edit.size // 512)
+    edit.write((end + 1) * 512 - 1, b"\0")
+    edit.put(edit.refcount_table + 8, end * 512)
+    edit.put(edit.refcount(end * 512), 1, 2)
+    edit.put(72, features)
+    content = path.read_bytes()
+    edit.put(edit.refcount((end + 1) * 512), 1, 2)
+    edit.put(edit.refcount((end + 3) * 512), 9, 2)
+    edit.put(end * 512 + 2 * 44, 0xFFFF, 2)
+    assert qemu_check(path).exit_status == 0
+    report = repaired(path, leaks_only=leaks_only)
+    assert report is not None
+    assert report.is_clean
+    assert report.leaks_fixed == 3
+    expected = bytearray(content)
+    expected[79] = 0
+    assert path.read_bytes() == expected
+
+
+def test_repair_keeps_counts_behind_the_end_while_something_may_lie_there(sound: Path, tmp_path: Path) -> None:
+    path = damaged_image(mutation("L2 entry behind the end"), sound, tmp_path)
+    edit = Edit(path)
+    edit.put(edit.refcount((edit.size // 4096 + 3) * 4096), 1, 2)
+    content = path.read_bytes()
+    repaired(path)
+    assert path.read_bytes() == content
+
+
 # Order on disk
 
 
