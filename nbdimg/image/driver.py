@@ -12,15 +12,17 @@ Files of an extent may be views: of a compressed cluster, of an encrypted area. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from nbdimg.image.bitmap import DirtyBitmap
 from nbdimg.image.tables import TableCache
 from nbdimg.storage.file import BlockFile
 from nbdimg.storage.ordering import Plan
+
+T = TypeVar("T")
 
 
 class ExtentKind(Enum):
@@ -70,6 +72,13 @@ class Miss:
     async def load(self) -> None:
         """Raises: OSError: it cannot be read. ImageError: it is not what it should be."""
         await self.source.load(self.key)
+
+
+async def answered(ask: Callable[[], T | Miss]) -> T:
+    """What `ask` says once it lacks nothing. Raises: as it, and as `Miss.load`."""
+    while isinstance(answer := ask(), Miss):
+        await answer.load()
+    return answer
 
 
 @dataclass(slots=True)

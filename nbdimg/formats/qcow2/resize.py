@@ -22,7 +22,6 @@ from array import array
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
 
 from nbdimg.errors import ConfigError, UnsupportedFeature, escaped
 from nbdimg.formats.qcow2 import structs as s
@@ -32,12 +31,11 @@ from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.l1 import check_tables_differ
 from nbdimg.formats.qcow2.packed import encode_offsets
-from nbdimg.image.driver import ExtentKind, Miss
+from nbdimg.image.driver import ExtentKind, answered
 from nbdimg.image.image import Image
 from nbdimg.storage.ordering import space_may_wait
 from nbdimg.units import MiB, align_up, div_ceil
 
-T = TypeVar("T")
 Progress = Callable[[int, int], None]
 """Called with bytes of the disk done and bytes in all."""
 
@@ -142,12 +140,6 @@ async def _release_bitmaps(image: Image, driver: Qcow2Driver) -> None:
             await driver.stored_bitmaps.release()
 
 
-async def _answer(ask: Callable[[], T | Miss]) -> T:
-    while isinstance(answer := ask(), Miss):
-        await answer.load()
-    return answer
-
-
 async def _flush(image: Image) -> None:
     image.gate.changed()
     await image.flush()
@@ -163,7 +155,7 @@ async def _shrink(image: Image, driver: Qcow2Driver, size: int) -> None:
     stop = min(old, align_up(size, driver.cluster_size))
     position = size
     while position < stop:
-        extent = await _answer(partial(driver.map, position, stop))
+        extent = await answered(partial(driver.map, position, stop))
         end = min(extent.stop, stop)
         if extent.kind in (ExtentKind.DATA, ExtentKind.COMPRESSED):
             await image.zero(position, end - position, may_unmap=False, is_fast_only=False)
@@ -208,7 +200,7 @@ async def _forget(image: Image, driver: Qcow2Driver, progress: Progress | None) 
     start = offset = align_up(driver.size, driver.cluster_size)
     end = len(driver.mapping.l1.entries) * driver.header.l2_entries * driver.cluster_size
     while offset < end:
-        offset = await _answer(partial(driver.drop, offset))
+        offset = await answered(partial(driver.drop, offset))
         if driver.is_strained:
             await _flush(image)
         if progress is not None:
@@ -254,7 +246,7 @@ async def _grow_l1(driver: Qcow2Driver, count: int) -> None:
     if count <= header.l1_size:
         return
     clusters = div_ceil(8 * count, header.cluster_size)
-    run = await _answer(lambda: counts.allocate_contiguous(clusters))
+    run = await answered(lambda: counts.allocate_contiguous(clusters))
     offset, entries = run.cluster << header.cluster_bits, l1.entries + array("Q", bytes(8 * (count - header.l1_size)))
     try:
         await driver.file.pwrite(offset, encode_offsets(entries))
@@ -284,7 +276,7 @@ async def _grow_data_file(image: Image, driver: Qcow2Driver, old: int, size: int
         return
     position = align_up(old, driver.cluster_size)
     while position < size:
-        allocation = await _answer(partial(driver.reserve, position, size))
+        allocation = await answered(partial(driver.reserve, position, size))
         driver.commit(allocation)
         position = allocation.offset + allocation.length
         if driver.is_strained:

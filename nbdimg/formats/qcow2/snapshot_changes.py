@@ -53,7 +53,7 @@ from nbdimg.formats.qcow2.snapshots import (
 )
 from nbdimg.formats.qcow2.structs import COPIED, OFFSET_MASK
 from nbdimg.formats.qcow2.trees import Trees, host_clusters
-from nbdimg.image.driver import Miss
+from nbdimg.image.driver import Miss, answered
 from nbdimg.storage.ordering import Plan, Stage, Write, hindered, leaves_no_doubt, run, write_durably
 from nbdimg.units import div_ceil
 
@@ -229,15 +229,6 @@ def _tables(l1: array[int]) -> int:
     return len(l1) - l1.count(0)
 
 
-async def _answer(ask: Callable[[], T | Miss]) -> T:
-    async def answer() -> T:
-        while isinstance(found := ask(), Miss):
-            await found.load()
-        return found
-
-    return await hindered(answer())
-
-
 class _Change:
     """One change. What it has done up to the header's write is remembered, to be taken back if need be."""
 
@@ -325,7 +316,7 @@ class _Change:
             return self._counts.raise_counts(position, stop - position)
 
         while position < stop:
-            raised = await _answer(raise_rest)
+            raised = await hindered(answered(raise_rest))
             self._raised_count += raised
             position += raised
 
@@ -358,7 +349,7 @@ class _Change:
         count = div_ceil(len(content), self._cluster_size)
         if not count:
             return 0
-        placed = await _answer(lambda: self._counts.allocate_contiguous(count))
+        placed = await hindered(answered(lambda: self._counts.allocate_contiguous(count)))
         self._placed.append(placed)
         self._counts.metadata.update(range(placed.cluster, placed.cluster + count))
         await self.settle()
@@ -421,7 +412,7 @@ class _Change:
         return is_changed
 
     async def _counts_from(self, cluster: int) -> tuple[int, array[int]]:
-        return await _answer(lambda: self._counts.counts_from(cluster))
+        return await hindered(answered(lambda: self._counts.counts_from(cluster)))
 
     async def fix_active_l1(self) -> None:
         """The same for the active L1 table, whose flags follow those of its L2 tables."""
