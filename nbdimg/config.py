@@ -157,7 +157,8 @@ class AdminConfig:
 @dataclass(frozen=True, slots=True)
 class ExportConfig:
     """One image. `format` None means: by its magic. `block_size_min` in bytes. `key_path`: a file that holds the
-    passphrase of an encrypted image. `roots`: directories besides the image's own in which what it refers to may lie.
+    passphrase of the chain's encrypted images; `key_paths`: (image, such a file of its own), each image once.
+    `roots`: directories besides the image's own in which what it refers to may lie.
     `access`: the rules of which one must match a client; without rules all who connect may open it; a client
     may write when a rule that matches it is not read-only. `is_tls_only` counts in the TLS mode "selective" alone.
     `parent_path`: the file to take as the parent of a differencing vhdx image. `accepts_lost_log`: see `OpenOptions`.
@@ -176,6 +177,7 @@ class ExportConfig:
     description: str = ""
     block_size_min: int = 1
     key_path: str | None = None
+    key_paths: tuple[tuple[str, str], ...] = ()
     roots: tuple[str, ...] = ()
     access: tuple[AccessRule, ...] = ()
     is_tls_only: bool = True
@@ -195,7 +197,7 @@ class ExportConfig:
             raise ConfigError(f"overlay is {escaped(self.overlay)}, expected per-client or kept")
         if self.is_read_only:
             raise ConfigError("overlays are there to be written, expected the export not to be read-only")
-        if self.key_path is not None:
+        if self.key_path is not None or self.key_paths:
             raise ConfigError("the image is encrypted and overlays of it would not be, expected one or the other")
         if self.overlay == "kept" and self.overlay_directory is None:
             raise ConfigError("overlays that are kept need a directory of their own")

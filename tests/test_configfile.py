@@ -65,6 +65,7 @@ read_only = true
 description = "a disk"
 min_block_size = "4K"
 key_file = "second.key"
+key_files = { "bases/b.qcow2" = "b.key", "/a" = "/a.key" }
 allow_references = ["bases", "/srv"]
 parent = "bases/parent.vhdx"
 accept_lost_log = true
@@ -126,6 +127,7 @@ def test_load_full_file_maps_every_key(file: Path) -> None:
         description="a disk",
         block_size_min=4096,
         key_path=f"{here}/second.key",
+        key_paths=(("/a", "/a.key"), (f"{here}/bases/b.qcow2", f"{here}/b.key")),
         roots=(f"{here}/bases", "/srv"),
         parent_path=f"{here}/bases/parent.vhdx",
         accepts_lost_log=True,
@@ -499,6 +501,22 @@ def test_load_inline_secret_is_refused_and_not_shown(file: Path, text: str) -> N
 def test_load_secret_in_place_of_its_file_is_refused_and_not_shown(file: Path) -> None:
     text = f"[tls]\ncertificate_file = 'x'\nkey_file = '''-----BEGIN PRIVATE KEY-----\n{SECRET}'''"
     assert problems(file, text) == ("3: tls.key_file: this is the content of a file, expected the name of one",)
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        (f"'{SECRET}'", ': expected a table, as { "base.qcow2" = "base.key" }'),
+        ("{ a = 3 }", ".a: 3 is not allowed, expected a string"),
+        ("{ '' = 'k' }", ".: '' is not allowed, expected the name of a file"),
+        (f"{{ a = '-----BEGIN {SECRET}' }}", ".a: this is the content of a file, expected the name of one"),
+        ("{ a = 'k', 'HERE/a' = 'k' }", ".a: 'HERE/a' is given twice"),
+    ],
+)
+def test_load_key_files_that_cannot_be_are_told_by_image(file: Path, table: str, expected: str) -> None:
+    text = f"[[exports]]\npath = 'x'\nkey_files = {table}\n"
+    here = str(file.parent)
+    assert problems(file, text.replace("HERE", here)) == (f"3: exports[0].key_files{expected.replace('HERE', here)}",)
 
 
 def test_load_missing_file_and_wrong_encoding_are_told(tmp_path: Path) -> None:

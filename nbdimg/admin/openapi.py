@@ -260,6 +260,11 @@ def _export_schemas() -> Json:
                     "description": _STRING,
                     "min_block_size": _SIZE,
                     "key_file": _STRING,
+                    "key_files": {
+                        "type": "object",
+                        "additionalProperties": _STRING,
+                        "description": "by image of the chain, the key file of those that have their own",
+                    },
                     "allow_references": _STRINGS,
                     "parent": _STRING,
                     "accept_lost_log": _BOOLEAN,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nbdimg.cli.healthcheck import DEFAULT_SOCKET, SOCKET_VARIABLE
-from nbdimg.cli.options import AsJson, name_and_image, parsed
+from nbdimg.cli.options import AsJson, BackingKeyFile, key_paths, name_and_image, parsed
 from nbdimg.cli.output import dated, print_json, print_table, shown, sized
 from nbdimg.errors import ConfigError
 from nbdimg.formats import DRIVERS
@@ -111,6 +111,7 @@ def add(
     key_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="The passphrase of an encrypted image, from a file.")
     ] = None,
+    backing_key_file: BackingKeyFile = None,
     allow_references: Annotated[
         list[str] | None, typer.Option(metavar="DIR", help="Backing and data files may lie in DIR too; repeatable.")
     ] = None,
@@ -134,6 +135,7 @@ def add(
         "description": description,
         "min_block_size": parsed("--min-block-size", parse_size, min_block_size),
         "key_file": None if key_file is None else whole(key_file),
+        "key_files": dict(key_paths(backing_key_file, whole)) or None,
         "allow_references": None if allow_references is None else [whole(each) for each in allow_references],
     }
     body = {key: value for key, value in given.items() if value is not None}

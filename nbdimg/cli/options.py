@@ -27,6 +27,13 @@ Parent = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="The parent of a differencing vhdx image, in place of the one it names."),
 ]
+BackingKeyFile = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="IMAGE=FILE",
+        help="The passphrase, from a file, of one image of a chain that has its own; repeatable.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -49,6 +56,24 @@ def parsed(option: str, parse: Callable[[str], T], text: str | None) -> T | None
         return parse(text)
     except ConfigError as error:
         raise ConfigError(f"{option}: {error}") from None
+
+
+def key_paths(options: list[str] | None, whole: Callable[[str], str] = str) -> tuple[tuple[str, str], ...]:
+    """Images, and the files of their passphrases, of --backing-key-file, each as `whole` makes it. An image's name may
+    have a `=`.
+
+    Raises: ConfigError: a part is empty, or an image is named twice.
+    """
+    found: dict[str, str] = {}
+    for text in options or ():
+        name, _, path = text.rpartition("=")
+        if not name or not path:
+            expected = "expected IMAGE=FILE, no part of it empty"
+            raise ConfigError(f"--backing-key-file: {escaped(text)} is not allowed, {expected}")
+        if (image := whole(name)) in found:
+            raise ConfigError(f"--backing-key-file: {escaped(image)} is given twice")
+        found[image] = whole(path)
+    return tuple(found.items())
 
 
 def name_and_image(argument: str, *, is_here: bool = True) -> tuple[str | None, str]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from nbdimg.cli.interrupt import interrupted_between
 from nbdimg.cli.opened import opening
-from nbdimg.cli.options import AllowReferences, AsJson, Format, Parent
+from nbdimg.cli.options import AllowReferences, AsJson, BackingKeyFile, Format, Parent, key_paths
 from nbdimg.cli.output import ProgressReport, print_json, progress, shown, sized
 from nbdimg.errors import ConfigError, ImageFailed, escaped
 from nbdimg.formats import open_image, read_key_file, resize_image
 from nbdimg.formats.newfile import naming
 from nbdimg.formats.vhdx.driver import VhdxDriver
+from nbdimg.image.image import Image
 from nbdimg.server.loop import run_loop
 from nbdimg.units import align_up, parse_size
 
@@ -36,6 +39,7 @@ def resize(
             help="The passphrase of an encrypted image, from a file; needed only where zeroes must be written.",
         ),
     ] = None,
+    backing_key_file: BackingKeyFile = None,
     allow_references: AllowReferences = None,
     parent: Parent = None,
     as_json: AsJson = False,
@@ -44,10 +48,18 @@ def resize(
 
     SIZE is rounded up to whole sectors, of 512 bytes but for some vhdx images; for raw ones it is taken as it is.
     """
-    key = None if key_file is None else read_key_file(key_file)
-    roots = tuple(allow_references or ())
+    opener = partial(
+        open_image,
+        image,
+        format=format,
+        roots=tuple(allow_references or ()),
+        key=None if key_file is None else read_key_file(key_file),
+        own_keys={name: read_key_file(path) for name, path in key_paths(backing_key_file)},
+        is_keyless=True,
+        parent=parent,
+    )
     with progress() as shown_progress, interrupted_between(shown_progress) as report:
-        found, old, new = run_loop(_resized(image, size, shrink, format, key, roots, parent, report))
+        found, old, new = run_loop(_resized(image, size, shrink, opener, report))
     if as_json:
         print_json(path=image, format=found, size=new, old_size=old)
     elif new == old:
@@ -60,16 +72,13 @@ async def _resized(
     path: str,
     text: str,
     may_shrink: bool,
-    format: str | None,
-    key: bytes | None,
-    roots: tuple[str, ...],
-    parent: str | None,
+    opener: Callable[[], Awaitable[Image]],
     report: ProgressReport | None,
 ) -> tuple[str, int, int]:
     """The image's format, old and new size."""
     wanted(text, 0)
     with opening(path):
-        image = await open_image(path, format=format, roots=roots, key=key, is_keyless=True, parent=parent)
+        image = await opener()
     try:
         old = image.size
         size = wanted(text, old)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nbdimg.cli.options import name_and_image, parsed
+from nbdimg.cli.options import BackingKeyFile, key_paths, name_and_image, parsed
 from nbdimg.cli.running import serve_file, serve_images
 from nbdimg.config import DEFAULT_LISTENER, LOG_FORMATS, SANDBOX_MODES, ExportConfig
 from nbdimg.configfile import Overrides, config_without_file
@@ -63,6 +63,7 @@ def serve(
     key_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="The passphrase of encrypted images, from a file.")
     ] = None,
+    backing_key_file: BackingKeyFile = None,
     allow_references: Annotated[
         list[str] | None,
         typer.Option(
@@ -225,7 +226,7 @@ def serve(
     if config is not None:
         images_own = (
             *(images, format, read_only, description, key_file, allow_references, min_block_size != "1"),
-            *(parent, accept_lost_log, overlay, overlay_dir),
+            *(backing_key_file, parent, accept_lost_log, overlay, overlay_dir),
         )
         if any(images_own):
             raise ConfigError(f"with --config images and their options stand in {config}, not on the command line")
@@ -240,6 +241,7 @@ def serve(
             description=description,
             block_size_min=block_size_min,
             key_path=key_file,
+            key_paths=key_paths(backing_key_file),
             roots=tuple(allow_references or ()),
             parent_path=parent,
             accepts_lost_log=accept_lost_log,

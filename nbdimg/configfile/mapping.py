@@ -28,6 +28,7 @@ from nbdimg.configfile.values import (
     list_of,
     listener_uri,
     one_of,
+    pairs_of,
     path_in,
     string,
     tcp_address,
@@ -50,8 +51,8 @@ TOP_KEYS = (
 )
 TLS_KEYS = ("certificate_file", "key_file", "client_ca_file", "crl_file", "psk_file", "mode", "min_version")
 EXPORT_KEYS = (
-    *("name", "path", "format", "read_only", "description", "min_block_size", "key_file", "allow_references"),
-    *("tls", "access", "overlay", "overlay_dir", "parent", "accept_lost_log"),
+    *("name", "path", "format", "read_only", "description", "min_block_size", "allow_references"),
+    *("key_file", "key_files", "tls", "access", "overlay", "overlay_dir", "parent", "accept_lost_log"),
 )
 OVERLAY_MODES = ("per-client", "kept")
 ADMIN_KEYS = ("socket", "listen", "token_file")
@@ -218,6 +219,7 @@ def _export(table: Table, directory: str) -> ExportConfig | None:
         description=table.get("description", wire_string, ""),
         block_size_min=table.get("min_block_size", block_size, 1),
         key_path=table.path("key_file"),
+        key_paths=table.get("key_files", pairs_of(path_in(directory)), ()),
         roots=table.get("allow_references", list_of(path_in(directory)), ()),
         access=tuple(_access(each) for each in table.tables("access", ACCESS_KEYS)),
         is_tls_only=table.get("tls", boolean, True),

@@ -116,9 +116,9 @@ def block_size(value: object) -> int:
 
 
 class ElementError(ConfigError):
-    """Element `index` of a list is wrong."""
+    """Element `index` of a list, or of a table, is wrong."""
 
-    def __init__(self, index: int, message: str) -> None:
+    def __init__(self, index: int | str, message: str) -> None:
         super().__init__(message)
         self.index = index
 
@@ -132,7 +132,23 @@ def list_of(each: Parse[T]) -> Parse[tuple[T, ...]]:
     return parse
 
 
-def _element(parse: Parse[T], index: int, item: object) -> T:
+def pairs_of(each: Parse[T]) -> Parse[tuple[tuple[T, T], ...]]:
+    """A table of files and the files of their secrets; the order in which they stand means nothing."""
+
+    def parse(value: object) -> tuple[tuple[T, T], ...]:
+        if not isinstance(value, dict):
+            raise ConfigError('expected a table, as { "base.qcow2" = "base.key" }')
+        found: dict[T, T] = {}
+        for key in sorted(value):
+            if (parsed := _element(each, key, key)) in found:
+                raise ElementError(key, f"{escaped(str(parsed))} is given twice")
+            found[parsed] = _element(each, key, value[key])
+        return tuple(found.items())
+
+    return parse
+
+
+def _element(parse: Parse[T], index: int | str, item: object) -> T:
     try:
         return parse(item)
     except ConfigError as error:

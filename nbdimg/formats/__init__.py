@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from nbdimg.errors import ConfigError, ImageError, ImageLocked, UnrecognizedFormat, UnsupportedFeature
 from nbdimg.formats import raw
 from nbdimg.formats.gate import ConfinedGate
+from nbdimg.formats.keys import Keys
 from nbdimg.formats.options import Backing, OpenOptions
 from nbdimg.formats.probe import HEAD_SIZE, planted, probe
 from nbdimg.formats.qcow2.create import create as qcow2_create
@@ -82,6 +83,7 @@ async def open_image(
     lock: bool = True,
     roots: Iterable[str | os.PathLike[str]] = (),
     key: bytes | None = None,
+    own_keys: Mapping[str, bytes] | None = None,
     snapshot: str | None = None,
     is_keyless: bool = False,
     parent: str | os.PathLike[str] | None = None,
@@ -91,20 +93,22 @@ async def open_image(
     """Open an image and its chain, locked against other users unless `lock` is False.
 
     Without `format` the file's magic decides; a file without one is raw, and then a write that would plant a magic
-    is refused. What the image refers to lies beneath its own directory or one of `roots`. `key` opens an encrypted
-    image; `snapshot` is the id or name of an internal one, read-only. With `is_keyless` it opens without a key, for
-    those who do not touch the guest's data. `parent` is the file to take as the parent of a differencing vhdx image,
-    which may lie anywhere; `accepts_lost_log` opens vhdx images whose log is lost, see `vhdx.log.load_active`.
-    `asks_for_writing` refuses what is no image to be written to, though `writable` may be False.
+    is refused. What the image refers to lies beneath its own directory or one of `roots`. `key` is the passphrase of
+    the chain's encrypted images, but for those to which a path in `own_keys` leads; `snapshot` is the id or name of an
+    internal one, read-only. With `is_keyless` images open without a key, for those who do not touch the guest's data.
+    `parent` is the file to take as the parent of a differencing vhdx image, which may lie anywhere; `accepts_lost_log`
+    opens vhdx images whose log is lost, see `vhdx.log.load_active`. `asks_for_writing` refuses what is no image to be
+    written to, though `writable` may be False.
 
     Raises:
-        ConfigError: `format` has no driver; the key or the snapshot does not fit; a parent is given to an image
-            without one.
+        ConfigError: `format` has no driver; a key or the snapshot does not fit; a name in `own_keys` leads to no
+            encrypted image of the chain; a parent is given to an image without one.
         ImageLocked: another process uses the image.
         ImageError: it cannot be opened for what it is or refers to.
         OSError: the file cannot be opened or read.
     """
     check_format(format)
+    keys = Keys(key, own_keys)
     file = PosixFile(path, writable=writable)
     try:
         if lock:
@@ -113,16 +117,23 @@ async def open_image(
         if format is None:
             format = await probed_format(file)
             guard = HeadGuard(HEAD_SIZE, planted) if format == "raw" and writable else None
+        if format != "qcow2":
+            keys.check_asked_for(file.path)  # neither it nor what a vhdx image lies over is ever encrypted
+
+        async def check_keys(_: Backing | None) -> None:
+            keys.check_asked_for(file.path)
+
         with ConfinedGate(file, roots=roots, lock=lock) as gate:
             options = OpenOptions(
                 gate,
                 writable,
-                key,
+                keys,
                 snapshot,
                 is_keyless,
                 parent_path=None if parent is None else os.fspath(parent),
                 accepts_lost_log=accepts_lost_log,
                 asks_for_writing=asks_for_writing,
+                open_backing=check_keys,
             )
             return await open_file(file, format, options, guard=guard)
     except BaseException:
@@ -164,7 +175,7 @@ async def _open_backing(backing: Backing, options: OpenOptions) -> Image:
         )
     file = await first_that_opens(backing.references, options.gate.open)
     below = OpenOptions(
-        options.gate, key=options.key, is_keyless=options.is_keyless, accepts_lost_log=options.accepts_lost_log
+        options.gate, keys=options.keys, is_keyless=options.is_keyless, accepts_lost_log=options.accepts_lost_log
     )
     try:
         image = await open_file(file, backing.format, below)

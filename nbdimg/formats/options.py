@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+from nbdimg.formats.keys import Keys
 from nbdimg.image.driver import FormatDriver
 from nbdimg.image.gate import OpenGate, Reference
 
@@ -15,7 +16,7 @@ async def _ignore(backing: Backing | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class OpenOptions:
-    """`key`: a passphrase. `snapshot`: the id or name of an internal snapshot to open in place of the active state.
+    """`keys`: passphrases. `snapshot`: the id or name of an internal snapshot to open in place of the active state.
 
     `is_keyless`: the guest's data does not matter, so an encrypted image opens without its key; to read or write data
     in it is a ConfigError then. Metadata is never encrypted. `file_size_max`: where the file may grow to in bytes,
@@ -33,7 +34,7 @@ class OpenOptions:
 
     gate: OpenGate
     writable: bool = False
-    key: bytes | None = field(default=None, repr=False)
+    keys: Keys = field(default_factory=Keys)
     snapshot: str | None = None
     is_keyless: bool = False
     file_size_max: int | None = None

@@ -258,7 +258,7 @@ def _export_needs(config: ExportConfig) -> Iterator[tuple[str, Access]]:
     yield from _around(config.path, access)
     for root in config.roots:
         yield os.path.realpath(root), access
-    for path in (config.key_path, config.parent_path):
+    for path in (config.key_path, config.parent_path, *(key for _, key in config.key_paths)):
         if path is not None:
             yield from _around(path, READ)
     if config.overlay is not None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -45,6 +45,8 @@ SNAPSHOT_EXPORTS_MAX = 64
 
 SNAPSHOT_TABLES_MAX = 64 * MiB
 """Bytes of the L1 tables of those that are exported when an image is opened: 64 of 64 TiB at 64 KiB clusters."""
+
+Opener = Callable[..., Awaitable[Image]]
 
 logger = logging.getLogger("nbdimg")
 
@@ -350,9 +352,9 @@ async def open_exports(config: ExportConfig, limits: Limits, *, is_trial: bool =
     Raises: ConfigError, ImageError.
     """
     exports: list[Export] = []
-    key = await _key(config)
+    opener = await _opener(config)
     try:
-        await _open_all(exports, config, limits, key, is_trial=is_trial)
+        await _open_all(exports, config, limits, opener, is_trial=is_trial)
     except BaseException as error:
         await close_exports(exports)
         if isinstance(error, OSError):
@@ -361,8 +363,12 @@ async def open_exports(config: ExportConfig, limits: Limits, *, is_trial: bool =
     return exports
 
 
-async def _key(config: ExportConfig) -> bytes | None:
-    return None if config.key_path is None else await workers().run(read_key_file, config.key_path)
+async def _opener(config: ExportConfig) -> Opener:
+    """`open_image` with what the image and its snapshots have in common. Raises: as `read_key_file`."""
+    read = partial(workers().run, read_key_file)
+    key = None if config.key_path is None else await read(config.key_path)
+    own_keys = {image: await read(path) for image, path in config.key_paths}
+    return partial(open_image, config.path, roots=config.roots, key=key, own_keys=own_keys)
 
 
 def _unopened(config: ExportConfig, error: OSError) -> ImageError:
@@ -377,17 +383,14 @@ async def close_exports(exports: Sequence[Export]) -> None:
 
 
 async def _open_all(
-    exports: list[Export], config: ExportConfig, limits: Limits, key: bytes | None, *, is_trial: bool
+    exports: list[Export], config: ExportConfig, limits: Limits, opener: Opener, *, is_trial: bool
 ) -> None:
     name = named(config)
-    image = await open_image(
-        config.path,
+    image = await opener(
         format=config.format,
         writable=not (config.only_reads_image or is_trial),
         asks_for_writing=not config.only_reads_image,
         lock=not is_trial,
-        roots=config.roots,
-        key=key,
         parent=config.parent_path,
         accepts_lost_log=config.accepts_lost_log,
     )
@@ -400,26 +403,22 @@ async def _open_all(
         logger.warning("%s: of %s %d are exported", name, counted(count, "snapshot"), len(labels))
     for snapshot_id, label in labels.items():
         try:
-            exports.append(await _open_snapshot(config, snapshot_id, label, limits, key))
+            exports.append(await _open_snapshot(config, snapshot_id, label, limits, opener))
         except ConfigError as error:
             logger.warning("snapshot %s of %s is not exported: %s", escaped(label), escaped(name), error)
 
 
 async def open_snapshot(config: ExportConfig, snapshot_id: str, label: str, limits: Limits) -> Export:
     """An internal snapshot as NAME@LABEL, of an image that is open already. Raises: as `open_exports`."""
-    key = await _key(config)
+    opener = await _opener(config)
     try:
-        return await _open_snapshot(config, snapshot_id, label, limits, key)
+        return await _open_snapshot(config, snapshot_id, label, limits, opener)
     except OSError as error:
         raise _unopened(config, error) from None
 
 
-async def _open_snapshot(
-    config: ExportConfig, snapshot_id: str, label: str, limits: Limits, key: bytes | None
-) -> Export:
-    image = await open_image(
-        config.path, format="qcow2", writable=False, lock=False, roots=config.roots, key=key, snapshot=snapshot_id
-    )
+async def _open_snapshot(config: ExportConfig, snapshot_id: str, label: str, limits: Limits, opener: Opener) -> Export:
+    image = await opener(format="qcow2", writable=False, lock=False, snapshot=snapshot_id)
     return await _export(f"{named(config)}@{label}", image, config, limits, snapshot_id=snapshot_id)
 
 

@@ -141,7 +141,7 @@ def test_check_takes_the_environment_into_account(
     "arguments",
     [
         *(["disk.img"], ["--read-only"], ["--format", "raw"], ["--key-file", "x"], ["--min-block-size", "512"]),
-        *(["--parent", "x"], ["--accept-lost-log"]),
+        *(["--parent", "x"], ["--accept-lost-log"], ["--backing-key-file", "x=y"]),
     ],
 )
 def test_serve_config_with_an_image_or_its_options_exits_2(

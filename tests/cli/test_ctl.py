@@ -116,6 +116,20 @@ def test_add_that_is_refused_says_why_in_the_servers_words(ctl: Ctl, served: Ser
     assert ctl("add", "--min-block-size=x", missing, status=USAGE).startswith("--min-block-size: 'x'")
 
 
+def test_add_key_files_of_a_chain_are_meant_from_here(
+    ctl: Ctl, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = served.image("plain.img")
+    monkeypatch.chdir(served.images)
+    Path("k").write_text("k")
+    said = ctl("add", "plain.img", "--backing-key-file=base=k", status=USAGE)
+    assert said.startswith(f"{path}: a key is given for {served.images}/base, which is no encrypted image of its chain")
+    said = ctl("add", "plain.img", "--backing-key-file=base=none", status=USAGE)
+    assert said == f"key file {served.images}/none: No such file or directory"
+    said = ctl("add", "plain.img", "--backing-key-file=base=k", "--backing-key-file=./base=k", status=USAGE)
+    assert said == f"--backing-key-file: '{served.images}/base' is given twice"
+
+
 @pytest.mark.parametrize("image", ["", "new=", "=new.img"])
 def test_add_with_an_empty_part_is_refused_and_not_taken_for_the_directory(ctl: Ctl, image: str) -> None:
     assert (

@@ -118,6 +118,23 @@ def test_resize_over_an_encrypted_backing_file_takes_a_key_file_where_that_must_
 
 
 @pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        (["key"], "--backing-key-file: 'key' is not allowed, expected IMAGE=FILE, no part of it empty"),
+        (["=key"], "--backing-key-file: '=key' is not allowed, .*"),
+        (["a.qcow2="], "--backing-key-file: 'a.qcow2=' is not allowed, .*"),
+        (["a.qcow2=key", "a.qcow2=key"], "--backing-key-file: 'a.qcow2' is given twice"),
+        (["a=b=none"], "key file none: No such file or directory"),
+        (["a=b=key"], "a.qcow2: a key is given for a=b, which is no encrypted image of its chain, there is none"),
+    ],
+)
+def test_resize_key_file_of_an_image_that_cannot_be_is_refused(refused: Any, options: list[str], pattern: str) -> None:
+    qemu_img("create", "-q", "-f", "qcow2", "a.qcow2", "1M")
+    Path("key").write_text("key\n")
+    refused(["a.qcow2", "2M", *(f"--backing-key-file={each}" for each in options)], USAGE, pattern)
+
+
+@pytest.mark.parametrize(
     ("arguments", "status", "pattern"),
     [
         (["a.qcow2", "512K"], USAGE, "a.qcow2: the size would go from 1048576 to 524288 bytes .* takes --shrink"),

@@ -15,6 +15,7 @@ from unittest import mock
 
 from nbdimg.errors import ConfigError, ImageError
 from nbdimg.formats import open_file
+from nbdimg.formats.keys import Keys
 from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.qcow2 import luks
 from nbdimg.formats.qcow2.check import check
@@ -122,8 +123,8 @@ async def opened(start: Start, files: Sequence[BlockFile], *, writable: bool, sn
     }
     if len(files) > 1:
         others[DATA] = files[1]
-    key = KEY if start.is_encrypted else None
-    options = OpenOptions(FilesGate(others), writable, key, snapshot=snapshot)
+    keys = Keys(KEY if start.is_encrypted else None)
+    options = OpenOptions(FilesGate(others), writable, keys, snapshot=snapshot)
     with mock.patch.object(luks, "unlock", _unlock):
         return await open_file(files[0], "qcow2", options)
 

@@ -856,6 +856,7 @@ def test_sigterm_drains_clients_of_overlays_and_exits_0(
         ('overlay_dir = "x"', 4, "overlay_dir: a directory for overlays is given"),
         ('read_only = true\noverlay = "per-client"', 5, "overlay: overlays are there to be written"),
         ('overlay = "per-client"\nkey_file = "k"', 4, "overlay: the image is encrypted"),
+        ('overlay = "per-client"\nkey_files = { x = "k" }', 4, "overlay: the image is encrypted"),
     ],
 )
 def test_configuration_of_overlays_that_contradicts_itself_is_refused_with_its_line(

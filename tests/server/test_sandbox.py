@@ -499,6 +499,7 @@ def test_reload_of_what_the_sandbox_does_not_cover_is_refused_and_asks_for_a_res
         (keep + export("a", "link.img"), f"{outside} for writing, {RESTART}"),
         (keep + f'allow_references = ["{outside}"]\n', f"{outside} for writing, {RESTART}"),
         (keep + f'key_file = "{outside}/a.img"\n', f"{outside} for reading, {RESTART}"),
+        (keep + f'key_files = {{ x = "{outside}/a.img" }}\n', f"{outside} for reading, {RESTART}"),
         (port + keep, f"the sandbox does not allow TCP port 1, {RESTART}"),
         (unix + keep, f"{outside} for sockets, {RESTART}"),
         ('sandbox = "off"\n' + keep, "sandbox was auto at the start and would be off: restart nbdimg to change it"),

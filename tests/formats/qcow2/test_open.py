@@ -13,6 +13,7 @@ import pytest
 from nbdimg.errors import ConfigError, CorruptImage, ImageError, ImageLocked, UnsupportedFeature
 from nbdimg.formats import open_file, open_image
 from nbdimg.formats.gate import DenyGate
+from nbdimg.formats.keys import Keys
 from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.qcow2 import luks
 from nbdimg.formats.qcow2.create import create as create_qcow2
@@ -292,4 +293,4 @@ def test_flush_after_a_write_in_place_costs_one_barrier_and_after_an_allocation_
 
 
 def test_key_is_not_shown_with_the_options() -> None:
-    assert "horse" not in repr(OpenOptions(DenyGate(), key=b"correct horse"))
+    assert "horse" not in repr(OpenOptions(DenyGate(), keys=Keys(b"correct horse", {"x": b"horse"})))
