@@ -190,11 +190,7 @@ def test_a_record_that_claims_too_much_ends_where_the_longest_does() -> None:
 def test_quiet_socket_means_that_nothing_is_left_inside(site: Site) -> None:
     """E1, with as little room as is allowed and input that ends anywhere within a record."""
     source = random.Random(SEED)
-    near, far = socket.socketpair()
-    with near, far:
-        near.setblocking(False)
-        layer = Tls(site.tls).wrap(near)
-        session = far_end(site, far, layer)
+    with both_ends(site) as (near, layer, far, session):
         for _ in range(200):
             sent = source.randbytes(source.randrange(1, 150_000))
             outgoing = b"".join(encrypted(session, sent[at : at + 16 * KIB]) for at in range(0, len(sent), 16 * KIB))
@@ -211,11 +207,7 @@ def test_quiet_socket_means_that_nothing_is_left_inside(site: Site) -> None:
 
 
 def test_receive_takes_as_many_tiny_records_as_are_a_turn_and_keeps_the_rest(site: Site) -> None:
-    near, far = socket.socketpair()
-    with near, far:
-        near.setblocking(False)
-        layer = Tls(site.tls).wrap(near)
-        end = far_end(site, far, layer)
+    with both_ends(site) as (near, layer, far, end):
         data = random.Random(SEED).randbytes(3000)
         far.sendall(b"".join(encrypted(end, bytes([each])) for each in data))
         received = b""
@@ -254,11 +246,7 @@ def test_ciphertext_that_waits_counts_as_pending_and_leaves(site: Site) -> None:
     sent = random.Random(SEED).randbytes(200 * KIB)
 
     async def main() -> bytes:
-        near, far = socket.socketpair()
-        with near, far:
-            near.setblocking(False)
-            layer = Tls(site.tls).wrap(near)
-            end = far_end(site, far, layer)
+        with both_ends(site) as (near, layer, far, end):
             near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * KIB)
             all_left = asyncio.Event()
             shared = Shared(asyncio.get_running_loop(), Registry(), Limits())
@@ -304,11 +292,7 @@ class FickleSocket:
 
 def test_socket_that_takes_what_it_likes_gets_each_byte_of_ciphertext_once(site: Site) -> None:
     source = random.Random(SEED)
-    near, far = socket.socketpair()
-    with near, far:
-        near.setblocking(False)
-        layer = Tls(site.tls).wrap(near)
-        end = far_end(site, far, layer)
+    with both_ends(site) as (_, layer, _, end):
         fickle, sent_before, sent = FickleSocket(source), layer.sent_bytes, b""
         layer._sock = fickle  # type: ignore[assignment]
         for _ in range(300):
@@ -355,11 +339,7 @@ def test_what_was_queued_for_a_socket_that_is_closed_meanwhile_is_not_sent(site:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _, context: errors.append(context))
-        near, far = socket.socketpair()
-        with near, far:
-            near.setblocking(False)
-            layer = Tls(site.tls).wrap(near)
-            far_end(site, far, layer)
+        with both_ends(site) as (near, layer, _, _):
             near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * KIB)
             shared = Shared(loop, Registry(), Limits())
             outbox = TlsOutbox(layer, shared, lambda: errors.append("room"), errors.append)
@@ -416,6 +396,16 @@ def far_end(site: Site, sock: socket.socket, layer: TlsSocket) -> FarEnd:
     return end
 
 
+@contextlib.contextmanager
+def both_ends(site: Site) -> Iterator[tuple[socket.socket, TlsSocket, socket.socket, FarEnd]]:
+    """A server's socket and TLS over it, a client's and its end; the handshake is complete."""
+    near, far = socket.socketpair()
+    with near, far:
+        near.setblocking(False)
+        layer = Tls(site.tls).wrap(near)
+        yield near, layer, far, far_end(site, far, layer)
+
+
 def key_updates(end: FarEnd, count: int) -> bytes:
     """What a client sends that changes its key so often and asks for a new one of the server's each time.
 
@@ -432,11 +422,7 @@ def key_updates(end: FarEnd, count: int) -> bytes:
 
 
 def test_key_updates_now_and_then_change_nothing(site: Site) -> None:
-    near, far = socket.socketpair()
-    with near, far:
-        near.setblocking(False)
-        layer = Tls(site.tls).wrap(near)
-        end = far_end(site, far, layer)
+    with both_ends(site) as (_, layer, far, end):
         for _ in range(100):
             far.sendall(key_updates(end, 1) + encrypted(end, b"data") + key_updates(end, 1))
             assert layer.recv(64 * KIB) == b"data"
@@ -447,11 +433,7 @@ def test_key_updates_now_and_then_change_nothing(site: Site) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"with data"])
 def test_flood_of_key_updates_ends_before_it_costs_a_turn(site: Site, data: bytes) -> None:
-    near, far = socket.socketpair()
-    with near, far:
-        near.setblocking(False)
-        layer = Tls(site.tls).wrap(near)
-        end = far_end(site, far, layer)
+    with both_ends(site) as (_, layer, far, end):
         for _ in range(20):
             far.sendall(key_updates(end, 100) + (encrypted(end, data * 10) if data else b""))
         with pytest.raises(TlsError, match="records without data"):
@@ -462,12 +444,8 @@ def test_flood_of_key_updates_ends_before_it_costs_a_turn(site: Site, data: byte
 
 def test_answers_to_key_updates_that_nobody_takes_do_not_pile_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tls_module, "BACKLOG_MAX", 16 * KIB)
-    near, far = socket.socketpair()
-    with near, far:
-        near.setblocking(False)
+    with both_ends(site) as (near, layer, far, end):
         near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * KIB)
-        layer = Tls(site.tls).wrap(near)
-        end = far_end(site, far, layer)
 
         def update_for_ever() -> None:
             while True:
