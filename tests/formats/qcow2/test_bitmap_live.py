@@ -24,9 +24,9 @@ from tests.formats.qcow2.test_bitmaps import (
     dirty_of,
     made,
     opened,
-    put,
     stored,
     straddling,
+    with_inconsistent,
 )
 from tests.support.faultfile import FaultFile
 from tests.support.qcow2edit import qemu_img
@@ -156,9 +156,7 @@ def test_actions_together_are_all_carried_out_or_none(tmp_path: Path) -> None:
 
 def test_inconsistent_bitmap_of_an_open_image_can_only_be_removed(tmp_path: Path) -> None:
     async def run() -> None:
-        content = bytearray(made(tmp_path / "disk", bitmaps=("b0", "b1")))
-        put("directory", 12, ">I", 3)(content)
-        file = MemoryFile(content)
+        file = with_inconsistent(tmp_path / "disk")
         image = await opened(file)
         with pytest.raises(ConfigError, match=r"bitmap 'b0' is inconsistent.*it can only be removed"):
             await change(image, BitmapAction("clear", "b0"))

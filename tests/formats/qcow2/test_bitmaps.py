@@ -139,6 +139,13 @@ def put(kind: str, offset: int, layout: str, *values: int) -> Callable[[bytearra
     return change
 
 
+def with_inconsistent(path: Path) -> MemoryFile:
+    """An image whose bitmap b0 is in use and enabled, as after a crash; b1 is consistent."""
+    content = bytearray(made(path, bitmaps=("b0", "b1")))
+    put("directory", 12, ">I", 3)(content)
+    return MemoryFile(content)
+
+
 def same_names(content: bytearray) -> None:
     start = directory(content)
     second = content.index(b"b1", start)
@@ -802,9 +809,7 @@ def test_edit_that_cannot_be_is_refused(tmp_path: Path, edit: Callable[[BitmapEd
 
 def test_edit_of_an_inconsistent_bitmap_is_refused_and_removal_is_not(tmp_path: Path) -> None:
     async def run() -> None:
-        content = bytearray(made(tmp_path / "disk", bitmaps=("b0", "b1")))
-        put("directory", 12, ">I", 3)(content)
-        file = MemoryFile(content)
+        file = with_inconsistent(tmp_path / "disk")
         editor = await open_editor(file)
         for edit in (editor.clear, lambda name: editor.enable(name, is_enabled=True)):
             with pytest.raises(ConfigError, match=r"bitmap 'b0' is inconsistent.*it can only be removed"):
