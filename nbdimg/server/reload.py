@@ -23,7 +23,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from nbdimg.config import ExportConfig, ServerConfig
@@ -31,6 +31,7 @@ from nbdimg.errors import ConfigError, ImageError, ListenError, NbdimgError
 from nbdimg.export.export import Export
 from nbdimg.limits import Limits
 from nbdimg.server import sandbox
+from nbdimg.server.difference import Difference, adjusted_to, difference
 from nbdimg.server.listen import address_of
 from nbdimg.server.service import Service, close_exports, image_of, named, open_exports, with_names
 from nbdimg.server.systemd import Notifier
@@ -43,72 +44,12 @@ WATCH_INTERVAL_S = 2.0
 """How often a watched file is looked at; the standard library has no inotify, and one stat costs a microsecond. A
 change is taken up when it has stayed as it is for so long."""
 
-IN_PLACE = frozenset({"description", "access", "is_tls_only"})
-"""Fields of ExportConfig that change while the image stays open."""
-
 LASTING = frozenset({"admin", "metrics_address", "log_format"})
 """Fields of ServerConfig that stay what they were at the start."""
 
 Stamp = tuple[str, int, int, int, int, int]
 
 logger = logging.getLogger("nbdimg")
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """What leads from one configuration to another. Pairs are (old, new)."""
-
-    added: tuple[ExportConfig, ...] = ()
-    removed: tuple[ExportConfig, ...] = ()
-    reopened: tuple[tuple[ExportConfig, ExportConfig], ...] = ()
-    adjusted: tuple[tuple[ExportConfig, ExportConfig], ...] = ()
-    listeners_added: tuple[NbdUri, ...] = ()
-    listeners_removed: tuple[NbdUri, ...] = ()
-    has_new_limits: bool = False
-    has_new_tls: bool = False
-
-    def __bool__(self) -> bool:
-        return self != Difference()
-
-    def __str__(self) -> str:
-        counts = (
-            (len(self.added), "export added", "exports added"),
-            (len(self.removed), "removed", "removed"),
-            (len(self.reopened), "reopened", "reopened"),
-            (len(self.adjusted), "adjusted", "adjusted"),
-            (len(self.listeners_added), "listener added", "listeners added"),
-            (len(self.listeners_removed), "listener removed", "listeners removed"),
-        )
-        parts = [counted(count, one, more) for count, one, more in counts if count]
-        parts += ["new limits"] * self.has_new_limits + ["new TLS settings"] * self.has_new_tls
-        return ", ".join(parts) or "nothing changed"
-
-
-def difference(old: ServerConfig, new: ServerConfig) -> Difference:
-    """Both with names. Exports are the same by name, listeners by all that they are."""
-    before = {named(each): each for each in old.exports}
-    after = {named(each): each for each in new.exports}
-    changed = [(before[name], after[name]) for name in before if name in after and before[name] != after[name]]
-    return Difference(
-        added=tuple(each for name, each in after.items() if name not in before),
-        removed=tuple(each for name, each in before.items() if name not in after),
-        reopened=tuple(pair for pair in changed if not _is_in_place(*pair)),
-        adjusted=tuple(pair for pair in changed if _is_in_place(*pair)),
-        listeners_added=tuple(each for each in new.listeners if each not in old.listeners),
-        listeners_removed=tuple(each for each in old.listeners if each not in new.listeners),
-        has_new_limits=old.limits != new.limits,
-        has_new_tls=old.tls != new.tls,
-    )
-
-
-def _is_in_place(old: ExportConfig, new: ExportConfig) -> bool:
-    return {each.name for each in fields(old) if getattr(old, each.name) != getattr(new, each.name)} <= IN_PLACE
-
-
-def _adjusted(old: ExportConfig, new: ExportConfig) -> ExportConfig:
-    """The old export with what can be new while its image stays open."""
-    fresh: dict[str, Any] = {name: getattr(new, name) for name in IN_PLACE}
-    return replace(old, **fresh)
 
 
 @dataclass(slots=True)
@@ -271,7 +212,7 @@ class Reloader:
     async def _prepare(self, found: Difference, limits: Limits) -> _Prepared:
         prepared = _Prepared([], [], [])
         leaving = (each.config for each in self._service.leaving)
-        held = {image_of(each) for each in (*found.removed, *(old for old, _ in found.reopened), *leaving)}
+        held = {image_of(each) for each in (*found.leaving, *leaving)}
         try:
             for each in (*found.added, *(new for _, new in found.reopened)):
                 if image_of(each) in held:
@@ -290,7 +231,7 @@ class Reloader:
     def _check_names(self, found: Difference, prepared: _Prepared) -> None:
         """Raises: ConfigError: two exports would have one name, as `a@b` and the snapshot b of a."""
         service = self._service
-        leaving = {export.name for name in _leaving_names(found) for export in service.exports.get(name, [])}
+        leaving = {export.name for each in found.leaving for export in service.exports.get(named(each), [])}
         names = [each.name for each in service.registry if each.name not in leaving]
         names += [export.name for _, exports in prepared.ready for export in exports]
         names += prepared.later_names
@@ -337,7 +278,7 @@ class Reloader:
     def _commit(self, found: Difference, prepared: _Prepared, new: ServerConfig) -> list[Export]:
         """Exports out of sight, others in their place. Returns those that leave."""
         service = self._service
-        leaving = [export for name in _leaving_names(found) for export in service.remove(name)]
+        leaving = [export for each in found.leaving for export in service.remove(named(each))]
         for config, exports in prepared.ready:
             service.add(config, exports)
         for _, config in found.adjusted:
@@ -380,11 +321,11 @@ class Reloader:
         service = self._service
         exports = [each for each in service.config.exports if each not in failed]
         heirs = {image_of(each): each for each in failed}
-        for old in (*found.removed, *(old for old, _ in found.reopened)):
+        for old in found.leaving:
             heir = heirs.get(image_of(old))
             if heir is None or named(old) in service.exports:
                 continue
-            restored = _adjusted(old, heir)
+            restored = adjusted_to(old, heir)
             if not await self._add_late(restored):
                 exports.append(restored)
         service.config = replace(service.config, exports=tuple(exports))
@@ -401,10 +342,6 @@ class Reloader:
 
 def _reason(error: NbdimgError | OSError) -> str:
     return str(error) if isinstance(error, NbdimgError) else f"{error.filename}: {error.strerror}"
-
-
-def _leaving_names(found: Difference) -> list[str]:
-    return [named(each) for each in (*found.removed, *(old for old, _ in found.reopened))]
 
 
 def _is_in_the_way(leaving: NbdUri, uri: NbdUri) -> bool:

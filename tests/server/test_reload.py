@@ -23,9 +23,10 @@ from nbdimg.errors import ImageLocked, ListenError
 from nbdimg.export.export import Export
 from nbdimg.limits import Limits
 from nbdimg.server import reload, service
+from nbdimg.server.difference import Difference, difference
 from nbdimg.server.listen import listen as real_listen
 from nbdimg.server.live import Control
-from nbdimg.server.reload import Difference, Reloader, difference, stamp
+from nbdimg.server.reload import Reloader, stamp
 from nbdimg.server.service import serving
 from nbdimg.server.systemd import Notifier
 from nbdimg.server.terms import terms_of
@@ -136,7 +137,6 @@ def test_difference_names_what_changed_and_nothing_else(new: ServerConfig, expec
     found = difference(BASE, new)
     assert found == expected
     assert str(found) == said
-    assert bool(found) == (said != "nothing changed")
 
 
 @pytest.mark.parametrize(
