@@ -508,6 +508,7 @@ def test_load_secret_in_place_of_its_file_is_refused_and_not_shown(file: Path) -
     [
         (f"'{SECRET}'", ': expected a table, as { "base.qcow2" = "base.key" }'),
         ("{ a = 3 }", ".a: 3 is not allowed, expected a string"),
+        ("{ a.b = 'k' }", ".a: a table is not allowed, expected a string; a name with a dot stands in quotes"),
         ("{ '' = 'k' }", ".: '' is not allowed, expected the name of a file"),
         (f"{{ a = '-----BEGIN {SECRET}' }}", ".a: this is the content of a file, expected the name of one"),
         ("{ a = 'k', 'HERE/a' = 'k' }", ".a: 'HERE/a' is given twice"),

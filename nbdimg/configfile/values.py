@@ -140,6 +140,8 @@ def pairs_of(each: Parse[T]) -> Parse[tuple[tuple[T, T], ...]]:
             raise ConfigError('expected a table, as { "base.qcow2" = "base.key" }')
         found: dict[T, T] = {}
         for key in sorted(value):
+            if isinstance(value[key], dict):
+                raise ElementError(key, "a table is not allowed, expected a string; a name with a dot stands in quotes")
             if (parsed := _element(each, key, key)) in found:
                 raise ElementError(key, f"{escaped(str(parsed))} is given twice")
             found[parsed] = _element(each, key, value[key])

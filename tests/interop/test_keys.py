@@ -140,7 +140,7 @@ def test_wrong_and_missing_passphrases_are_told_of_the_image_that_they_are_for(c
         content(path_of(chain, "top"), own_keys(chain, mid=KEYS["top"]))
     own = own_keys(chain)
     del own[mid]
-    with pytest.raises(ConfigError, match=f"^{mid}: it is encrypted, and no key file was given"):
+    with pytest.raises(ConfigError, match=f"^{mid}: it is encrypted, and no key file was given for it"):
         content(path_of(chain, "top"), own)
 
 

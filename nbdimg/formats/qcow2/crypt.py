@@ -317,7 +317,7 @@ class NoKey:
         self._path = path
 
     def error(self) -> ConfigError:
-        return ConfigError(f"{os.fspath(self._path)}: it is encrypted, and no key file was given")
+        return ConfigError(f"{os.fspath(self._path)}: it is encrypted, and no key file was given for it")
 
     def encrypt(self, sector: int, data: Buffer) -> bytes:
         raise self.error()

@@ -458,7 +458,7 @@ def test_resize_of_an_encrypted_image_within_a_cluster_needs_its_key(tmp_path: P
     path, raw = tmp_path / "a.qcow2", tmp_path / "raw"
     image = make_luks(path, 100 * KiB, "write -q -P 5 0 100k")
     for size in (MiB, 50 * KiB):
-        with pytest.raises(ConfigError, match="it is encrypted, and no key file was given"):
+        with pytest.raises(ConfigError, match="it is encrypted, and no key file was given for it"):
             resized(path, size)
         assert Edit(path).get(24) == 100 * KiB
     assert qemu_check(path).exit_status == 0
@@ -501,7 +501,7 @@ def test_grow_of_an_encrypted_raw_data_file_adds_zeroes_and_no_noise(tmp_path: P
     path, data, raw = tmp_path / "a.qcow2", tmp_path / "d", tmp_path / "raw"
     options = f"cluster_size=4k,data_file={data},data_file_raw=on"
     image = make_luks(path, 64 * KiB, "write -q -P 5 0 64k", options=options)
-    with pytest.raises(ConfigError, match="it is encrypted, and no key file was given"):
+    with pytest.raises(ConfigError, match="it is encrypted, and no key file was given for it"):
         resized(path, 128 * KiB)
     resized(path, 128 * KiB, key=b"key")
     qemu_img("convert", "-O", "raw", *image, raw)
@@ -526,7 +526,7 @@ def test_resize_that_wants_a_key_changes_nothing_without_it(
     qemu_img("bitmap", "--add", *image, "dirty")
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
     for size in wanted:
-        with pytest.raises(ConfigError, match=r"a\.qcow2: it is encrypted, and no key file was given"):
+        with pytest.raises(ConfigError, match=r"a\.qcow2: it is encrypted, and no key file was given for it"):
             resized(path, size)
         assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
@@ -542,7 +542,7 @@ def test_resize_that_wants_a_backing_files_key_changes_nothing_without_it(
     qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", tmp_path / "top", str(old + 512))
     for image in (path, tmp_path / "top"):
         before = image.read_bytes()
-        with pytest.raises(ConfigError, match="base: it is encrypted, and no key file was given"):
+        with pytest.raises(ConfigError, match="base: it is encrypted, and no key file was given for it"):
             resized(image, MiB)
         assert image.read_bytes() == before
 
