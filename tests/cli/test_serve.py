@@ -469,7 +469,7 @@ def test_serve_hangup_while_it_starts_has_the_files_of_tls_read_again(tmp_path: 
     tls = [f"--tls-certificate={identity.certificate_path}", f"--tls-key={identity.key_path}"]
     os.mkfifo(tmp_path / "key")
     more = [f"--key-file={tmp_path}/key", "--listen", f"nbd+unix:///?socket={tmp_path}/s", "--log-format=text"]
-    with ServerProcess(command("serve", *tls, *more, image)) as server:
+    with ServerProcess([sys.executable, "-m", "nbdimg", "serve", *tls, *more, str(image)]) as server:
         with open(tmp_path / "key", "wb") as key:
             server.process.send_signal(signal.SIGHUP)
             key.write(b"key")
