@@ -214,6 +214,8 @@ class ExportConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
+    """All that a server is told at its start. Whether its parts go together is found out when it is served."""
+
     exports: tuple[ExportConfig, ...]
     listeners: tuple[NbdUri, ...] = (DEFAULT_LISTENER,)
     limits: Limits = field(default_factory=Limits)

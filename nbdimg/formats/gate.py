@@ -54,6 +54,7 @@ class DenyGate:
     """Opens nothing."""
 
     async def open(self, reference: Reference) -> BlockFile:
+        """Raises: ImageError."""
         raise _refusal(reference, "is another file, allowed is none")
 
 

@@ -38,6 +38,7 @@ def new_file(path: str, files: ExitStack, undo: ExitStack) -> FileIO:
 
 
 def write_at(file: FileIO, offset: int, data: Buffer) -> None:
+    """All of `data`, from `offset` bytes on. Blocks. Raises: OSError: any part of it may be written."""
     view = memoryview(data)
     file.seek(offset)
     while view:

@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 
 class ExtentKind(Enum):
+    """What guest bytes are."""
+
     DATA = "data"
     """Stored bytes, in `file` from `file_offset`."""
     ZERO = "zero"
@@ -59,7 +61,11 @@ class Extent:
 
 
 class MissSource(Protocol):
-    async def load(self, key: int) -> None: ...
+    """What brings in what an answer lacked."""
+
+    async def load(self, key: int) -> None:
+        """Bring in what `key` means to the source, for whoever asks again. Raises: as `Miss.load`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +168,12 @@ class HasTables(Protocol):
 
 
 class FormatDriver(Protocol):
+    """One open image of a format. What answers at once raises ImageError where the image is malformed, or has failed and
+    would be changed; what takes space raises OSError where the file may not grow.
+    """
+
     name: str
+    """The format's, as users write it."""
     size: int
     """Virtual size in bytes."""
     cluster_size: int
@@ -170,6 +181,7 @@ class FormatDriver(Protocol):
     unmap_size: int
     """Unit of `unmap` in bytes."""
     file: BlockFile
+    """The image's own, whatever else it refers to."""
 
     @property
     def is_strained(self) -> bool:

@@ -130,6 +130,7 @@ class TableCache:
             self._order.move_to_end(key)
 
     def changed(self, slice_: Slice) -> None:
+        """Its entries have; the next plan writes it."""
         if not slice_.is_dirty:
             slice_.is_dirty = True
             self._dirty[slice_.key] = slice_
@@ -156,6 +157,7 @@ class TableCache:
         return [Write(self._file, slice_.offset, self._encode(slice_.entries)) for slice_ in self._writing]
 
     def written(self) -> None:
+        """What `capture` gave is durable."""
         self.written_count += 1
         for slice_ in self._writing:
             slice_.is_writing = False

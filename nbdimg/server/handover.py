@@ -63,6 +63,7 @@ class Estate:
         return len(self._clients)
 
     def add(self, client: LeftClient) -> None:
+        """Leave a client that is in a state to be left; where nobody is (any more), its connection ends."""
         if self.is_open:
             self._clients.append(client)
         else:

@@ -15,7 +15,10 @@ INLINE_READ_MAX = 1 << 20
 
 
 class BlockFile(Protocol):
+    """One file, open. Offsets, lengths and sizes are bytes."""
+
     path: str
+    """For messages."""
     is_writable: bool
 
     @property
@@ -63,7 +66,9 @@ class BlockFile(Protocol):
         """Whether the byte at `offset` is backed by data, and where that run ends (at most the file's size)."""
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Nothing else is called any more; a second close does nothing."""
+        ...
 
 
 async def fetch(file: BlockFile, offset: int, view: memoryview) -> None:

@@ -28,6 +28,7 @@ class L1Table:
         self._writing: set[int] = set()
 
     def set(self, index: int, entry: int) -> None:
+        """Change one entry; the next plan writes its piece."""
         self.entries[index] = entry
         self._dirty.add(index * 8 // L1_PIECE)
 
@@ -41,6 +42,7 @@ class L1Table:
         return bool(self._dirty) or self._has_moved
 
     def capture(self) -> list[Write]:
+        """The writes that make everything durable that has changed; `written` follows when they are."""
         self._writing |= self._dirty
         self._dirty = set()
         self.is_moving |= self._has_moved
@@ -58,6 +60,7 @@ class L1Table:
         ]
 
     def written(self) -> None:
+        """What `capture` gave is durable."""
         self._writing.clear()
         self.is_moving = False
 

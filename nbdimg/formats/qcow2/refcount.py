@@ -465,6 +465,7 @@ class Refcounts:
         return writes
 
     def written(self) -> None:
+        """What `capture` gave is durable."""
         self.cache.written()
         self._writing_pieces.clear()
         self._is_moving = False
