@@ -168,8 +168,8 @@ class HasTables(Protocol):
 
 
 class FormatDriver(Protocol):
-    """One open image of a format. What answers at once raises ImageError where the image is malformed, or has failed and
-    would be changed; what takes space raises OSError where the file may not grow.
+    """One open image of a format. What answers at once raises ImageError where the image is malformed, or where it has
+    failed and would be changed; what takes space raises OSError where the file may not grow.
     """
 
     name: str
