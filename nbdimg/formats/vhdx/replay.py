@@ -28,7 +28,7 @@ _PAGE = s.PAGE_SIZE
 _WRITE_SIZE = 1 * MiB
 
 
-class Overlay:
+class Layer:
     """4 KiB pages and ranges of zeroes that lie over a file; where both are, the page is the later one."""
 
     def __init__(self) -> None:
@@ -115,10 +115,10 @@ class ReplayedFile:
 
     is_writable = False
 
-    def __init__(self, file: BlockFile, overlay: Overlay, size: int) -> None:
+    def __init__(self, file: BlockFile, layer: Layer, size: int) -> None:
         self.path = file.path
         self._file = file
-        self._overlay = overlay
+        self._layer = layer
         self._size = size
 
     @property
@@ -128,15 +128,15 @@ class ReplayedFile:
     def try_pread(self, offset: int, view: memoryview) -> bool:
         if not self._file.try_pread(offset, view):
             return False
-        self._overlay.patch(offset, view)
+        self._layer.patch(offset, view)
         return True
 
     async def pread(self, offset: int, view: memoryview) -> None:
         await self._file.pread(offset, view)
-        self._overlay.patch(offset, view)
+        self._layer.patch(offset, view)
 
     def data_extent(self, offset: int) -> tuple[bool, int]:
-        is_data, stop = self._overlay.extent(offset)
+        is_data, stop = self._layer.extent(offset)
         stop = self._size if stop is None else min(stop, self._size)
         if is_data is not None:
             return is_data, stop
@@ -181,18 +181,18 @@ async def open_replayed(file: BlockFile, header: Header, *, ignore_log: bool = F
     active = await load_active(file, header, ignore_log=ignore_log)
     if active is None:
         return file
-    overlay = Overlay()
+    layer = Layer()
     async for changes in read_changes(file, header, active):
         for change in changes:
-            overlay.add(change)
-        if overlay.is_full:
+            layer.add(change)
+        if layer.is_full:
             raise UnsupportedFeature(
                 file.path,
                 f"the log at {header.log_offset} must be replayed in memory and changes {s.REPLAY_PAGES_MAX} pages of "
                 f"{_PAGE} bytes or {s.REPLAY_RANGES_MAX} ranges of zeroes, allowed are less: open the image writable",
                 header.log_offset,
             )
-    return ReplayedFile(file, overlay, max(file.size, _needed(active), overlay.stop))
+    return ReplayedFile(file, layer, max(file.size, _needed(active), layer.stop))
 
 
 def _needed(active: Sequence) -> int:
@@ -221,28 +221,28 @@ async def replay_to_file(file: BlockFile, headers: Headers, *, ignore_log: bool 
 
 
 async def _apply_all(file: BlockFile, header: Header, active: Sequence) -> None:
-    overlay, needed = Overlay(), _needed(active)
+    layer, needed = Layer(), _needed(active)
     async for changes in read_changes(file, header, active):
         for change in changes:
-            overlay.add(change)
-        if overlay.is_full:
-            needed = max(needed, overlay.stop)
-            await _apply(file, overlay)
-            overlay = Overlay()
-    needed = max(needed, overlay.stop)
-    await _apply(file, overlay)
+            layer.add(change)
+        if layer.is_full:
+            needed = max(needed, layer.stop)
+            await _apply(file, layer)
+            layer = Layer()
+    needed = max(needed, layer.stop)
+    await _apply(file, layer)
     await file.fdatasync()
     if file.size < needed:
         await file.truncate(needed)
         await file.fdatasync()
 
 
-async def _apply(file: BlockFile, overlay: Overlay) -> None:
+async def _apply(file: BlockFile, layer: Layer) -> None:
     """Zeroes only where the file may have other bytes: behind its end it is zero when it grows, and a hole is already,
     which the barrier that follows makes durable. In one hole there may be thousands of ranges.
     """
     hole_stop = 0
-    for start, stop in overlay.zeroes():
+    for start, stop in layer.zeroes():
         stop = min(stop, file.size)
         if start >= stop:
             break
@@ -251,7 +251,7 @@ async def _apply(file: BlockFile, overlay: Overlay) -> None:
             hole_stop = 0 if is_data else end
         if hole_stop < stop:
             await _zero(file, start, stop)
-    for offset, content in overlay.runs():
+    for offset, content in layer.runs():
         await file.pwrite(offset, content)
 
 

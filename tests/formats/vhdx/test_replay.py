@@ -20,7 +20,7 @@ from nbdimg.formats.vhdx.header import Header, load_headers
 from nbdimg.formats.vhdx.log import Page, Zeroes, load_active
 from nbdimg.formats.vhdx.metadata import load_metadata
 from nbdimg.formats.vhdx.region import load_regions
-from nbdimg.formats.vhdx.replay import Overlay, ReplayedFile, open_replayed, replay_to_file
+from nbdimg.formats.vhdx.replay import Layer, ReplayedFile, open_replayed, replay_to_file
 from nbdimg.storage.file import BlockFile, Buffer
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.storage.posix import PosixFile
@@ -258,45 +258,45 @@ def test_overlay_is_what_a_buffer_would_be() -> None:
     for seed in range(150):
         rng = random.Random(seed)
         size = 24 * SECTOR
-        model, overlay = bytearray(b"\x99" * size), Overlay()
+        model, layer = bytearray(b"\x99" * size), Layer()
         for _ in range(rng.randrange(1, 30)):
             offset = rng.randrange(24) * SECTOR
             if rng.random() < 0.5:
                 data = page(rng.randrange(256))
-                overlay.add(Page(offset, data))
+                layer.add(Page(offset, data))
             else:
                 data = bytes(rng.randrange(0, 6) * SECTOR)
-                overlay.add(Zeroes(offset, len(data)))
+                layer.add(Zeroes(offset, len(data)))
             model = (model[:offset] + data + model[offset + len(data) :]).ljust(size, b"\x99")[:size]
         for _ in range(20):
             start = rng.randrange(size)
             view = bytearray(b"\x99" * rng.randrange(1, size - start + 1))
-            overlay.patch(start, memoryview(view))
+            layer.patch(start, memoryview(view))
             assert view == model[start : start + len(view)], f"seed {seed}"
-        starts = [start for start, _ in overlay.zeroes()]
-        stops = [stop for _, stop in overlay.zeroes()]
+        starts = [start for start, _ in layer.zeroes()]
+        stops = [stop for _, stop in layer.zeroes()]
         assert all(stop < start for stop, start in zip(stops, starts[1:], strict=False)), f"seed {seed}"
         rebuilt = bytearray(b"\x99" * (size + 6 * SECTOR))
-        for start, stop in overlay.zeroes():
+        for start, stop in layer.zeroes():
             rebuilt[start:stop] = bytes(stop - start)
-        for start, data in overlay.runs():
+        for start, data in layer.runs():
             rebuilt[start : start + len(data)] = data
         assert rebuilt[:size] == model, f"seed {seed}"
 
 
 def test_overlay_runs_join_neighbours_up_to_a_mebibyte() -> None:
-    overlay = Overlay()
+    layer = Layer()
     for index in [*range(300), 302, 301, 400]:
-        overlay.add(Page(index * SECTOR, page(index % 256)))
-    runs = [(offset // SECTOR, len(data) // SECTOR) for offset, data in overlay.runs()]
+        layer.add(Page(index * SECTOR, page(index % 256)))
+    runs = [(offset // SECTOR, len(data) // SECTOR) for offset, data in layer.runs()]
     assert runs == [(0, 256), (256, 44), (301, 2), (400, 1)]
 
 
 def replayed(content: bytes, *changes: Page | Zeroes, size: int) -> ReplayedFile:
-    overlay = Overlay()
+    layer = Layer()
     for change in changes:
-        overlay.add(change)
-    return ReplayedFile(MemoryFile(content, writable=False), overlay, size)
+        layer.add(change)
+    return ReplayedFile(MemoryFile(content, writable=False), layer, size)
 
 
 def test_replayed_file_says_where_data_is() -> None:
