@@ -43,6 +43,11 @@ class Barrier:
         self.finish()
 
 
+def made() -> tuple[Barrier, FlushGate]:
+    barrier = Barrier()
+    return barrier, FlushGate("disk.img", barrier)
+
+
 async def settle() -> None:
     """Let everything run that can."""
     for _ in range(10):
@@ -53,8 +58,7 @@ def test_flush_at_open_costs_a_barrier_and_then_none() -> None:
     """F3: an earlier server's writes may still be in the page cache."""
 
     async def main() -> None:
-        barrier = Barrier()
-        gate = FlushGate("disk.img", barrier)
+        barrier, gate = made()
         assert not gate.is_clean
         first = asyncio.create_task(gate.flush())
         await settle()
@@ -73,8 +77,7 @@ def test_flush_at_open_costs_a_barrier_and_then_none() -> None:
 
 def test_flushes_that_arrive_together_share_one_barrier() -> None:
     async def main() -> None:
-        barrier = Barrier()
-        gate = FlushGate("disk.img", barrier)
+        barrier, gate = made()
         flushes = [asyncio.create_task(gate.flush()) for _ in range(100)]
         await settle()
         barrier.finish()
@@ -86,8 +89,7 @@ def test_flushes_that_arrive_together_share_one_barrier() -> None:
 
 def test_hundred_flushes_during_a_running_barrier_cost_one_more() -> None:
     async def main() -> None:
-        barrier = Barrier()
-        gate = FlushGate("disk.img", barrier)
+        barrier, gate = made()
         first = asyncio.create_task(gate.flush())
         await settle()
         assert barrier.started == 1
@@ -110,8 +112,7 @@ def test_hundred_flushes_during_a_running_barrier_cost_one_more() -> None:
 
 def test_thousand_flushes_that_end_together_go_on_some_in_each_round() -> None:
     async def main() -> None:
-        barrier = Barrier()
-        gate = FlushGate("disk.img", barrier)
+        barrier, gate = made()
         flushes = [asyncio.create_task(gate.flush()) for _ in range(1000)]
         await settle()
         barrier.finish()
@@ -130,8 +131,7 @@ def test_flush_is_not_covered_by_a_barrier_that_began_before_the_change() -> Non
     """F1: a change during a barrier needs the next one."""
 
     async def main() -> None:
-        barrier = Barrier()
-        gate = FlushGate("disk.img", barrier)
+        barrier, gate = made()
         first = asyncio.create_task(gate.flush())
         await settle()
         gate.changed()
@@ -152,8 +152,7 @@ def test_flush_asked_for_during_a_barrier_waits_for_the_next_even_without_a_chan
     """F1: the running barrier began before the call."""
 
     async def main() -> None:
-        barrier = Barrier()
-        gate = FlushGate("disk.img", barrier)
+        barrier, gate = made()
         flushes = [asyncio.create_task(gate.flush())]
         await settle()
         flushes.append(asyncio.create_task(gate.flush()))
@@ -171,8 +170,7 @@ def test_failed_barrier_fails_all_waiters_and_everything_later() -> None:
     """F2, with the sentence that the client reads."""
 
     async def main() -> None:
-        barrier = Barrier()
-        gate = FlushGate("disk.img", barrier)
+        barrier, gate = made()
         gate.check()
         running = [asyncio.create_task(gate.flush()) for _ in range(3)]
         await settle()
@@ -198,8 +196,7 @@ def test_failed_barrier_fails_all_waiters_and_everything_later() -> None:
 
 def test_failed_barrier_on_an_image_clean_before_poisons_it_too() -> None:
     async def main() -> None:
-        barrier = Barrier()
-        gate = FlushGate("disk.img", barrier)
+        barrier, gate = made()
         first = asyncio.create_task(gate.flush())
         await settle()
         barrier.finish()
@@ -219,8 +216,7 @@ def test_failed_barrier_with_nothing_new_to_cover_poisons_the_gate() -> None:
     """The first barrier has made everything durable; the one queued behind it fails all the same."""
 
     async def main() -> None:
-        barrier = Barrier()
-        gate = FlushGate("disk.img", barrier)
+        barrier, gate = made()
         first = asyncio.create_task(gate.flush())
         await settle()
         second = asyncio.create_task(gate.flush())
@@ -251,8 +247,7 @@ def test_plan_that_found_no_space_for_a_write_alone_is_tried_again(error: OSErro
     """F2."""
 
     async def main() -> None:
-        barrier = Barrier()
-        gate = FlushGate("disk.img", barrier)
+        barrier, gate = made()
         barrier.failure = error
         first = asyncio.create_task(gate.flush())
         await settle()
@@ -274,8 +269,7 @@ def test_plan_that_found_no_space_for_a_write_alone_is_tried_again(error: OSErro
 
 def test_close_fails_flushes_that_come_too_late_and_keeps_an_earlier_reason() -> None:
     async def main() -> None:
-        barrier = Barrier()
-        gate = FlushGate("disk.img", barrier)
+        barrier, gate = made()
         gate.close()
         with pytest.raises(ImageFailed, match="it was closed before it was flushed"):
             await gate.flush()
@@ -289,8 +283,7 @@ def test_close_fails_flushes_that_come_too_late_and_keeps_an_earlier_reason() ->
 
 def test_close_behind_the_last_flush_leaves_nothing_to_fail() -> None:
     async def main() -> None:
-        barrier = Barrier()
-        gate = FlushGate("disk.img", barrier)
+        barrier, gate = made()
         first = asyncio.create_task(gate.flush())
         await settle()
         barrier.finish()
@@ -304,8 +297,7 @@ def test_close_behind_the_last_flush_leaves_nothing_to_fail() -> None:
 
 def test_flush_that_is_cancelled_leaves_the_barrier_to_the_others() -> None:
     async def main() -> None:
-        barrier = Barrier()
-        gate = FlushGate("disk.img", barrier)
+        barrier, gate = made()
         first, second = (asyncio.create_task(gate.flush()) for _ in range(2))
         await settle()
         first.cancel()
@@ -320,8 +312,7 @@ def test_flush_that_is_cancelled_leaves_the_barrier_to_the_others() -> None:
 
 def test_unexpected_exception_in_a_barrier_leaves_the_gate_dirty() -> None:
     async def main() -> None:
-        barrier = Barrier()
-        gate = FlushGate("disk.img", barrier)
+        barrier, gate = made()
         flush = asyncio.create_task(gate.flush())
         await settle()
         barrier.failure = ZeroDivisionError()
