@@ -24,8 +24,8 @@ OFFSET = 0x00FF_FFFF_FFFF_FE00
 
 
 LUKS_ATTEMPTS = 20
-"""Where it is not `hurried`, `qemu-img create` of a LUKS image ends with "Unable to get accurate CPU usage" now and then
-on a shared machine, and five times in a row once.
+"""Where it is not `hurried`, `qemu-img create` of a LUKS image ends with "Unable to get accurate CPU usage" now and
+then on a shared machine, and five times in a row once.
 """
 
 
