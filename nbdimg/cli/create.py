@@ -18,15 +18,15 @@ from nbdimg.cli.streams import complain
 from nbdimg.errors import ConfigError, escaped
 from nbdimg.formats import DRIVERS, create_image, open_image, read_key_file
 from nbdimg.formats.qcow2 import create as qcow2
-from nbdimg.formats.qcow2.layout import (
+from nbdimg.formats.qcow2.create_options import (
     COMPRESSIONS,
     PREALLOCATIONS,
     CompressionName,
     CreateOptions,
-    Layout,
     Preallocation,
     check,
 )
+from nbdimg.formats.qcow2.layout import Layout
 from nbdimg.formats.vhdx import create as vhdx
 from nbdimg.formats.vhdx.parent import Parent, read_parent
 from nbdimg.server.loop import run_loop

@@ -16,7 +16,8 @@ from nbdimg.formats.gate import DenyGate
 from nbdimg.formats.newfile import naming
 from nbdimg.formats.options import Backing, OpenOptions
 from nbdimg.formats.qcow2.create import write_undurable
-from nbdimg.formats.qcow2.layout import CreateOptions, layout
+from nbdimg.formats.qcow2.create_options import CreateOptions
+from nbdimg.formats.qcow2.layout import layout
 from nbdimg.formats.qcow2.open import open_driver
 from nbdimg.image.image import Image
 from nbdimg.storage import system

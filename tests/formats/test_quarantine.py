@@ -10,8 +10,8 @@ import pytest
 
 from nbdimg.formats import create_image, open_image, quarantine, resize_image
 from nbdimg.formats.qcow2.create import create
+from nbdimg.formats.qcow2.create_options import CreateOptions
 from nbdimg.formats.qcow2.driver import Qcow2Driver
-from nbdimg.formats.qcow2.layout import CreateOptions
 from nbdimg.formats.qcow2.refcount import Refcounts
 from nbdimg.formats.qcow2.snapshot_changes import create_snapshot
 from nbdimg.image.image import Image

@@ -20,7 +20,8 @@ from nbdimg.errors import ConfigError, UnsupportedFeature
 from nbdimg.formats.newfile import naming, new_file, write_at
 from nbdimg.formats.qcow2 import luks
 from nbdimg.formats.qcow2 import structs as s
-from nbdimg.formats.qcow2.layout import PIECE_SIZE, CreateOptions, Layout, check, layout
+from nbdimg.formats.qcow2.create_options import CreateOptions, check
+from nbdimg.formats.qcow2.layout import PIECE_SIZE, Layout, layout
 from nbdimg.storage import system
 from nbdimg.storage.locks import lock_image
 from nbdimg.units import GiB

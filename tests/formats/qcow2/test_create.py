@@ -23,8 +23,9 @@ from nbdimg.formats import newfile
 from nbdimg.formats.qcow2 import create as create_module
 from nbdimg.formats.qcow2 import luks
 from nbdimg.formats.qcow2.create import create, data_file_path
+from nbdimg.formats.qcow2.create_options import CreateOptions
 from nbdimg.formats.qcow2.header import Header
-from nbdimg.formats.qcow2.layout import PIECE_SIZE, CreateOptions, Layout, layout, rounded_size
+from nbdimg.formats.qcow2.layout import PIECE_SIZE, Layout, layout, rounded_size
 from nbdimg.storage import system
 from nbdimg.storage.locks import lock_image
 from nbdimg.units import GiB, KiB, MiB, TiB

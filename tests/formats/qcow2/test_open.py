@@ -17,7 +17,7 @@ from nbdimg.formats.keys import Keys
 from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.qcow2 import luks
 from nbdimg.formats.qcow2.create import create as create_qcow2
-from nbdimg.formats.qcow2.layout import CreateOptions
+from nbdimg.formats.qcow2.create_options import CreateOptions
 from nbdimg.storage.file import Buffer
 from nbdimg.storage.memory import MemoryFile
 from tests.support.qcow2mutants import AnyGate
