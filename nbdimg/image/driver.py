@@ -152,9 +152,12 @@ class BitmapStore(Protocol):
 
 @runtime_checkable
 class HasBitmaps(Protocol):
-    """A driver of a format that can store bitmaps; None: this image has none."""
+    """A driver of a format that can store bitmaps."""
 
-    bitmaps: BitmapStore | None
+    @property
+    def bitmaps(self) -> BitmapStore | None:
+        """None: this image has none."""
+        ...
 
 
 @runtime_checkable

@@ -295,9 +295,9 @@ class Control:
 
     async def _bitmaps(self, name: str) -> list[BitmapState]:
         driver = self._image_export(name).image.driver
-        if not isinstance(driver, Qcow2Driver) or driver.stored_bitmaps is None:
+        if not isinstance(driver, Qcow2Driver) or driver.bitmaps is None:
             return []
-        return [bitmap_state(each) for each in driver.stored_bitmaps.entries]
+        return [bitmap_state(each) for each in driver.bitmaps.entries]
 
     async def bitmaps_change(self, name: str, actions: Sequence[BitmapAction]) -> list[BitmapState]:
         """Carry out all of `actions`, one after the other and in one moment at which no request is half done, or none

@@ -32,7 +32,6 @@ from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.mapping import Mapping
 from nbdimg.formats.qcow2.refcount import Refcounts
 from nbdimg.formats.qcow2.structs import Incompatible
-from nbdimg.image import driver as image
 from nbdimg.image.driver import Allocation, Extent, Miss, Unmap
 from nbdimg.image.tables import TableCache
 from nbdimg.storage.file import BlockFile
@@ -57,8 +56,7 @@ class Qcow2Driver:
         self.header = header
         self.mapping = mapping
         self.refcounts = refcounts
-        self.bitmaps: image.BitmapStore | None = bitmaps
-        self._bitmaps = bitmaps
+        self.bitmaps = bitmaps
         self.size = mapping.size
         self.cluster_size = header.cluster_size
         self.unmap_size = header.cluster_size // (s.SUBCLUSTERS if header.has_subclusters else 1)
@@ -122,16 +120,11 @@ class Qcow2Driver:
         except CorruptImage as error:
             raise self._failed(error) from None
 
-    @property
-    def stored_bitmaps(self) -> BitmapStore | None:
-        """`bitmaps`, with what this format knows of them."""
-        return self._bitmaps
-
     def made_bitmaps(self) -> BitmapStore:
         """The image's bitmaps, so that there may be some; until then it has none."""
-        if self._bitmaps is None:
-            self._bitmaps = self.bitmaps = BitmapStore(self.file, self.header, [])
-        return self._bitmaps
+        if self.bitmaps is None:
+            self.bitmaps = BitmapStore(self.file, self.header, [])
+        return self.bitmaps
 
     def resized(self) -> None:
         """`header` has another size, or names another L1 table: the next plan writes it (Q6)."""
@@ -284,8 +277,8 @@ class Qcow2Driver:
             await run(self.flush_plan())
         if was_lazy and self._fault is None:
             await self.set_dirty(False)
-        if self._bitmaps is not None and self.refcounts is not None and self._fault is None:
-            await self._bitmaps.store(self.refcounts)
+        if self.bitmaps is not None and self.refcounts is not None and self._fault is None:
+            await self.bitmaps.store(self.refcounts)
 
     async def abandon(self) -> None:
         await self.mapping.close()
@@ -293,5 +286,5 @@ class Qcow2Driver:
             await file.close()
         if self.refcounts is not None:
             self.refcounts.forget()
-        if self._bitmaps is not None:
-            self._bitmaps.forget()
+        if self.bitmaps is not None:
+            self.bitmaps.forget()

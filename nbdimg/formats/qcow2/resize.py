@@ -80,7 +80,7 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
 
 
 def _check_bitmaps(driver: Qcow2Driver, size: int) -> None:
-    store = driver.stored_bitmaps
+    store = driver.bitmaps
     if store is not None:
         if not size and store.entries:
             raise UnsupportedFeature(driver.file.path, "a disk of size 0 has no bitmaps: remove them first")
@@ -116,7 +116,7 @@ def _check_keys(image: Image, driver: Qcow2Driver, size: int) -> None:
 
 
 async def _resize_bitmaps(image: Image, driver: Qcow2Driver, size: int) -> None:
-    store = driver.stored_bitmaps
+    store = driver.bitmaps
     if store is not None:
         for name in store.names:
             await store.get(name)
@@ -126,7 +126,7 @@ async def _resize_bitmaps(image: Image, driver: Qcow2Driver, size: int) -> None:
 
 async def _place_bitmaps(image: Image, driver: Qcow2Driver) -> None:
     """The last that takes space: what does not find it leaves the old size, and all bitmaps as they were."""
-    store, counts = driver.stored_bitmaps, driver.refcounts
+    store, counts = driver.bitmaps, driver.refcounts
     if store is not None and counts is not None:
         await _flush(image)
         with failing_in_doubt(image):
@@ -135,9 +135,9 @@ async def _place_bitmaps(image: Image, driver: Qcow2Driver) -> None:
 
 async def _release_bitmaps(image: Image, driver: Qcow2Driver) -> None:
     """The size is durable: all bitmaps are consistent on disk again, or where there is no space for that at the end."""
-    if driver.stored_bitmaps is not None:
+    if driver.bitmaps is not None:
         with space_may_wait(), failing_in_doubt(image):
-            await driver.stored_bitmaps.release()
+            await driver.bitmaps.release()
 
 
 async def _flush(image: Image) -> None:
@@ -178,9 +178,9 @@ async def _restore(image: Image, driver: Qcow2Driver, old: int) -> None:
     driver.header.size = old
     _set_size(image, driver, old)
     image.gate.changed()
-    if driver.stored_bitmaps is not None:
+    if driver.bitmaps is not None:
         with suppress(OSError), failing_in_doubt(image):
-            await driver.stored_bitmaps.undo()
+            await driver.bitmaps.undo()
 
 
 async def _give_back(image: Image, driver: Qcow2Driver, progress: Progress | None) -> None:
