@@ -12,7 +12,7 @@ import typer
 
 from nbdimg.cli.interrupt import ends_heard
 from nbdimg.cli.opened import opening
-from nbdimg.cli.options import parsed
+from nbdimg.cli.options import AsJson, parsed
 from nbdimg.cli.output import QUIET_S, print_json, progress, shown
 from nbdimg.cli.streams import complain
 from nbdimg.errors import ConfigError, escaped
@@ -26,7 +26,6 @@ from nbdimg.formats.qcow2.create_options import (
     Preallocation,
     check,
 )
-from nbdimg.formats.qcow2.layout import Layout
 from nbdimg.formats.vhdx import create as vhdx
 from nbdimg.formats.vhdx.parent import Parent, read_parent
 from nbdimg.server.loop import run_loop
@@ -117,7 +116,7 @@ def create(
         str | None,
         typer.Option(metavar="FILE", help="The vhdx that the new one differs from; never to be changed from now on."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a new, empty image.
 
@@ -163,32 +162,29 @@ def create(
             physical_sector_size=physical_sector_size,
             parent=None if parent is None else _parent(parent),
         )
-        _create_vhdx(path, None if size is None else parse_size(size), vhdx_options, as_json)
-        return
-    options = CreateOptions(
-        version=_version(compat),
-        cluster_size=(
-            _DEFAULTS.cluster_size if cluster_size is None else parsed("--cluster-size", parse_size, cluster_size)
-        ),
-        refcount_bits=_DEFAULTS.refcount_bits if refcount_bits is None else refcount_bits,
-        has_extended_l2=extended_l2,
-        compression=cast(CompressionName, compression_type or _DEFAULTS.compression),
-        has_lazy_refcounts=lazy_refcounts,
-        backing_name=backing,
-        backing_format=backing_format,
-        data_file_name=data_file,
-        is_data_file_raw=data_file_raw,
-        preallocation=cast(Preallocation, preallocation or _DEFAULTS.preallocation),
-        luks_passphrase=None if encrypt_key_file is None else read_key_file(encrypt_key_file),
-    )
-    check(0, options)
-    asked = _size(path, size, options)
-    with _signals_unwind(path):
-        if format == "raw":
-            create_image(path, asked, format="raw")
-            report = {"path": path, "format": "raw", "size": asked}
-        else:
-            report = _report(path, options, _create_qcow2(path, asked, options))
+        wanted = None if size is None else parse_size(size)
+        report = _create_vhdx(path, wanted, vhdx_options)
+        asked = report["size"] if wanted is None else wanted
+    else:
+        options = CreateOptions(
+            version=_version(compat),
+            cluster_size=(
+                _DEFAULTS.cluster_size if cluster_size is None else parsed("--cluster-size", parse_size, cluster_size)
+            ),
+            refcount_bits=_DEFAULTS.refcount_bits if refcount_bits is None else refcount_bits,
+            has_extended_l2=extended_l2,
+            compression=cast(CompressionName, compression_type or _DEFAULTS.compression),
+            has_lazy_refcounts=lazy_refcounts,
+            backing_name=backing,
+            backing_format=backing_format,
+            data_file_name=data_file,
+            is_data_file_raw=data_file_raw,
+            preallocation=cast(Preallocation, preallocation or _DEFAULTS.preallocation),
+            luks_passphrase=None if encrypt_key_file is None else read_key_file(encrypt_key_file),
+        )
+        check(0, options)
+        asked = _size(path, size, options)
+        report = _create_raw(path, asked) if format == "raw" else _create_qcow2(path, asked, options)
     if as_json:
         print_json(**report)
     else:
@@ -274,36 +270,20 @@ def _signals_unwind(path: str) -> Iterator[None]:
             raise
 
 
-def _create_qcow2(path: str, size: int, options: CreateOptions) -> Layout:
+# Each makes the image and returns what was made, for --json; sizes in bytes
+
+
+def _create_raw(path: str, size: int) -> dict[str, Any]:
+    with _signals_unwind(path):
+        create_image(path, size, format="raw")
+    return {"path": path, "format": "raw", "size": size}
+
+
+def _create_qcow2(path: str, size: int, options: CreateOptions) -> dict[str, Any]:
     """What preallocates is long enough to be watched from the start."""
     quiet_s = 0.0 if options.preallocation in ("falloc", "full") else QUIET_S
-    with progress(quiet_s=quiet_s) as report:
-        return qcow2.create(path, size, options, progress=report)
-
-
-def _create_vhdx(path: str, size: int | None, options: vhdx.CreateOptions, as_json: bool) -> None:
-    with _signals_unwind(path), progress(quiet_s=0.0 if options.subformat == "fixed" else QUIET_S) as report:
-        made = vhdx.create(path, size, options, progress=report)
-    said = {
-        "path": path,
-        "format": "vhdx",
-        "size": made.geometry.size,
-        "file_size": made.file_size,
-        "subformat": options.subformat,
-        "block_size": made.geometry.block_size,
-        "log_size": made.log_length,
-        "logical_sector_size": made.geometry.sector_size,
-        "physical_sector_size": made.physical_sector_size,
-        "parent": None if options.parent is None else options.parent.path,
-    }
-    if as_json:
-        print_json(**said)
-    else:
-        _say(said, made.geometry.size if size is None else size)
-
-
-def _report(path: str, options: CreateOptions, made: Layout) -> dict[str, Any]:
-    """What was made, for --json; sizes in bytes."""
+    with _signals_unwind(path), progress(quiet_s=quiet_s) as report:
+        made = qcow2.create(path, size, options, progress=report)
     return {
         "path": path,
         "format": "qcow2",
@@ -321,6 +301,23 @@ def _report(path: str, options: CreateOptions, made: Layout) -> dict[str, Any]:
         "data_file_raw": options.is_data_file_raw,
         "preallocation": options.preallocation,
         "encrypted": options.luks_passphrase is not None,
+    }
+
+
+def _create_vhdx(path: str, size: int | None, options: vhdx.CreateOptions) -> dict[str, Any]:
+    with _signals_unwind(path), progress(quiet_s=0.0 if options.subformat == "fixed" else QUIET_S) as report:
+        made = vhdx.create(path, size, options, progress=report)
+    return {
+        "path": path,
+        "format": "vhdx",
+        "size": made.geometry.size,
+        "file_size": made.file_size,
+        "subformat": options.subformat,
+        "block_size": made.geometry.block_size,
+        "log_size": made.log_length,
+        "logical_sector_size": made.geometry.sector_size,
+        "physical_sector_size": made.physical_sector_size,
+        "parent": None if options.parent is None else options.parent.path,
     }
 
 
