@@ -394,13 +394,15 @@ def test_resize_behind_a_session_that_could_not_begin_leaves_a_log_that_can_be_r
 # Crashes
 
 
-def crashes(content: bytes, sizes: Sequence[int], *, without_barriers: bool = False) -> Iterator[str]:
+def crashes(
+    content: bytes, sizes: Sequence[int], *, gate: Gate | None = None, without_barriers: bool = False
+) -> Iterator[str]:
     """What is wrong with states that a crash during a resize leaves."""
     trace = Trace()
     guests: list[bytes] = []
 
     async def work() -> None:
-        image = await opened(RecordingFile(trace, content, inline_share=0))
+        image = await opened(RecordingFile(trace, content, inline_share=0), gate)
         guests.append(await guest_of(image))
         for size in sizes:
             await resize_image(image, size, may_shrink=True)
@@ -408,8 +410,8 @@ def crashes(content: bytes, sizes: Sequence[int], *, without_barriers: bool = Fa
         await image.close()
 
     async def found(left: MemoryFile) -> tuple[bytes, bytes]:
-        before = await guest_of(await opened(left, writable=False))
-        image = await opened(left)
+        before = await guest_of(await opened(left, gate, writable=False))
+        image = await opened(left, gate)
         after = await guest_of(image)
         await image.close()
         assert (await check(left)).corruptions == 0
@@ -434,6 +436,17 @@ def test_resize_that_is_interrupted_leaves_the_old_disk_or_the_new_one() -> None
 
 def test_resize_of_a_fixed_image_that_is_interrupted_leaves_one_of_the_disks() -> None:
     assert list(crashes(fixed(b"\1" * (2 * MiB - 512)), (3 * MiB,))) == []
+
+
+@pytest.mark.parametrize("sizes", [(5 * MiB, 2 * MiB + 4096), (200 * GiB, MiB + 4096)], ids=["in place", "table moves"])
+def test_resize_of_a_child_that_is_interrupted_leaves_one_of_the_disks(sizes: tuple[int, ...]) -> None:
+    """Of a block in part its own, of one that hides its parent, and of the parent in what the child has not."""
+    builder = Builder(3 * MiB + 4096, parent=".\\parent.vhdx")
+    builder.add_partial(0, b"\1" * MiB, [(8, 24), (100, 101), (1000, 2000)])
+    builder.set_block(1, UNMAPPED)
+    builder.add_partial(3, b"\2" * MiB, [(0, 8), (16, 24)])
+    gate = Gate(3 * MiB)
+    assert list(crashes(bytes(builder.content), sizes, gate=gate)) == []
 
 
 def test_control_resize_without_barriers_leaves_neither() -> None:
