@@ -6,7 +6,8 @@ goes straight from the guest offset to the slice. An L1 entry is asked only when
     (M1) A slice is changed only while its table belongs to the active image alone: COPIED in its L1 entry. Else the
          table is copied first, whole.
     (M2) An L1 entry changes together with its table's slices; on disk it follows them (Q3).
-    (M3) A cluster that an entry no longer names goes to the quarantine, never straight to the free ones (Q4, Q5).
+    (M3) A cluster that an entry no longer names goes to the quarantine, never straight to the free ones (Q4, Q5). What
+         it has in common with metadata, as a damaged and repaired image may, keeps its last count.
     (M4) What is written in place is COPIED, inside the file, and no metadata. An external data file is the image's
          alone, whatever the flag says.
 """
@@ -388,7 +389,9 @@ class Mapping:
             while index + wanted < limit and self._wants_new(slice_, index + wanted):
                 wanted += 1
             for each in range(index, index + wanted):
-                self._check_old(slice_, each)
+                unknown = self._check_old(slice_, each)
+                if unknown is not None:
+                    return unknown
             assert self._counts is not None
             found = self._counts.allocate(wanted)
             if isinstance(found, Miss):
@@ -413,17 +416,30 @@ class Mapping:
         """What a guest sees of an entry of this kind."""
         return ExtentKind.ZERO if kind is ExtentKind.BACKING and not self._store.has_backing else kind
 
-    def _check_old(self, slice_: Slice, index: int) -> None:
-        """What an entry names may be given up. Raises: CorruptImage: metadata lies there (M3)."""
+    def _check_old(self, slice_: Slice, index: int) -> Miss | None:
+        """What an entry names may be given up (M3). Raises: CorruptImage: metadata lies there, and no count says that
+        the guest's cluster is there too, as after a repair.
+        """
         assert self._counts is not None
         entry = slice_.entries[index * self.entry_words]
-        if not entry & OFFSET_MASK or self._store.is_external:
-            return
-        first = last = (entry & self._aligned) >> self._bits
+        if not entry & OFFSET_MASK:
+            return None
+        for cluster in self._named(entry):
+            if cluster in self._counts.metadata:
+                answer = self._counts.is_shared(cluster)
+                if isinstance(answer, Miss):
+                    return answer
+                if not answer:
+                    raise self._malformed(slice_, index, "clusters that hold no metadata")
+        return None
+
+    def _named(self, entry: int) -> range:
+        """The counted clusters that an entry refers to."""
         if entry & COMPRESSED:
             first, last = compressed_clusters(entry, self._bits)
-        if first in self._counts.metadata or last in self._counts.metadata:
-            raise self._malformed(slice_, index, "clusters that hold no metadata")
+            return range(first, last + 1)
+        cluster = (entry & self._aligned) >> self._bits
+        return range(cluster, cluster + (1 if cluster and not self._store.is_external else 0))
 
     def _check_host(self, host: int, cluster: int) -> None:
         self._check_target(Extent(_DATA, cluster << self._bits, 1, self._store.file, host, True))
@@ -464,11 +480,16 @@ class Mapping:
     def _free(self, entry: int, *, punch: bool) -> None:
         """What an entry named is not referred to by it any more (M3)."""
         assert self._counts is not None
-        if entry & COMPRESSED:
-            first, last = compressed_clusters(entry, self._bits)
-            self._counts.free(first, last - first + 1, punch=punch)
-        elif entry & self._aligned and not self._store.is_external:
-            self._counts.free((entry & self._aligned) >> self._bits, punch=punch)
+        named = self._named(entry)
+        if self._counts.metadata.isdisjoint(named):
+            if named:
+                self._counts.free(named.start, len(named), punch=punch)
+            return
+        for cluster in named:
+            if cluster in self._counts.metadata:
+                self._counts.free_beside_metadata(cluster, punch=punch)
+            else:
+                self._counts.free(cluster, punch=punch)
 
     def unmap(self, offset: int, stop: int, to: Unmap) -> int | Miss:
         """Whole units of one slice; `offset` is aligned to them, `stop` too or the end of the image."""
@@ -493,7 +514,9 @@ class Mapping:
                 break
             if slice_ is None or self._is_changed_by(slice_, index, mask, to):
                 if slice_ is not None:
-                    self._check_old(slice_, index)
+                    unknown = self._check_old(slice_, index)
+                    if unknown is not None:
+                        return unknown
                 changes.append((index, mask))
         if changes:
             writable = self._writable_slice(offset >> self._bits)

@@ -22,6 +22,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 
 from nbdimg.errors import CorruptImage, UnsupportedFeature
 from nbdimg.formats import quarantine
@@ -357,6 +358,24 @@ class Refcounts:
             last = self._freed.pop()
             cluster, count = last.cluster, last.count + count
         self._freed.append(Freed(cluster, count, punch))
+
+    def is_shared(self, cluster: int) -> bool | Miss:
+        """Whether there is more than one reference to a cluster."""
+        found = self._slice(cluster)
+        if isinstance(found, Miss):
+            return found
+        return found is not None and found.entries[cluster % self._slice_entries] > 1
+
+    def free_beside_metadata(self, cluster: int, *, punch: bool) -> None:
+        """As `free` for a guest's reference to a cluster of metadata, of which one at least remains: where that is not
+        sure it is a leak.
+        """
+        found = self._slice(cluster)
+        if isinstance(found, Slice):
+            freed = chain(self._freed, self._leaving)
+            leaving = sum(each.cluster <= cluster < each.cluster + each.count for each in freed)
+            if found.entries[cluster % self._slice_entries] - leaving > 1:
+                self.free(cluster, punch=punch)
 
     async def reclaim(self) -> None:
         """The captured plan is durable: what it freed may go. Space that cannot be punched is free all the same.

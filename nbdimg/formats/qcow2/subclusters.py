@@ -177,7 +177,9 @@ class SubclusterMapping(Mapping):
                 break
             wanted += 1
         for each in range(index, index + wanted):
-            self._check_old(slice_, each)
+            unknown = self._check_old(slice_, each)
+            if unknown is not None:
+                return unknown
         run = self._counts.allocate(wanted)
         if isinstance(run, Miss):
             return run

@@ -22,8 +22,11 @@ from nbdimg.errors import CorruptImage, ImageError, ImageFailed, UnsupportedFeat
 from nbdimg.formats import open_file
 from nbdimg.formats.gate import DenyGate
 from nbdimg.formats.options import OpenOptions
+from nbdimg.formats.qcow2.check import check
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.mapping import Mapping
+from nbdimg.formats.qcow2.open import read_header
+from nbdimg.formats.qcow2.refcount import Refcounts
 from nbdimg.image.driver import Extent
 from nbdimg.image.image import Image
 from tests.support.qcow2edit import Edit, qemu_img, qemu_io
@@ -346,6 +349,36 @@ def test_guest_data_mapped_to_metadata_is_not_written_freed_or_punched(
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("change", [write, trim, zero])
+@pytest.mark.parametrize("others", [1, 2])
+@pytest.mark.parametrize("host", [0x3000, 0x4000], ids=["L1 table", "L2 table"])
+def test_guest_data_that_is_counted_beside_metadata_is_given_up_and_the_last_count_stays(
+    plain: bytes, host: int, others: int, change: Callable[[Image], object]
+) -> None:
+    """As after a repair, which cannot part the two; with one guest cluster less counted than there are, too."""
+    pokes = [(L2 + 8 * index, u64(host)) for index in range(2)]
+    content = poked(plain, *pokes, (0x2000 + 2 * (host >> 12), struct.pack(">H", 1 + others)))
+    if host == 0x4000:
+        content = poked(content, (0x3000, u64(host)))
+
+    async def main() -> None:
+        image, file = await opened(content, writable=True)
+        await change(image)  # type: ignore[misc]
+        if others == 2:
+            await image.write(4096, b"y" * 4096)
+            assert await bytes_of(image, 4096, 4096) == b"y" * 4096
+        assert (await bytes_of(image, 0, 4096))[:100] in (b"x" * 100, bytes(100))
+        await image.write(32 << 10, b"another place")
+        await image.close()
+        assert file.content[72:80] == bytes(8)
+        assert int.from_bytes(file.content[0x2000 + 2 * (host >> 12) :][:2], "big") >= 1
+        table = int.from_bytes(file.content[0x3000:0x3008], "big") & ~COPIED
+        assert file.content[table + 8 * 2 :][:8] == plain[L2 + 8 * 2 :][:8]
+        assert others == 1 or not (await check(file, await read_header(file))).corruptions
+
+    asyncio.run(main())
+
+
 def test_flush_after_corruption_was_found_does_not_say_that_what_was_mapped_before_is_durable(plain: bytes) -> None:
     content = poked(plain, (L2, u64(COPIED | METADATA["L1 table"])))
 
@@ -380,17 +413,21 @@ def test_flush_after_corruption_was_found_covers_what_is_in_place(plain: bytes) 
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("is_guarded", [False, True])
 def test_control_without_the_check_of_what_is_given_up_metadata_is_punched(
-    plain: bytes, monkeypatch: pytest.MonkeyPatch
+    plain: bytes, monkeypatch: pytest.MonkeyPatch, is_guarded: bool
 ) -> None:
+    """Unless what gives it up keeps the last count, too."""
     monkeypatch.setattr(Mapping, "_check_old", lambda *arguments: None)
+    if not is_guarded:
+        monkeypatch.setattr(Refcounts, "free_beside_metadata", Refcounts.free)
     content = poked(plain, (L2, u64(COPIED | 0x3000)))
 
     async def main() -> None:
         image, file = await opened(content, writable=True)
         await image.trim(0, 4096)
         await image.close()
-        assert file.content[0x3000:0x4000] == bytes(4096)
+        assert (file.content[0x3000:0x4000] == bytes(4096)) != is_guarded
 
     asyncio.run(main())
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nbdimg.errors import ImageError
+from nbdimg.formats import open_image
 from nbdimg.formats.qcow2 import structs
 from nbdimg.formats.qcow2.check import CheckReport, check
 from nbdimg.formats.qcow2.header import Header
@@ -131,6 +132,28 @@ def test_repair_lost_refcount_table_is_built_anew_for_every_kind(kind: str, soun
     assert qemu_check(path).exit_status == 0
     if before:
         assert guest(path) == before
+
+
+@pytest.mark.parametrize("name", [each.name for each in REPAIRED if each.name.startswith("L2 entry to ")])
+def test_repaired_image_in_which_data_was_metadata_can_be_written(name: str, sound: Path, tmp_path: Path) -> None:
+    path = damaged_image(mutation(name), sound, tmp_path)
+    report = repaired(path)
+    assert report is not None
+    assert report.is_clean
+    before = guest(path)
+    assert before is not None
+
+    async def main() -> None:
+        image = await open_image(path)
+        await image.write(100, b"x" * 100)
+        await image.flush()
+        await image.trim(0, 4096)
+        await image.write(0, b"y" * 4096)
+        await image.close()
+
+    asyncio.run(main())
+    assert qemu_check(path).corruptions == 0
+    assert guest(path) == b"y" * 4096 + before[4096:]
 
 
 def test_repair_reports_what_it_fixed(sound: Path, tmp_path: Path) -> None:
