@@ -86,6 +86,8 @@ class Survey:
         """Whether no entry of the BAT is a corruption."""
         self.leaks: list[tuple[int, int]] = []
         """(start, stop) in MiB of unused space that takes room or is at the file's end, in order."""
+        self.stray_entries: list[int] = []
+        """File offsets of the BAT's entries that a file without a parent has of sector bitmaps."""
         self._awaited: tuple[int, int] | None = None
         """The entry of a bitmap that must be present, and the block for which."""
         self._follows = 0
@@ -264,6 +266,7 @@ class Survey:
                 at = self.parts.regions.bat_offset + 8 * index
                 message = f"entry {index} is {entry:#018x}, expected 0: without a parent there are no sector bitmaps"
                 self.report.add("leak", "BAT", at, message)
+                self.stray_entries.append(at)
             return
         if state != State.FULLY_PRESENT:
             if entry:

@@ -6,6 +6,7 @@
     a lost region table is written again from the other one, through the log
     unused space        is punched, and cut off at the end, unless an entry of the BAT is wrong: then nobody knows whose
                         it is
+    stray entries       of sector bitmaps in a file without a parent are cleared, through the log
 
 A crash at any moment leaves an image that is as it was, or better. DataWriteGuid stays: a guest sees the same. What is
 wrong in the BAT is told and left alone.
@@ -45,7 +46,9 @@ async def repair(
     mended = 0
     if not leaks_only and before.report.log == "clean":
         mended = await _mend(file, before.parts)
-    leaks_fixed = await _give_back(file, before) if before.has_sound_bat and before.report.log == "clean" else 0
+    leaks_fixed = 0
+    if before.has_sound_bat and before.report.log == "clean":
+        leaks_fixed = await _clear_entries(file, before) + await _give_back(file, before)
     after = before
     if mended or leaks_fixed:
         after = await _surveyed(file, progress)
@@ -91,6 +94,18 @@ async def _mend(file: BlockFile, parts: Parts) -> int:
     if count:
         await touch(file)
     return count
+
+
+async def _clear_entries(file: BlockFile, survey: Survey) -> int:
+    """Those that are stray; returns how many. Without a log they stay."""
+    headers = await load_headers(file)
+    if not survey.stray_entries or not headers.current.log_length:
+        return 0
+    session = Session(file, headers, changes_data=False)
+    await session.begin()
+    await session.put(dict.fromkeys(survey.stray_entries, 0))
+    await session.end()
+    return len(survey.stray_entries)
 
 
 async def _give_back(file: BlockFile, survey: Survey) -> int:

@@ -299,6 +299,20 @@ def test_repair_of_leaks_cuts_trailing_space_and_leaves_the_rest() -> None:
     assert mended[192 * KiB : 256 * KiB] == content[192 * KiB : 256 * KiB]
 
 
+@pytest.mark.parametrize("leaks_only", [False, True])
+def test_repair_clears_sector_bitmaps_of_a_file_without_parent(leaks_only: bool) -> None:
+    """Other programs leave them behind, with offsets that mean nothing."""
+    builder = Builder(9000 * MiB)
+    builder.add_full(0, b"\1" * MiB)
+    expected = bytes(builder.content[3 * MiB : 5 * MiB])
+    builder.set_entry(4096, 4 * MiB | FULL)
+    builder.set_entry(8193, 0x55555_00006)
+    report, mended = repaired(builder.content, leaks_only=leaks_only)
+    assert (report.exit_status, report.leaks_fixed) == (CLEAN, 2)
+    assert mended[3 * MiB :] == expected
+    assert checked(mended).exit_status == CLEAN
+
+
 def test_check_of_unused_space_finds_no_leak_in_a_hole_that_a_repair_has_punched(tmp_path: Path) -> None:
     content = plain().content
     entry(2, ZERO)(content)
