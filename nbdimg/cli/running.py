@@ -31,9 +31,7 @@ async def serve_images(config: ServerConfig, inheritance: Inheritance, *, is_ver
     Raises: as `serving`.
     """
     stop = _StopSignals(signal.SIGINT, *([signal.SIGHUP] if config.tls is None else []))
-    is_reload_asked = asyncio.Event()
-    if config.tls is not None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, is_reload_asked.set)
+    hangups = None if config.tls is None else _Hangups()
     notifier = _prepare(config, None, inheritance, is_verbose=is_verbose)
     try:
         async with (
@@ -41,10 +39,8 @@ async def serve_images(config: ServerConfig, inheritance: Inheritance, *, is_ver
             _serving(config, inheritance, notifier) as service,
         ):
             attach(service, Control(service, None))
-            if config.tls is not None:
-                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, service.reload_tls)
-            if is_reload_asked.is_set():
-                service.reload_tls()
+            if hangups is not None:
+                hangups.answer_by(service.reload_tls)
             _announce(service, notifier)
             await stop.wait_and_drain(service, notifier)
         service.server.estate.settle(notifier)
@@ -71,8 +67,7 @@ async def serve_file(
         return config.server, config.reload == "watch"
 
     stop = _StopSignals(signal.SIGINT)
-    is_reload_asked = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, is_reload_asked.set)
+    hangups = _Hangups()
     seen = stamp(path)
     config = load()
     notifier = _prepare(config.server, path, inheritance, is_verbose=is_verbose)
@@ -83,10 +78,8 @@ async def serve_file(
             _serving(server, inheritance, notifier) as service,
         ):
             reloader = Reloader(service, load_again, notifier, path, is_watching=config.reload == "watch", seen=seen)
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.request)
             attach(service, Control(service, reloader))
-            if is_reload_asked.is_set():
-                reloader.request()
+            hangups.answer_by(reloader.request)
             try:
                 _announce(service, notifier)
                 await stop.wait_and_drain(service, notifier)
@@ -132,6 +125,28 @@ def _serving(
 ) -> AbstractAsyncContextManager[Service]:
     listeners = list(filter(is_for_clients, inheritance.listeners))
     return serving(config, listeners, partial(handover.claim, inheritance, notifier))
+
+
+class _Hangups:
+    """SIGHUP from now on; what comes before there is an answer is answered then. There is one handler all the time: a
+    loop forgets a signal that it was about to tell of when its handler is replaced.
+    """
+
+    def __init__(self) -> None:
+        self._is_asked = False
+        self._answer: Callable[[], None] | None = None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_signal)
+
+    def _on_signal(self) -> None:
+        if self._answer is None:
+            self._is_asked = True
+        else:
+            self._answer()
+
+    def answer_by(self, answer: Callable[[], None]) -> None:
+        self._answer = answer
+        if self._is_asked:
+            answer()
 
 
 class _StopSignals:

@@ -463,17 +463,23 @@ def test_serve_serves_on_at_a_signal_that_it_was_started_to_ignore(image: Path, 
         assert server.wait(10) == 0
 
 
-def test_serve_hangup_while_it_starts_has_the_files_of_tls_read_again(tmp_path: Path, image: Path) -> None:
+@pytest.mark.parametrize("has_file", [False, True])
+def test_serve_hangup_while_it_starts_is_answered_when_it_has(tmp_path: Path, image: Path, has_file: bool) -> None:
     """As who renews certificates sends it, while images are still opened: here the server waits for a key."""
     identity = Authority(tmp_path / "ca").issue("server", common_name="localhost")
-    tls = [f"--tls-certificate={identity.certificate_path}", f"--tls-key={identity.key_path}"]
+    options = [f"--tls-certificate={identity.certificate_path}", f"--tls-key={identity.key_path}", "--log-format=text"]
+    options += ["--listen", f"nbd+unix:///?socket={tmp_path}/s"]
     os.mkfifo(tmp_path / "key")
-    more = [f"--key-file={tmp_path}/key", "--listen", f"nbd+unix:///?socket={tmp_path}/s", "--log-format=text"]
-    with ServerProcess([sys.executable, "-m", "nbdimg", "serve", *tls, *more, str(image)]) as server:
+    if has_file:
+        (tmp_path / "c.toml").write_text(f"[[exports]]\npath = '{image}'\nkey_file = 'key'\n")
+        options.append(f"--config={tmp_path}/c.toml")
+    else:
+        options += [f"--key-file={tmp_path}/key", str(image)]
+    with ServerProcess([sys.executable, "-m", "nbdimg", "serve", *options]) as server:
         with open(tmp_path / "key", "wb") as key:
             server.process.send_signal(signal.SIGHUP)
             key.write(b"key")
-        assert wait_until(lambda: not server.is_running() or "files were reloaded" in server.stderr(), 20)
+        assert wait_until(lambda: not server.is_running() or "reloaded" in server.stderr(), 20)
         server.terminate()
         assert server.wait(10) == 0
 
