@@ -14,7 +14,7 @@ import stat
 from typing import Any
 
 from nbdimg.config import TlsConfig
-from nbdimg.errors import ConfigError, escaped
+from nbdimg.errors import ConfigError, TlsError, escaped
 from nbdimg.export.access import normalized
 
 PSK_SIZE_MIN = 16
@@ -64,14 +64,23 @@ class Credentials:
         return frozenset(self._keys.proposed)
 
     def identities(self, session: ssl.SSLObject, proposed: frozenset[str]) -> frozenset[str]:
-        """What a complete handshake has proven of the client."""
+        """What a complete handshake has proven of the client.
+
+        Raises: TlsError: its certificate has names of which Python makes no text.
+        """
         if proposed:
             # That a name was proposed proves nothing: OpenSSL passes over a key that does not fit the cipher. Without
             # tickets only a key that was used makes a TLS 1.3 session one that is "reused".
             is_used = session.session_reused and session.version() == "TLSv1.3" and len(proposed) == 1
             return frozenset(f"psk:{name}" for name in proposed) if is_used else frozenset()
         certificate = session.getpeercert(binary_form=True)
-        return _certificate_identities(session.getpeercert() or {}, certificate) if certificate else frozenset()
+        if not certificate:
+            return frozenset()
+        try:
+            names = session.getpeercert() or {}
+        except (ValueError, ssl.SSLError) as error:
+            raise TlsError(f"the client's certificate has a name that cannot be read: {error}") from None
+        return _certificate_identities(names, certificate)
 
 
 def reason(error: OSError) -> str:

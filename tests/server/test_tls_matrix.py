@@ -490,3 +490,13 @@ def test_names_in_a_certificate_of_another_kind_do_no_harm(realm: Realm) -> None
     odd = realm.authority.issue("client", common_name="odd", names=names)
     with LiveServer(realm.config(realm.tls())) as server:
         assert refusal(server.address, client_context(realm.authority, odd)) is None
+
+
+def test_certificate_with_a_name_that_is_not_utf8_is_refused_in_one_line(realm: Realm) -> None:
+    """Python's `ssl` reads names as UTF-8, and gives none of them if one is not."""
+    names = b"\x30\x07\x82\x05h\xe4ns."  # SEQUENCE { dNSName [2] IA5String }
+    odd = realm.authority.issue("client", common_name="latin1", names=names)
+    with LiveServer(realm.config(realm.tls())) as server:
+        assert refusal(server.address, client_context(realm.authority, odd)) is not None
+        assert server.has_logged("refused: the client's certificate has a name that cannot be read"), server.lines
+        assert_serves(server, realm)

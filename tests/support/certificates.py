@@ -17,7 +17,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 
 DAY = datetime.timedelta(days=1)
 SERVER_AUTH, CLIENT_AUTH = ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH
@@ -85,12 +85,14 @@ class Authority:
         role: str,
         *,
         common_name: str = "someone",
-        names: Sequence[x509.GeneralName] = (),
+        names: Sequence[x509.GeneralName] | bytes = (),
         usage: x509.ObjectIdentifier | None = None,
         valid_days: tuple[float, float] = (-1, 20),
         directory: str | None = None,
     ) -> Identity:
-        """A certificate for `role` "server" or "client", valid from and to so many days from now."""
+        """A certificate for `role` "server" or "client", valid from and to so many days from now. `names` may be
+        given as they are encoded.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         now = datetime.datetime.now(datetime.UTC)
         builder = (
@@ -106,7 +108,10 @@ class Authority:
                 x509.ExtendedKeyUsage([usage or (SERVER_AUTH if role == "server" else CLIENT_AUTH)]), critical=False
             )
         )
-        if names:
+        if isinstance(names, bytes):
+            encoded = x509.UnrecognizedExtension(ExtensionOID.SUBJECT_ALTERNATIVE_NAME, names)
+            builder = builder.add_extension(encoded, critical=False)
+        elif names:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         certificate = builder.sign(self._key, hashes.SHA256())
         place = self.directory / (directory or f"{role}-{common_name}")
