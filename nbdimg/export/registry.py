@@ -119,8 +119,10 @@ class View:
         export = self._lookup(name)
         if export is None:
             base, at, overlay = name.rpartition("@")
-            export = self._lookup(base) if at and is_overlay_name(overlay) else None
+            is_overlay = bool(at) and is_overlay_name(overlay)
+            export = self._lookup(base) if is_overlay else None
             if export is None or not export.keeps_overlays:
+                self._tell_hidden([name, base] if is_overlay else [name])
                 return None
             return Wanted(export, f"{export.name}@{overlay}", overlay)
         if not export.keeps_overlays:
@@ -133,12 +135,15 @@ class View:
         return Wanted(export, export.name, proven)
 
     def _lookup(self, name: str) -> Export | None:
-        export = self._registry.lookup(name, self._is_visible) if name else _single_image(self._all_visible())
-        if export is None:
+        return self._registry.lookup(name, self._is_visible) if name else _single_image(self._all_visible())
+
+    def _tell_hidden(self, names: Sequence[str]) -> None:
+        """Of the first of them that means an export which is hidden from the client."""
+        for name in names:
             hidden = self._registry.lookup(name)
-            if hidden is not None:
+            if hidden is not None and not self._is_visible(hidden):
                 self._on_refused(hidden, "access is not allowed")
-        return export
+                return
 
     def listed(self) -> Sequence[ExportInfo]:
         """Overlays that are kept are nobody's business but of who asks for them."""

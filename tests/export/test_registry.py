@@ -134,6 +134,27 @@ def test_rules_are_looked_at_once_for_all_that_a_client_may_ask(monkeypatch: pyt
     assert looks == 100
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("disk@monday", ["disk@monday"]),
+        ("/disk@monday", ["disk@monday"]),
+        ("disk@tuesday", ["disk"]),
+        ("disk@-", []),
+        ("disk", ["disk"]),
+        ("open@tuesday", []),
+        ("other@monday", []),
+    ],
+)
+def test_one_name_is_told_of_as_hidden_once(name: str, told: list[str]) -> None:
+    exports, others = registry("open"), Terms((Rule(networks=(ip_network("10.1.0.0/16"),)),))
+    for each in ("disk", "disk@monday"):
+        exports.add(export(each), others)
+    found: list[str] = []
+    assert View(exports, Client(), lambda hidden, reason: found.append(hidden.name)).find(name) is None
+    assert found == told
+
+
 def test_what_a_client_sees_follows_terms_exports_and_who_it_is() -> None:
     exports, others = registry("a"), Terms((Rule(identities=frozenset({"cn:other"})),))
 
