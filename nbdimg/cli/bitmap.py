@@ -110,7 +110,7 @@ def _change(path: str, action: BitmapAction, done: str, as_json: bool) -> None:
 async def _changed(path: str, action: BitmapAction) -> list[BitmapEntry]:
     async with opened_qcow2(path, writable=True, parts="dirty bitmaps") as file:
         editor = await open_editor(file)
-        await editor.carry_out([action])
+        editor.carry_out([action])
         await editor.save()
         return editor.entries
 

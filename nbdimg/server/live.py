@@ -24,7 +24,7 @@ from nbdimg.export.export import Export, default_name
 from nbdimg.formats import resize_image
 from nbdimg.formats.newfile import naming
 from nbdimg.formats.qcow2.bitmap_edit import BitmapAction
-from nbdimg.formats.qcow2.bitmap_live import change_bitmaps, foresee
+from nbdimg.formats.qcow2.bitmap_live import change_bitmaps, prepare
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.snapshot_changes import create_snapshot, delete_snapshot
 from nbdimg.formats.qcow2.snapshots import Snapshot, find_snapshot, load_snapshots
@@ -314,12 +314,13 @@ class Control:
         export = self._changeable(name)
         _qcow2_driver(export, "dirty bitmaps")
         with naming(export.image.path):
-            left = await foresee(export.image, actions)
+            editor = await prepare(export.image, actions)
+        left = {entry.name for entry in editor.entries}
         gone = {f"{DIRTY_BITMAP}{each.name}" for each in await self._bitmaps(name) if each.name not in left}
         self._check_unused(export, gone)
         export.withdraw(gone)
         async with _overhaul(export):
-            await change_bitmaps(export.image, actions)
+            await change_bitmaps(export.image, editor)
         said = ", ".join(f"{each.action} {escaped(each.name)}" for each in actions)
         logger.info("export %s: bitmaps were changed: %s", escaped(name), said)
         return await self._bitmaps(name)

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from nbdimg.formats.qcow2.bitmap_edit import BitmapAction, open_editor
-from nbdimg.formats.qcow2.bitmap_live import change_bitmaps
+from nbdimg.formats.qcow2.bitmap_live import change_bitmaps, prepare
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.resize import resize
 from nbdimg.formats.qcow2.snapshot_changes import apply_snapshot, create_snapshot, delete_snapshot
@@ -202,7 +202,7 @@ def bitmaps_edited(make: Make) -> Workload:
             if is_new:
                 editor.add("third", 512)
             else:
-                await editor.merge(images.IDLE_BITMAP, ["third"])
+                editor.merge(images.IDLE_BITMAP, ["third"])
                 editor.remove("third")
             await client.step("edit", editor.save)
             client.target = ExportTarget(await opened(images.start(make), files, writable=True))
@@ -215,7 +215,8 @@ def bitmaps_edited(make: Make) -> Workload:
 async def change_tracking(client: Client, states: str, *actions: BitmapAction) -> None:
     """A step that the checker knows."""
     guest = await flushed_guest(client)
-    work = change_bitmaps(image_of(client), actions)
+    image = image_of(client)
+    work = change_bitmaps(image, await prepare(image, actions))
     await client.step(f"bitmaps {kept(guest)} {states}", lambda: change_alone(client, work))
 
 

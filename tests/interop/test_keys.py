@@ -22,7 +22,7 @@ from nbdimg.errors import ConfigError
 from nbdimg.formats import create_image, open_image
 from nbdimg.formats.qcow2 import luks
 from nbdimg.formats.qcow2.create import create as create_qcow2
-from nbdimg.formats.qcow2.layout import CreateOptions
+from nbdimg.formats.qcow2.create_options import CreateOptions
 from nbdimg.units import KiB, MiB
 from tests.server.controlled import ControlledServer
 from tests.support.qcow2edit import qemu_img, qemu_io

@@ -55,12 +55,22 @@ class BitmapAction:
     sources: tuple[str, ...] = ()
 
 
+@dataclass(slots=True)
+class _Union:
+    """Bits that `save` makes, once, of others: stored, new, or made so themselves."""
+
+    parts: list[BitmapEntry | DirtyBitmap | _Union]
+    made: DirtyBitmap | None = None
+
+
 class BitmapEditor:
-    """Every method raises ConfigError when the bitmap that it means is missing or unfit.
+    """What is to become of the bitmaps. Bits are not looked at before `save`: until then they may change.
+
+    Every method raises ConfigError when the bitmap that it means is missing or unfit.
 
     Args:
         entries: as they are now.
-        load: the bits of a consistent one; they are the editor's.
+        load: the bits of a consistent one; they stay as they are.
         save: puts the changes in the place of all; raises OSError, ImageError.
     """
 
@@ -69,9 +79,13 @@ class BitmapEditor:
         self._header = header
         self._load = load
         self._save = save
-        self._changes: dict[str, Change] = {entry.name: (entry, None) for entry in entries}
+        self._changes: dict[str, tuple[BitmapEntry, DirtyBitmap | _Union | None]] = {
+            entry.name: (entry, None) for entry in entries
+        }
+        self._merged: list[BitmapEntry] = []
+        """Those whose stored bits `save` asks for."""
 
-    async def carry_out(self, actions: Sequence[BitmapAction]) -> None:
+    def carry_out(self, actions: Sequence[BitmapAction]) -> None:
         """One after the other, each on what those before it have left."""
         for each in actions:
             match each.action:
@@ -84,7 +98,7 @@ class BitmapEditor:
                 case "enable" | "disable":
                     self.enable(each.name, is_enabled=each.action == "enable")
                 case "merge":
-                    await self.merge(each.name, each.sources)
+                    self.merge(each.name, each.sources)
 
     @property
     def entries(self) -> list[BitmapEntry]:
@@ -128,24 +142,50 @@ class BitmapEditor:
         flags = entry.flags | BitmapFlag.AUTO if is_enabled else entry.flags & ~int(BitmapFlag.AUTO)
         self._changes[name] = replace(entry, flags=flags), self._changes[name][1]
 
-    async def merge(self, name: str, sources: Sequence[str]) -> None:
+    def merge(self, name: str, sources: Sequence[str]) -> None:
         """What is dirty in any of `sources` becomes dirty in `name`; granularities may differ."""
         entry = self._usable(name)
         for source in sources:
             self._usable(source)
-        merged = await self._bits(name)
-        for source in sources:
-            for _ in merged.merge(await self._bits(source)):
-                await asyncio.sleep(0)
-        self._changes[name] = entry, merged
+        self._changes[name] = entry, _Union([self._part(each) for each in (name, *sources)])
+
+    def _part(self, name: str) -> BitmapEntry | DirtyBitmap | _Union:
+        entry, bits = self._changes[name]
+        if bits is not None:
+            return bits
+        self._merged.append(entry)
+        return entry
+
+    async def load(self) -> None:
+        """Have `save` find what it asks for, where `load` remembers it. Raises: OSError, ImageError."""
+        for entry in self._merged:
+            await self._load(entry)
 
     async def save(self) -> None:
         """Raises: OSError, ImageError: all of it has changed or nothing, and space may be lost."""
-        await self._save(list(self._changes.values()))
+        changes: list[Change] = []
+        for entry, bits in self._changes.values():
+            changes.append((entry, None if bits is None else await self._made(bits)))
+        await self._save(changes)
+
+    async def _made(self, bits: BitmapEntry | DirtyBitmap | _Union) -> DirtyBitmap:
+        if isinstance(bits, DirtyBitmap):
+            return bits
+        if isinstance(bits, BitmapEntry):
+            return await self._load(bits)
+        if bits.made is None:
+            first, *others = bits.parts
+            merged = (await self._made(first)).copy()
+            for other in others:
+                for _ in merged.merge(await self._made(other)):
+                    await asyncio.sleep(0)
+            bits.made = merged
+        return bits.made
 
     def _clean(self, entry: BitmapEntry) -> DirtyBitmap:
         size = byte_count(self._header.size, entry.granularity)
-        taken = sum(bits.byte_count for other, bits in self._changes.values() if bits and other.name != entry.name)
+        others = (other for other, bits in self._changes.values() if bits and other.name != entry.name)
+        taken = sum(byte_count(self._header.size, other.granularity) for other in others)
         if taken + size > MEMORY_MAX:
             raise UnsupportedFeature(
                 self._file.path,
@@ -153,10 +193,6 @@ class BitmapEditor:
                 f"{taken}, allowed are {MEMORY_MAX}",
             )
         return DirtyBitmap(entry.name, entry.granularity, self._header.size)
-
-    async def _bits(self, name: str) -> DirtyBitmap:
-        entry, bitmap = self._changes[name]
-        return bitmap if bitmap is not None else await self._load(entry)
 
     def _find(self, name: str) -> BitmapEntry:
         if name not in self._changes:

@@ -35,7 +35,12 @@ def failing_in_doubt(image: Image) -> Iterator[None]:
         raise
 
 
-def _editor(image: Image) -> BitmapEditor:
+async def prepare(image: Image, actions: Sequence[BitmapAction]) -> BitmapEditor:
+    """What `change_bitmaps` takes for `actions`, one after the other; nothing has changed, and requests may be in
+    flight. What reads and refuses is done here, so that a standstill is short.
+
+    Raises: ConfigError: as `BitmapEditor`. UnsupportedFeature: it has no room for them. ImageError, OSError.
+    """
     driver = image.driver
     assert isinstance(driver, Qcow2Driver)
     counts = driver.refcounts
@@ -44,32 +49,24 @@ def _editor(image: Image) -> BitmapEditor:
     store = driver.made_bitmaps()
 
     async def load(entry: BitmapEntry) -> DirtyBitmap:
-        return await store.copy(entry.name)
+        return await store.get(entry.name)
 
     async def save(changes: list[Change]) -> None:
         await store.replace(counts, changes)
 
-    return BitmapEditor(driver.file, driver.header, store.entries, load, save)
+    editor = BitmapEditor(driver.file, driver.header, store.entries, load, save)
+    editor.carry_out(actions)
+    await editor.load()
+    return editor
 
 
-async def foresee(image: Image, actions: Sequence[BitmapAction]) -> list[str]:
-    """The names of the bitmaps that there would be, changing nothing; requests may be in flight.
+async def change_bitmaps(image: Image, editor: BitmapEditor) -> None:
+    """Carry out all or nothing of what was prepared, durably; no bitmap has come or gone since then. No request and no
+    flush is in flight, and everything is durable.
 
-    Raises: ConfigError, ImageError, OSError: as `change_bitmaps`.
+    Raises: UnsupportedFeature: it has no room for them. ImageError, OSError: nothing has changed; what leaves a doubt
+        about what the disk has makes the image fail.
     """
-    editor = _editor(image)
-    await editor.carry_out(actions)
-    return [entry.name for entry in editor.entries]
-
-
-async def change_bitmaps(image: Image, actions: Sequence[BitmapAction]) -> None:
-    """Carry out all of `actions` or none, durably. No request and no flush is in flight, and everything is durable.
-
-    Raises: ConfigError: as `BitmapEditor`. UnsupportedFeature: it has no room for them. ImageError, OSError: nothing
-        has changed; what leaves a doubt about what the disk has makes the image fail.
-    """
-    editor = _editor(image)
-    await editor.carry_out(actions)
     try:
         with failing_in_doubt(image):
             await editor.save()

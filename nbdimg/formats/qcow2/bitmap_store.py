@@ -130,7 +130,10 @@ class BitmapStore:
         if entry is None:
             raise RequestError(errno.EINVAL, f"bitmap {escaped(name)} is not there any more")
         size = byte_count(self._header.size, entry.granularity)
-        taken = sum(bitmap.byte_count for bitmap in self._loaded.values())
+        taken = self._taken()
+        if taken + size > MEMORY_MAX:
+            self._loaded = {each: bits for each, bits in self._loaded.items() if self._is_needed(bits)}
+            taken = self._taken()
         if taken + size > MEMORY_MAX:
             raise UnsupportedFeature(
                 self._file.path,
@@ -141,14 +144,23 @@ class BitmapStore:
         table = await load_table(self._file, self._header, entry)
         return await load_bits(self._file, self._header, entry, table)
 
-    async def copy(self, name: str) -> DirtyBitmap:
-        """As `get`, for whoever changes it."""
-        return (await self.get(name)).copy()
+    def _taken(self) -> int:
+        return sum(bitmap.byte_count for bitmap in self._loaded.values())
+
+    def _is_needed(self, bitmap: DirtyBitmap) -> bool:
+        """Whether the file lacks what a loaded one knows, or will."""
+        return bitmap.name in self._marked or bitmap in self.recording
 
     async def record(self) -> None:
-        """Load the enabled bitmaps: from now on every change must be set in them."""
-        names = [entry.name for entry in self.entries if entry.is_consistent and entry.is_enabled]
-        self.recording = tuple([await self.get(name) for name in names])
+        """Load the enabled bitmaps: from now on every change must be set in them.
+
+        Raises: UnsupportedFeature: they would take too much memory.
+        """
+        enabled = [entry for entry in self.entries if entry.is_consistent and entry.is_enabled]
+        taken = sum(byte_count(self._header.size, entry.granularity) for entry in enabled)
+        if taken > MEMORY_MAX:
+            raise _too_much(self._file.path, taken)
+        self.recording = tuple([await self.get(entry.name) for entry in enabled])
 
     async def mark(self) -> None:
         """Durably say that the enabled bitmaps are in use (B1). Not to be called twice at the same time.
@@ -291,17 +303,25 @@ class BitmapStore:
             await settle(self._file, counts)
 
     async def _loaded_with(self, changes: Sequence[Change]) -> dict[str, DirtyBitmap]:
-        """What is in memory when they are made: all that record then, and of the others those that are now."""
+        """What is in memory when they are made: all that record then, or are stored, and of the others those that are
+        now, as far as there is room.
+        """
         loaded: dict[str, DirtyBitmap] = {}
+        others: dict[str, DirtyBitmap] = {}
         for entry, bits in changes:
-            if bits is None and entry.is_consistent and entry.is_enabled:
+            is_recording = entry.is_consistent and entry.is_enabled
+            if bits is None and is_recording:
                 bits = await self.get(entry.name)
             bits = bits or self._loaded.get(entry.name)
             if bits is not None:
-                loaded[entry.name] = bits
+                (loaded if is_recording or entry.name in self._marked else others)[entry.name] = bits
         taken = sum(bitmap.byte_count for bitmap in loaded.values())
         if taken > MEMORY_MAX:
             raise _too_much(self._file.path, taken)
+        for name, bitmap in others.items():
+            if taken + bitmap.byte_count <= MEMORY_MAX:
+                loaded[name] = bitmap
+                taken += bitmap.byte_count
         return loaded
 
     async def _overwrite(self) -> bool:

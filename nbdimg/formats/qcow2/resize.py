@@ -92,8 +92,7 @@ def _check_bitmaps(driver: Qcow2Driver, size: int) -> None:
                     f"(offset {entry.offset})",
                     entry.offset,
                 )
-        if size > driver.size:
-            store.check_size(size)
+        store.check_size(max(size, driver.size))
 
 
 def _check_keys(image: Image, driver: Qcow2Driver, size: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import pytest
 from nbdimg.errors import ConfigError, ImageFailed, RequestError, UnsupportedFeature
 from nbdimg.formats.qcow2 import bitmap_edit, bitmap_store
 from nbdimg.formats.qcow2.bitmap_edit import BitmapAction
-from nbdimg.formats.qcow2.bitmap_live import change_bitmaps, foresee
+from nbdimg.formats.qcow2.bitmap_live import change_bitmaps, prepare
 from nbdimg.formats.qcow2.resize import resize
+from nbdimg.image.bitmap import DirtyBitmap
 from nbdimg.image.image import Image
 from nbdimg.storage.memory import MemoryFile
 from tests.formats.qcow2.test_bitmaps import (
@@ -39,7 +41,7 @@ SWITCH = (ADD, BitmapAction("disable", "b0"))
 async def change(image: Image, *actions: BitmapAction) -> None:
     """As a running server does, of which no request is in flight here."""
     await image.flush()
-    await change_bitmaps(image, actions)
+    await change_bitmaps(image, await prepare(image, actions))
 
 
 async def dirty(image: Image, name: str) -> list[tuple[int, int]]:
@@ -139,12 +141,11 @@ def test_actions_together_are_all_carried_out_or_none(tmp_path: Path) -> None:
         file = MemoryFile(made(tmp_path / "disk"))
         image = await opened(file)
         before = bytes(file.content)
-        for ask in (foresee, change_bitmaps):
-            with pytest.raises(ConfigError, match="there is no bitmap 'x', known are 'b0', 'b1'"):
-                await ask(image, (*SWITCH, BitmapAction("remove", "x")))
-            with pytest.raises(ConfigError, match="there is a bitmap 'b0' already"):
-                await ask(image, (BitmapAction("remove", "b0"), BitmapAction("add", "b0"), BitmapAction("add", "b0")))
-        assert await foresee(image, SWITCH) == ["b0", "b1"]
+        with pytest.raises(ConfigError, match="there is no bitmap 'x', known are 'b0', 'b1'"):
+            await prepare(image, (*SWITCH, BitmapAction("remove", "x")))
+        with pytest.raises(ConfigError, match="there is a bitmap 'b0' already"):
+            await prepare(image, (BitmapAction("remove", "b0"), BitmapAction("add", "b0"), BitmapAction("add", "b0")))
+        assert [entry.name for entry in (await prepare(image, SWITCH)).entries] == ["b0", "b1"]
         assert (image.bitmap_names, bytes(file.content)) == (("b0",), before)
         await change(image, BitmapAction("remove", "b0"), BitmapAction("add", "b0", 65536))
         assert (await image.bitmap("b0")).granularity == 65536
@@ -191,6 +192,67 @@ def test_bitmaps_that_would_take_too_much_memory_are_refused_before_they_take_it
     asyncio.run(run())
 
 
+def test_bitmaps_that_nobody_needs_in_memory_give_room_to_those_that_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three that take 32 bytes each, two may be in memory; what follows the disk is never among those that go."""
+    for module in (bitmap_edit, bitmap_store):
+        monkeypatch.setattr(module, "MEMORY_MAX", 70)
+
+    async def run() -> None:
+        file = MemoryFile(made(tmp_path / "disk", bitmaps=("b0", "frozen")))
+        image = await opened(file)
+        await image.write(0, b"1" * 512)
+        assert await dirty(image, "frozen") == FIRST
+        await change(image, ADD)
+        await image.write(8192, b"2" * 512)
+        with pytest.raises(UnsupportedFeature, match="'frozen' takes 32 bytes of memory and others take 64"):
+            await image.bitmap("frozen")
+        await change(image, BitmapAction("disable", "b0"))
+        for _ in range(2):
+            assert await dirty(image, "frozen") == FIRST
+            assert await dirty(image, "b0") == [(0, 4096), (8192, 12288), *FIRST]
+        with pytest.raises(UnsupportedFeature, match="its bitmaps would take 96 bytes of memory"):
+            await resize(image, SIZE // 2 + 512)
+        await image.close()
+        expected = {"b0": [(0, 4096), (8192, 12288), *FIRST], "frozen": FIRST, "b1": [(8192, 12288)]}
+        assert await on_disk(file) == expected
+
+    asyncio.run(run())
+
+
+def test_merges_are_computed_once_and_know_what_was_written_since_they_were_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each merge of the chain takes the one before it twice."""
+    count = 0
+    merge = DirtyBitmap.merge
+
+    def counted(self: DirtyBitmap, other: DirtyBitmap) -> Iterator[None]:
+        nonlocal count
+        count += 1
+        return merge(self, other)
+
+    monkeypatch.setattr(DirtyBitmap, "merge", counted)
+
+    async def run() -> None:
+        image = await opened(MemoryFile(made(tmp_path / "disk", bitmaps=("b0", "frozen"))))
+        chain = [
+            BitmapAction("merge", name, sources=(name, other)) for name, other in 20 * [("b0", "b1"), ("b1", "b0")]
+        ]
+        prepared = await prepare(image, (BitmapAction("add", "b1", GRANULARITY, is_enabled=False), *chain))
+        assert count == 0
+        await image.write(0, b"1" * 512)
+        await image.flush()
+        await change_bitmaps(image, prepared)
+        assert count == 80
+        for name in ("b0", "b1"):
+            assert await dirty(image, name) == [(0, 4096), *FIRST]
+        await image.close()
+
+    asyncio.run(run())
+
+
 # Faults
 
 
@@ -213,7 +275,7 @@ def test_fault_at_each_call_leaves_the_old_bitmaps_or_the_new_or_an_image_that_s
         file.fail_at(index, number)
         has_changed = False
         with suppress(OSError):
-            await change_bitmaps(image, actions)
+            await change_bitmaps(image, await prepare(image, actions))
             has_changed = True
         is_over = len(file.calls) - count <= index
         file.heal()
@@ -253,7 +315,7 @@ def test_full_disk_between_the_writes_of_a_header_costs_no_bitmap_and_no_space_i
         count = len(file.calls)
         file.fail_at(index, errno.ENOSPC)
         with suppress(OSError):
-            await change_bitmaps(image, [ADD])
+            await change_bitmaps(image, await prepare(image, [ADD]))
         is_over = len(file.calls) - count <= index
         file.heal()
         found.add(len(await stored(MemoryFile(memory.content))))
