@@ -8,8 +8,8 @@
 
 At each bar everything before it is durable. A crash leaves the disk with its old size and all its bytes up to the new
 one, or with the new size. While it still has the old size, whatever lies behind the new one is as it was or zeroes: to
-forget it before the header is written, as QEMU does, would show the backing file's bytes there. What a crash leaves
-mapped behind the end is no error; the next resize, to whatever size, frees it.
+forget it before the header is written, as QEMU does, would show the backing file's bytes there. A shrink that
+fails puts it back. What a crash leaves mapped behind the end is no error; the next resize, to whatever size, frees it.
 
 New bytes of the disk read as zeroes, also where the last cluster, a longer backing file, a longer data file, or tables
 that were left behind have something else. In all bitmaps they are dirty: where the disk was once longer, a backup may
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-from nbdimg.errors import ConfigError, UnsupportedFeature, escaped
+from nbdimg.errors import ConfigError, ImageError, UnsupportedFeature, escaped
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.bitmap_live import failing_in_doubt
 from nbdimg.formats.qcow2.crypt import EncryptedFile
@@ -151,15 +151,9 @@ def _set_size(image: Image, driver: Qcow2Driver, size: int) -> None:
 
 async def _shrink(image: Image, driver: Qcow2Driver, size: int) -> None:
     old = driver.size
-    stop = min(old, align_up(size, driver.cluster_size))
-    position = size
-    while position < stop:
-        extent = await answered(partial(driver.map, position, stop))
-        end = min(extent.stop, stop)
-        if extent.kind in (ExtentKind.DATA, ExtentKind.COMPRESSED):
-            await image.zero(position, end - position, may_unmap=False, is_fast_only=False)
-        position = end
+    cut: list[tuple[int, bytearray]] = []
     try:
+        await _zero_rest(image, driver, size, cut)
         await _resize_bitmaps(image, driver, size)
         await _place_bitmaps(image, driver)
         _set_size(image, driver, size)
@@ -168,8 +162,26 @@ async def _shrink(image: Image, driver: Qcow2Driver, size: int) -> None:
         await _flush(image)
     except BaseException:
         await _restore(image, driver, old)
+        with suppress(OSError, ImageError):
+            for offset, content in cut:
+                await image.write(offset, content)
+            await image.flush()
         raise
     await _release_bitmaps(image, driver)
+
+
+async def _zero_rest(image: Image, driver: Qcow2Driver, size: int, cut: list[tuple[int, bytearray]]) -> None:
+    """Zero what the last cluster of a disk of `size` bytes has behind its end; `cut` gets what was there, and where."""
+    position, stop = size, min(driver.size, align_up(size, driver.cluster_size))
+    while position < stop:
+        extent = await answered(partial(driver.map, position, stop))
+        end = min(extent.stop, stop)
+        if extent.kind in (ExtentKind.DATA, ExtentKind.COMPRESSED):
+            content = bytearray(end - position)
+            await image.read(position, memoryview(content))
+            cut.append((position, content))
+            await image.zero(position, end - position, may_unmap=False, is_fast_only=False)
+        position = end
 
 
 async def _restore(image: Image, driver: Qcow2Driver, old: int) -> None:

@@ -628,6 +628,28 @@ def test_grow_that_finds_no_space_for_its_l1_table_until_the_end_leaks_nothing(t
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("options", ["cluster_size=64k", "cluster_size=16k,extended_l2=on"])
+def test_shrink_within_a_cluster_that_finds_no_space_leaves_what_lies_behind(tmp_path: Path, options: str) -> None:
+    path = tmp_path / "a.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", options, path, "1M")
+    qemu_img("bitmap", "--add", "-g", "512", path, "monday")
+    qemu_io(path, "write -q -P 7 0 1M")
+
+    async def run() -> None:
+        file = FullFile(MemoryFile(path.read_bytes()), slow_only=True)
+        image = await open_file(file, "qcow2", OpenOptions(DenyGate(), writable=True))
+        file.capacity = file.size
+        with pytest.raises(OSError, match="No space"):
+            await resize_image(image, 700 * KiB + 512, may_shrink=True)
+        assert await everything(image) == b"\7" * MiB
+        await image.close()
+        left = await open_file(file, "qcow2", OpenOptions(DenyGate()))
+        assert await everything(left) == b"\7" * MiB
+        assert list((await left.bitmap("monday")).runs(0, MiB)) == [(MiB, True)]
+
+    asyncio.run(run())
+
+
 def test_grow_with_a_failed_barrier_fails_the_image_and_leaves_a_sound_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
