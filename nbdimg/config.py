@@ -121,6 +121,12 @@ class TlsConfig:
         if self.crl_path is not None and self.client_ca_path is None:
             raise ConfigError("a revocation list needs the client CA file that issued it")
 
+    @property
+    def paths(self) -> list[str]:
+        """Of all files that are named: they are read again while clients are served."""
+        found = (self.certificate_path, self.key_path, self.client_ca_path, self.crl_path, self.psk_path)
+        return [each for each in found if each is not None]
+
 
 @dataclass(frozen=True, slots=True)
 class TcpAddress:

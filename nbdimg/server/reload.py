@@ -373,11 +373,7 @@ def _stamps(paths: Sequence[str]) -> dict[str, Stamp | None]:
 
 
 def _tls_files(config: ServerConfig) -> list[str]:
-    tls = config.tls
-    if tls is None:
-        return []
-    paths = (tls.certificate_path, tls.key_path, tls.client_ca_path, tls.crl_path, tls.psk_path)
-    return [path for path in paths if path is not None]
+    return [] if config.tls is None else config.tls.paths
 
 
 def status(service: Service) -> str:

@@ -246,10 +246,9 @@ def _needs(config: ServerConfig, config_path: str | None) -> Iterator[tuple[str,
             yield _around_socket(admin.socket_path)
         if admin.token_path is not None:
             yield from _around(admin.token_path, READ)
-    if (tls := config.tls) is not None:
-        for path in (tls.certificate_path, tls.key_path, tls.client_ca_path, tls.crl_path, tls.psk_path):
-            if path is not None:
-                yield from _around(path, READ)
+    if config.tls is not None:
+        for path in config.tls.paths:
+            yield from _around(path, READ)
 
 
 def _export_needs(config: ExportConfig) -> Iterator[tuple[str, Access]]:
