@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -58,9 +59,11 @@ main()
 """
 
 
-def interrupted(script: str, *arguments: str, ignored: bool = False) -> subprocess.CompletedProcess[str]:
+def interrupted(
+    script: str, *arguments: str, ignored: signal.Signals | None = None
+) -> subprocess.CompletedProcess[str]:
     """The end of an nbdimg that sends itself the signal."""
-    before = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" if ignored else ""
+    before = "" if ignored is None else f"import signal; signal.signal({ignored:d}, signal.SIG_IGN)\n"
     return subprocess.run(
         [sys.executable, "-c", before + script + RUN, *arguments],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
@@ -108,11 +111,32 @@ def test_interrupt_of_a_health_check_that_waits_is_one_line() -> None:
 
 def test_interrupt_that_is_ignored_stays_so() -> None:
     Path("a.raw").write_bytes(bytes(KiB))
-    ended = interrupted(AT_IMPORT, "info", "a.raw", ignored=True)
+    ended = interrupted(AT_IMPORT, "info", "a.raw", ignored=signal.SIGINT)
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+def test_interrupt_at_a_terminal_leaves_it_without_half_a_bar_and_with_a_cursor() -> None:
+    primary, secondary = pty.openpty()
+    try:
+        argv = [sys.executable, "-c", AT_IMPORT + RUN, "info", "absent.raw"]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        ended = subprocess.run(argv, env=environment, stderr=secondary, timeout=60)
+        assert ended.returncode == 128 + signal.SIGINT
+        assert os.read(primary, 4096) == b"\r\x1b[2K\x1b[?25hnbdimg: interrupted\r\n"
+    finally:
+        os.close(primary)
+        os.close(secondary)
+
+
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_signal_that_is_ignored_does_not_end_a_verb_that_hears_it(number: signal.Signals) -> None:
+    """nohup has a hangup ignored, a script's `&` Ctrl-C."""
+    with_bitmaps("a.qcow2")
+    ended = interrupted(at_write(1, number=number), "resize", "--shrink", "a.qcow2", "4M", ignored=number)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("number", NUMBERS)

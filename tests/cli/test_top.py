@@ -139,6 +139,21 @@ def test_live_view_fills_the_terminal_and_ends_with_0(served: Served, end: str) 
         os.close(secondary)
 
 
+def test_live_view_has_no_more_lines_than_the_terminal_and_says_what_is_missing(served: Served) -> None:
+    primary, secondary = pty.openpty()
+    fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 3, 120, 0, 0))
+    argv = [sys.executable, "-m", "nbdimg", "top", "--interval=0.1", f"--socket={served.admin}"]
+    environment = {**os.environ, "TERM": "xterm"}
+    with subprocess.Popen(argv, stdin=secondary, stdout=secondary, stderr=secondary, env=environment) as process:
+        try:
+            seen = _read_until(primary, "… 1 more".encode())
+            assert (b"disk" in seen) != (b"vm" in seen)
+        finally:
+            process.kill()
+            os.close(primary)
+            os.close(secondary)
+
+
 def test_dumb_terminal_gets_one_table_below_the_other(served: Served) -> None:
     """Nothing was shown: what draws on a terminal leaves such a one alone."""
     primary, secondary = pty.openpty()
