@@ -7,7 +7,9 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from nbdimg.cli.healthcheck import SOCKET_VARIABLE
 from nbdimg.cli.http import Api
 from nbdimg.cli.main import run
 from nbdimg.config import AdminConfig, ServerConfig, TcpAddress
+from nbdimg.errors import NbdimgError
 from tests.admin.fake import FakeServer
 from tests.admin.served import Served, make_qcow2
 from tests.support.httpclient import http_address
@@ -312,6 +315,32 @@ def test_token_file_without_an_end_is_not_waited_for(ctl: Ctl, tmp_path: Path, m
         ("/dev/zero", "expected one line with the token"),
     ):
         assert ctl("exports", "--url=http://h:1", f"--token-file={path}", status=USAGE) == f"token file {path}: {said}"
+
+
+def test_change_is_waited_for_longer_than_an_answer_that_waits_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drain or a resize takes as long as the server lets it."""
+    monkeypatch.setattr(http, "ANSWER_TIMEOUT_S", 0.1)
+
+    def answer() -> None:
+        for _ in range(2):
+            with listener.accept()[0] as sock:
+                sock.recv(65536)
+                time.sleep(0.5)
+                with suppress(BrokenPipeError):
+                    sock.sendall(b"HTTP/1.0 200 OK\r\n\r\n{}")
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        thread = threading.Thread(target=answer)
+        thread.start()
+        api = Api(str(tmp_path / "s"))
+        assert api.change("POST", "/v1/reload") == {}
+        with pytest.raises(NbdimgError, match="timed out"):
+            api.get("/v1/status")
+        thread.join(10)
 
 
 def test_over_tcp_with_a_token(ctl: Ctl, tmp_path: Path) -> None:
