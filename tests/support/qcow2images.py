@@ -282,6 +282,12 @@ MUTATIONS = (
     Mutation("bitmap count 3", "bitmaps", _put(lambda e: e.extension(BITMAPS), lambda _: 3, 4), False),
     Mutation("bitmap count 0", "bitmaps", _put(lambda e: e.extension(BITMAPS), lambda _: 0, 4), False),
     Mutation("bitmap type 2", "bitmaps", _put(lambda e: _directory(e) + 16, lambda _: 2, 1), False),
+    Mutation(
+        "bitmap table larger",
+        "bitmaps",
+        _put(lambda e: _directory(e) + 8, lambda e: e.get(_directory(e) + 8, 4) + 1, 4),
+        False,
+    ),
     Mutation("bitmap table misaligned", "bitmaps", _put(_directory, lambda e: e.get(_directory(e)) + 512), False),
     Mutation("bitmap table entry reserved", "bitmaps", _put(lambda e: e.get(_directory(e)), lambda _: 2), False),
     Mutation("bitmap table refcount 0", "bitmaps", _refcount(lambda e: e.get(_directory(e)), 0)),

@@ -23,6 +23,7 @@ from operator import gt, lt
 from nbdimg.errors import CorruptImage, ImageError, UnsupportedFeature
 from nbdimg.formats.findings import CheckReport, Finding
 from nbdimg.formats.qcow2 import structs as s
+from nbdimg.formats.qcow2.bitmaps import table_size_for
 from nbdimg.formats.qcow2.counts import differing, last_used
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.packed import RefcountCodec, decode_offsets
@@ -292,7 +293,10 @@ class Survey:
             or kind != _BITMAP_TYPE_DIRTY
             or not 1 <= name_size <= s.BITMAP_NAME_MAX
             or extra_size
-            or (not flags & 1 and self.header.size > entry_count * cluster_size * 8 << granularity_bits)
+            or (
+                not flags & 1
+                and entry_count != max(1, table_size_for(self.header.size, 1 << granularity_bits, cluster_size))
+            )
         ):
             raise self._bad_bitmaps(at, f"the bitmap directory's entry at {at:#x} breaks the format")
         if self.references.add_table("bitmap table", offset, entry_count * 8) is None:
