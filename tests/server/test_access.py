@@ -315,6 +315,18 @@ def test_export_opens_to_the_right_certificate_and_not_to_another(tmp_path: Path
         assert server.has_logged("may not open export 'hidden'")
 
 
+@pytest.mark.parametrize("uid", [UID, UID + 1])
+def test_rule_for_a_certificate_and_a_user_takes_both(tmp_path: Path, uid: int) -> None:
+    authority, alice, _ = names_of(tmp_path)
+    of_server = authority.issue("server", common_name="localhost", names=LOOPBACK_NAMES)
+    tls = TlsConfig(of_server.certificate_path, of_server.key_path, authority.path)
+    rule = AccessRule(identities=("cn:alice",), uids=(uid,))
+    made = replace(config(tmp_path, {"disk": (rule,)}, NbdUri(socket=str(tmp_path / "s"))), tls=tls)
+    with LiveServer(made) as server, tls_client(server.address, client_context(authority, alice)) as client:
+        expected = Rep.ACK if uid == UID else Rep.ERR_UNKNOWN
+        assert client.option(Option.INFO, info_data("disk"))[-1].type == expected
+
+
 @pytest.mark.parametrize("identity", ["cn:backup.example", "dns:alice", "dns:example", "cn:alic", "cn:Alice"])
 def test_name_of_another_kind_or_a_part_of_one_is_not_the_name(tmp_path: Path, identity: str) -> None:
     authority, alice, _ = names_of(tmp_path)

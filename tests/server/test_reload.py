@@ -293,6 +293,27 @@ def test_reload_access_taken_away_ends_only_those_who_lose_it(served: tuple[Conf
         assert client.wait_closed(5) is not None
 
 
+def test_reload_of_what_takes_tls_from_then_on_ends_its_plain_clients_alone(
+    images: Callable[[str], Path], tmp_path: Path
+) -> None:
+    identity = Authority(tmp_path / "ca").issue("server")
+    files = f'certificate_file = "{identity.certificate_path}"\nkey_file = "{identity.key_path}"'
+    tls = f'[tls]\nmode = "selective"\n{files}\n'
+
+    def text(is_tls_only: str, description: str) -> str:
+        closing = export("closing", images("closing"), f"tls = {is_tls_only}")
+        return tls + closing + export("open", images("open"), "tls = false", f'description = "{description}"')
+
+    with ConfiguredServer(tmp_path, text("false", "before")) as server:
+        plain, other = (connect_negotiated(server.socket_path, name) for name in ("closing", "open"))
+        with plain, other, tls_client(server.socket_path, client_context(None)) as encrypted:
+            encrypted.negotiate("closing")
+            assert "2 adjusted" in server.reload(text("true", "after"))
+            assert plain.wait_closed(5) is not None
+            assert_served(other, b"o")
+            assert_served(encrypted, b"c")
+
+
 # What cannot be
 
 
