@@ -18,6 +18,7 @@ have what it had there.
 
 from __future__ import annotations
 
+import asyncio
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
@@ -212,6 +213,7 @@ async def _forget(image: Image, driver: Qcow2Driver, progress: Progress | None) 
     end = len(driver.mapping.l1.entries) * driver.header.l2_entries * driver.cluster_size
     while offset < end:
         offset = await answered(partial(driver.drop, offset))
+        await asyncio.sleep(0)
         if driver.is_strained:
             await _flush(image)
         if progress is not None:
