@@ -207,7 +207,6 @@ def bitmaps_edited(make: Make) -> Workload:
             await client.step("edit", editor.save)
             client.target = ExportTarget(await opened(images.start(make), files, writable=True))
         await some(client, rng)
-        await client.target.close()
 
     return workload
 

@@ -85,7 +85,7 @@ async def record(scenario: Scenario, seed: int) -> Trace:
     client = Client(trace, target, may_fail=scenario.is_faulty, serial=seed * SERIALS)
     await scenario.workload(client, random.Random(f"guest {seed}"))
     trace.rng = None
-    await _close(target, is_quiet=client.may_fail)
+    await _close(client.target, is_quiet=client.may_fail)
     _check_record(trace)
     return trace
 
