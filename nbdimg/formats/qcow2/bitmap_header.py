@@ -1,7 +1,8 @@
 """The bitmaps extension in the header: it names the directory, and changes so that no crash leaves half of it.
 
 Within a sector it changes in one write. Where it lies across two, comes or goes, autoclear bit 0 is clear meanwhile: a
-crash leaves the image without bitmaps, never with torn ones, and the rest of the header whole.
+crash leaves the image without bitmaps, never with torn ones, and the rest of the header whole. The backing file name
+moves only where a copy can be made first, or within the first sector; other extensions never.
 """
 
 from __future__ import annotations
@@ -27,16 +28,22 @@ def check_room(file: BlockFile, header: Header, count: int) -> None:
         raise UnsupportedFeature(file.path, "images of version 2 cannot store bitmaps, version 3 can", 4)
     if count > s.BITMAPS_MAX:
         raise UnsupportedFeature(file.path, f"{count} bitmaps are too many, allowed are {s.BITMAPS_MAX}")
-    if count and header.extension(ExtensionType.BITMAPS) is None:
-        _laid_out(file, header, bytes(s.BITMAPS_EXTENSION.size))
+    if count and header.extension(ExtensionType.BITMAPS) is None and _unused(header) is None:
+        content = _laid_out(file, header, bytes(s.BITMAPS_EXTENSION.size))
+        if _place_of_name(header) is None and not _is_one_sector(file, header, content):
+            length, at = len((header.backing_name or "").encode()), header.backing_name_offset
+            raise UnsupportedFeature(
+                file.path,
+                f"the header has no room for bitmaps: with clusters of {header.cluster_size} bytes a crash could lose "
+                f"the backing file name of {length} bytes as it gives way, a shorter one can (offset {at})",
+                at,
+            )
 
 
-def _laid_out(file: BlockFile, header: Header, data: bytes | None) -> bytes:
-    """Cluster 0 with this bitmaps extension, or none. The header itself stays as it is."""
-    others = [each for each in header.extensions if each.type != ExtensionType.BITMAPS]
-    if data is not None:
-        others.append(Extension(ExtensionType.BITMAPS, data))
-    return replace(header, extensions=others).to_bytes(file.path)
+def _laid_out(file: BlockFile, header: Header, data: bytes) -> bytes:
+    """Cluster 0 with this bitmaps extension behind the others. The header itself stays as it is."""
+    extensions = [*header.extensions, Extension(ExtensionType.BITMAPS, data)]
+    return replace(header, extensions=extensions).to_bytes(file.path)
 
 
 async def switch(file: BlockFile, header: Header, data: bytes | None) -> None:
@@ -61,44 +68,87 @@ async def switch(file: BlockFile, header: Header, data: bytes | None) -> None:
 
 
 async def _append_extension(file: BlockFile, header: Header, data: bytes) -> None:
-    """Put the extension behind the others, in writes of which none does harm when it is torn.
+    """Put the extension in the place of an unused one, or behind the others, in writes of which none does harm when it
+    is torn.
 
     The backing file name makes room first: a copy, then its offset, 12 bytes of sector 0. Then what follows the end
     marker is nobody's: the extension's data and a new end marker go there, and its type and length, 8 bytes that no
     sector boundary cuts, go over the old marker.
     """
+    unused = _unused(header)
+    if unused is not None:
+        await write_durably(file, unused.offset, data)
+        await _rename(file, header, unused, replace(unused, type=ExtensionType.BITMAPS, data=data))
+        return
+    place = _place_of_name(header)
+    if place is None:
+        await _write_sector(file, header, _laid_out(file, header, data))
+        return
+    if place != header.backing_name_offset:
+        name = (header.backing_name or "").encode()
+        await write_durably(file, place, name)
+        await write_durably(file, _BACKING_FIELDS_OFFSET, _BACKING_FIELDS.pack(place, len(name)))
+        header.backing_name_offset = place
     start = _extensions_end(header)
-    stop = start + 2 * s.EXTENSION.size + len(data)
-    name = (header.backing_name or "").encode()
-    if name and header.backing_name_offset < stop:
-        moved = align_up(max(stop, header.backing_name_offset + len(name)), 8)
-        if moved + len(name) > header.cluster_size:
-            await _lay_out(file, header, data)
-            return
-        await write_durably(file, moved, name)
-        await write_durably(file, _BACKING_FIELDS_OFFSET, _BACKING_FIELDS.pack(moved, len(name)))
-        header.backing_name_offset = moved
     await write_durably(file, start + s.EXTENSION.size, data + bytes(s.EXTENSION.size))
     await write_durably(file, start, s.EXTENSION.pack(ExtensionType.BITMAPS, len(data)))
     header.extensions = [*header.extensions, Extension(ExtensionType.BITMAPS, data, start + s.EXTENSION.size)]
 
 
 async def _remove_extension(file: BlockFile, header: Header) -> None:
-    """The last extension becomes the end marker; another one goes with a new layout of the cluster."""
-    last = header.extensions[-1]
-    if last.type != ExtensionType.BITMAPS:
-        await _lay_out(file, header, None)
+    """The last extension becomes the end marker. Another one stays where it is and is called unused, for the next; if
+    there is such a one already (QEMU keeps what it does not know), it means nothing as autoclear bit 0 is clear.
+    """
+    extension = header.extensions[-1]
+    if extension.type == ExtensionType.BITMAPS:
+        await write_durably(file, extension.offset - s.EXTENSION.size, bytes(s.EXTENSION.size))
+        header.extensions = header.extensions[:-1]
         return
-    await write_durably(file, last.offset - s.EXTENSION.size, bytes(s.EXTENSION.size))
-    header.extensions = header.extensions[:-1]
+    found = header.extension(ExtensionType.BITMAPS)
+    if found is not None and header.extension(ExtensionType.UNUSED) is None:
+        await _rename(file, header, found, replace(found, type=ExtensionType.UNUSED))
 
 
-async def _lay_out(file: BlockFile, header: Header, data: bytes | None) -> None:
-    """Write cluster 0 anew, in one write: sectors of old and new must not be mixed if it has several."""
-    content = _laid_out(file, header, data)
-    await write_durably(file, 0, content)
+async def _rename(file: BlockFile, header: Header, old: Extension, new: Extension) -> None:
+    """Change the type of an extension, by 8 bytes that no sector boundary cuts."""
+    await write_durably(file, old.offset - s.EXTENSION.size, s.EXTENSION.pack(new.type, len(new.data)))
+    header.extensions = [new if each is old else each for each in header.extensions]
+
+
+def _unused(header: Header) -> Extension | None:
+    """One that was for bitmaps and may be again."""
+    found = header.extension(ExtensionType.UNUSED)
+    return found if found is not None and len(found.data) == s.BITMAPS_EXTENSION.size else None
+
+
+def _place_of_name(header: Header) -> int | None:
+    """Where the backing file name may lie when a bitmaps extension follows the others: where it is, 0 without one, or
+    behind that, so that both are there for a while. None: there is no room.
+    """
+    stop = _extensions_end(header) + 2 * s.EXTENSION.size + s.BITMAPS_EXTENSION.size
+    offset, length = header.backing_name_offset, len((header.backing_name or "").encode())
+    if not length or offset >= stop:
+        return offset
+    place = align_up(max(stop, offset + length), 8)
+    return place if place + length <= header.cluster_size else None
+
+
+def _is_one_sector(file: BlockFile, header: Header, content: bytes) -> bool:
+    """Whether all of the header, and of cluster 0 as it is to be, lies in the first sector."""
+    return max(_end(header), _end(Header.from_bytes(file.path, content))) <= s.SECTOR_SIZE
+
+
+async def _write_sector(file: BlockFile, header: Header, content: bytes) -> None:
+    """Put cluster 0 in the header's place, see `_is_one_sector`."""
+    await write_durably(file, 0, content[: s.SECTOR_SIZE])
     parsed = Header.from_bytes(file.path, content)
     header.extensions, header.backing_name_offset = parsed.extensions, parsed.backing_name_offset
+
+
+def _end(header: Header) -> int:
+    """Where the end marker and the backing file name end."""
+    name_end = header.backing_name_offset + len((header.backing_name or "").encode())
+    return max(_extensions_end(header) + s.EXTENSION.size, name_end)
 
 
 def _extensions_end(header: Header) -> int:

@@ -110,6 +110,8 @@ class ExtensionType(IntEnum):
     BITMAPS = 0x23852875
     LUKS = 0x0537BE77
     DATA_FILE = 0x44415441
+    UNUSED = 0x756E7573
+    """Of nbdimg alone, skipped by all others: what was a bitmaps extension, and may be one again."""
 
 
 FEATURE_NAMES: tuple[tuple[int, int, str], ...] = (

@@ -26,6 +26,7 @@ from nbdimg.formats.qcow2.check import check
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.open import read_header
 from nbdimg.formats.qcow2.resize import resize
+from nbdimg.formats.qcow2.structs import ExtensionType
 from nbdimg.image.bitmap import DirtyBitmap
 from nbdimg.image.image import Image
 from nbdimg.storage.file import BlockFile, Buffer
@@ -693,23 +694,95 @@ def test_control_a_crash_that_ignores_barriers_leaves_a_wrong_bitmap(tmp_path: P
     assert any("has changed and is clean" in problem for problem in asyncio.run(run()))
 
 
-def test_removing_all_bitmaps_takes_their_extension_out_from_between_others(tmp_path: Path) -> None:
-    content = bytearray(made(tmp_path / "disk", "cluster_size=4k"))
-    at = content.index(struct.pack(">II", BITMAPS_TYPE, 24)) + 32
-    other = struct.pack(">II", 0x12345678, 5) + b"other\0\0\0"
-    content[at : at + len(other)] = other
+UNKNOWN_TYPE = 0x12345678
 
-    async def run() -> list[tuple[int, bytes]]:
+
+def with_unknown_extension(content: bytes, kind: int = UNKNOWN_TYPE, data: bytes = bytes(range(1, 105))) -> bytes:
+    """One that nobody knows behind that of the bitmaps, as far as into sector 1; the backing file name gives way."""
+    at = content.index(struct.pack(">II", BITMAPS_TYPE, 24)) + 32
+    extension = struct.pack(">II", kind, len(data)) + data
+    end = at + len(extension) + 8
+    edited = bytearray(content)
+    edited[at:end] = extension.ljust(end - at, b"\0")
+    name_offset, name_size = struct.unpack_from(">QI", content, 8)
+    if name_offset:
+        edited[end : end + name_size] = content[name_offset : name_offset + name_size]
+        struct.pack_into(">Q", edited, 8, end)
+    return bytes(edited)
+
+
+def test_extension_between_others_is_called_unused_without_bitmaps_and_taken_by_the_next(tmp_path: Path) -> None:
+    content = with_unknown_extension(made(tmp_path / "disk"))
+    at = content.index(struct.pack(">II", BITMAPS_TYPE, 24)) + 8
+
+    async def run() -> None:
+        file = MemoryFile(content)
+        for edit, kind in ((_remove_all, ExtensionType.UNUSED), (_add, ExtensionType.BITMAPS)):
+            await edited(file, edit)
+            extensions = (await read_header(file)).extensions[-2:]
+            assert [(each.type, each.offset) for each in extensions] == [(kind, at), (UNKNOWN_TYPE, at + 32)]
+            (tmp_path / "after").write_bytes(file.content)
+            assert "WARNING" not in qemu_img("check", tmp_path / "after").stderr
+        assert await stored(file) == {"new": []}
+
+    asyncio.run(run())
+
+
+def test_extension_beside_an_unused_one_stays_without_bitmaps_and_means_nothing(tmp_path: Path) -> None:
+    """QEMU puts those that it does not know behind that of bitmaps which it adds."""
+    content = with_unknown_extension(made(tmp_path / "disk"), ExtensionType.UNUSED, bytes(24))
+
+    async def run() -> None:
+        file = MemoryFile(content)
+        before = [each.type for each in (await read_header(file)).extensions]
+        for edit, left in ((_remove_all, []), (_add, ["new"])):
+            await edited(file, edit)
+            assert list(await stored(file)) == left
+            assert [each.type for each in (await read_header(file)).extensions] == before
+
+    asyncio.run(run())
+
+
+def with_backing_name(content: bytes, length: int) -> bytes:
+    """`length` bytes of name, right behind the end marker of an image without extensions."""
+    offset = struct.unpack_from(">I", content, 100)[0] + 8
+    edited = bytearray(content)
+    struct.pack_into(">QI", edited, 8, offset, length)
+    edited[offset : offset + length] = b"b" * length
+    return bytes(edited)
+
+
+def test_first_bitmap_is_refused_where_a_crash_could_lose_the_backing_file_name(tmp_path: Path) -> None:
+    """It lies in two sectors, and there is no room for a copy."""
+    content = with_backing_name(made(tmp_path / "disk", "cluster_size=1k", bitmaps=()), 480)
+
+    async def run() -> None:
         file = MemoryFile(content)
         editor = await open_editor(file)
-        editor.remove("b0")
-        await editor.save()
-        assert await checked(file) == 0
-        return [(each.type, each.data) for each in (await read_header(file)).extensions]
+        with pytest.raises(UnsupportedFeature, match="no room for bitmaps"):
+            editor.add("new", GRANULARITY)
+        assert file.content == content
 
-    left = asyncio.run(run())
-    assert left[-1] == (0x12345678, b"other")
-    assert BITMAPS_TYPE not in [kind for kind, _ in left]
+    asyncio.run(run())
+
+
+def test_first_bitmap_moves_a_backing_file_name_over_itself_within_a_sector(tmp_path: Path) -> None:
+    content = with_backing_name(made(tmp_path / "disk", "cluster_size=512", bitmaps=()), 340)
+
+    async def run() -> None:
+        file = MemoryFile(content)
+        await edited(file, _add)
+        assert await stored(file) == {"new": []}
+        assert (await read_header(file)).backing_name == "b" * 340
+
+    asyncio.run(run())
+
+
+async def edited(file: BlockFile, edit: Callable[[BitmapEditor], Awaitable[None]]) -> None:
+    editor = await open_editor(file)
+    await edit(editor)
+    await editor.save()
+    assert await checked(file) == 0
 
 
 async def _merge(editor: BitmapEditor) -> None:
@@ -729,7 +802,7 @@ async def _clear(editor: BitmapEditor) -> None:
     editor.clear("b0")
 
 
-@pytest.mark.parametrize("options", ["", "cluster_size=512", "backing"])
+@pytest.mark.parametrize("options", ["", "cluster_size=512", "backing", "backing, unknown"])
 @pytest.mark.parametrize(
     ("bitmaps", "edit", "after"),
     [
@@ -747,23 +820,24 @@ def test_crash_in_an_edit_leaves_the_old_bitmaps_or_the_new_or_none(
     edit: Callable[[BitmapEditor], Awaitable[None]],
     after: dict[str, Ranges],
 ) -> None:
-    """With a backing file name behind the extensions, and writes torn at sectors; the name must never be damaged."""
+    """With a backing file name behind the extensions, and writes torn at sectors; neither it nor an extension that is
+    not known must ever be damaged.
+    """
     seed = 5
     base = tmp_path / ("b" * 200 + ".raw")
     base.write_bytes(b"\x33" * SIZE)
-    kind = f"backing_file={base},backing_fmt=raw" if options == "backing" else options
+    kind = f"backing_file={base},backing_fmt=raw" if "backing" in options else options
 
     async def run() -> None:
         content = made(tmp_path / "disk", kind, bitmaps=bitmaps)
+        if "unknown" in options and bitmaps:
+            content = with_unknown_extension(content)
         header = await read_header(MemoryFile(content))
         before = await stored(MemoryFile(content))
         trace = Trace(bytes(SIZE))
         file = RecordingFile(trace, content, inline_share=0)
-        editor = await open_editor(file)
-        await edit(editor)
-        await editor.save()
+        await edited(file, edit)
         assert await stored(file) == after
-        assert await checked(file) == 0
         (tmp_path / "after").write_bytes(file.content)
         qemu_img("check", tmp_path / "after")
         count = 0
@@ -772,6 +846,7 @@ def test_crash_in_an_edit_leaves_the_old_bitmaps_or_the_new_or_none(
             assert await checked(crashed) in (0, 3), f"seed {seed}: {state}"
             found = await read_header(crashed)
             assert (found.backing_name, found.backing_format) == (header.backing_name, header.backing_format)
+            assert found.text(UNKNOWN_TYPE) == header.text(UNKNOWN_TYPE)
             assert await stored(crashed) in (before, after, {}), f"seed {seed}: {state}"
             count += 1
         assert count > 5
