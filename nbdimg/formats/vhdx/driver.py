@@ -8,6 +8,8 @@ Nothing is written before the first change of a session, not even a header.
 
 from __future__ import annotations
 
+import errno
+
 from nbdimg.formats.vhdx.bat import Bat
 from nbdimg.formats.vhdx.journal import Journal
 from nbdimg.formats.vhdx.parts import Parts
@@ -82,7 +84,11 @@ class VhdxDriver:
             await self._journal.end()
         end = self._space.shorten()
         if self._space.grown > end:
-            await self.file.truncate(end)
+            try:
+                await self.file.truncate(end)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # a block device's end stays where it is
+                    raise
 
     async def abandon(self) -> None:
         await self.file.close()

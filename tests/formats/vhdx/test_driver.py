@@ -315,6 +315,21 @@ def test_close_cuts_off_what_was_trimmed_at_the_end() -> None:
     asyncio.run(main())
 
 
+def test_close_leaves_the_end_of_a_block_device_where_it_is() -> None:
+    async def main() -> None:
+        builder = Builder(8 * M)
+        builder.add_guest(b"x" * (6 * M))
+        file = FaultFile(memory := MemoryFile(bytes(builder.content)))
+        file.fail("truncate", errno.EINVAL)
+        image = await open_file(file, "vhdx", OpenOptions(OneGate(b""), writable=True))
+        await image.trim(5 * M, M)
+        await image.close()
+        report = await check(MemoryFile(memory.content))
+        assert (report.log, report.corruptions, report.leaks) == ("clean", 0, 1)
+
+    asyncio.run(main())
+
+
 def test_guids_change_with_the_first_change_and_no_other() -> None:
     """V4; both slots hold them, and what was abandoned keeps its log."""
 
