@@ -46,7 +46,7 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
 
     Raises: ConfigError: the size cannot be. UnsupportedFeature: a parent that is larger would show through, or there is
     no log. CorruptImage: the image has what cannot be resized. OSError: where that leaves no doubt about what the disk
-    has the size is the old one and the image goes on; else it fails.
+    has the size is the old one and the image goes on; else it fails. Where the log has the new size, it is no error.
     """
     former = image.driver
     assert isinstance(former, VhdxDriver)
@@ -74,7 +74,7 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
         cache.succeed(former.tables[kind])
     image.driver = driver
     image.resized()
-    if refusal is not None:
+    if refusal is not None and driver.size != size:
         raise refusal
 
 

@@ -368,6 +368,30 @@ def test_growth_that_finds_no_space_keeps_the_size_and_the_image_goes_on(content
     asyncio.run(work())
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (6, 2)])
+def test_resize_that_finds_no_space_tells_the_size_that_the_disk_has(before: int, after: int) -> None:
+    async def work(index: int) -> tuple[bool, bool]:
+        file = FaultFile(MemoryFile(dynamic(b"\1" * (before * MiB))), slow_only=True)
+        image = await opened(file)
+        count = len(file.calls)
+        file.fail_at(index, errno.ENOSPC)
+        is_refused = False
+        try:
+            await resize_image(image, after * MiB, may_shrink=True)
+        except (OSError, ImageFailed):
+            is_refused = True
+        if image.failure is None:
+            assert image.size == (before if is_refused else after) * MiB, f"call {index}"
+        return is_refused and image.failure is None, len(file.calls) - count <= index
+
+    index, went_on_count, is_over = 0, 0, False
+    while not is_over:
+        went_on, is_over = asyncio.run(work(index))
+        went_on_count += went_on
+        index += 1
+    assert went_on_count >= 2
+
+
 def test_resize_behind_a_session_that_could_not_begin_leaves_a_log_that_can_be_read() -> None:
     """A header may name the former session's log on disk: it is ended first, not written over."""
 
