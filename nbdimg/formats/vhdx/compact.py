@@ -119,7 +119,7 @@ class _Compaction:
 
     async def _begun(self) -> Session:
         if self._session is None:
-            session = Session(self._file, self._parts.headers, changes_data=False)
+            session = Session(self._file, self._parts.headers)
             await session.begin()
             self._session = session
         return self._session

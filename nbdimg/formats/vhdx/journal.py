@@ -16,7 +16,8 @@ it, not over it.
     (V2) The log's tail moves past an entry only when its in-place writes are durable.
     (V3) Headers alternate: the inactive one is written with the sequence number + 1, then a barrier.
     (V4) FileWriteGuid changes before the first modification of the file, DataWriteGuid before the first that a guest
-         can see: both when a session begins, together with the LogGuid, behind a first, empty entry that bears it.
+         can see: both when a session begins, together with the LogGuid, behind a first, empty entry that bears it; for
+         tools, which prepare much that no guest sees, DataWriteGuid alone, later.
     (V6) The last durable entry is never overwritten before a later one is durable: an entry takes at most half the log.
 
 Spec: [MS-VHDX] 2.2.2, 2.3.
@@ -32,7 +33,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from nbdimg.errors import UnsupportedFeature
-from nbdimg.formats.vhdx.header import Headers, next_header, write_header
+from nbdimg.formats.vhdx.header import Header, Headers, next_header, write_header
 from nbdimg.formats.vhdx.log import Page, build_entry, entry_length, ring_writes
 from nbdimg.formats.vhdx.structs import LOG_SECTOR_SIZE, NO_GUID
 from nbdimg.storage.file import BlockFile
@@ -93,11 +94,19 @@ class Journal:
             data_write_guid=session.data_write_guid if self._changes_data else None,
             log_guid=session.log_guid,
         )
-        self._headers = await write_header(self._file, self._headers, header)
-        self._headers = await write_header(self._file, self._headers, next_header(header))
+        await self._put_header(header)
         self._position = len(entry)
         self._sequence_number += 1
         self.has_begun = True
+
+    async def change_data(self) -> None:
+        """A guest will see a difference from now on (V4), though the session did not begin so. Raises: OSError."""
+        await self._put_header(next_header(self._headers.current, data_write_guid=self._session.data_write_guid))
+
+    async def _put_header(self, header: Header) -> None:
+        """Into both slots (V3)."""
+        self._headers = await write_header(self._file, self._headers, header)
+        self._headers = await write_header(self._file, self._headers, next_header(header))
 
     def _ring_writes(self, position: int, entry: bytes) -> list[tuple[int, bytes]]:
         return ring_writes(position, entry, self._offset, self._length)
@@ -151,7 +160,6 @@ class Journal:
         """Everything is in place: declare the log empty. Raises: OSError."""
         await self._file.fdatasync()
         header = next_header(self._headers.current, log_guid=NO_GUID)
-        self._headers = await write_header(self._file, self._headers, header)
-        self._headers = await write_header(self._file, self._headers, next_header(header))
+        await self._put_header(header)
         self.has_begun = False
         self._session = _Session()

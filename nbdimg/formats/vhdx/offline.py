@@ -56,12 +56,12 @@ async def region_pages(file: BlockFile, entries: Sequence[RegionEntry]) -> dict[
 class Session:
     """Changes to the metadata of a file whose log is empty. Between `begin` and `end` nobody else uses the file.
 
-    Args: changes_data: whether a guest will see a difference. Raises: as `Journal`.
+    Raises: as `Journal`.
     """
 
-    def __init__(self, file: BlockFile, headers: Headers, *, changes_data: bool) -> None:
+    def __init__(self, file: BlockFile, headers: Headers) -> None:
         self._file = file
-        self._journal = Journal(file, headers, changes_data=changes_data)
+        self._journal = Journal(file, headers, changes_data=False)
 
     @property
     def pages_max(self) -> int:
@@ -71,6 +71,10 @@ class Session:
     async def begin(self) -> None:
         """A first, empty entry, then the headers that declare the log in use. Raises: OSError."""
         await self._journal.load(0)
+
+    async def change_data(self) -> None:
+        """Comes before the first change that a guest will see. Raises: OSError."""
+        await self._journal.change_data()
 
     async def change(self, pages: Mapping[int, bytes]) -> None:
         """Put pages of 4 KiB at their file offsets, all or none of them; everything written before is durable by then.

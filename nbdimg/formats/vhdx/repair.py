@@ -83,7 +83,7 @@ async def _mend(file: BlockFile, parts: Parts) -> int:
     headers, regions = parts.headers, parts.regions
     count = int(headers.other is None)
     if regions.damaged_slots and headers.current.log_length:
-        session = Session(file, headers, changes_data=False)
+        session = Session(file, headers)
         await session.begin()
         for slot in regions.damaged_slots:
             start = s.REGION_TABLE_OFFSETS[slot]
@@ -101,7 +101,7 @@ async def _clear_entries(file: BlockFile, survey: Survey) -> int:
     headers = await load_headers(file)
     if not survey.stray_entries or not headers.current.log_length:
         return 0
-    session = Session(file, headers, changes_data=False)
+    session = Session(file, headers)
     await session.begin()
     await session.put(dict.fromkeys(survey.stray_entries, 0))
     await session.end()

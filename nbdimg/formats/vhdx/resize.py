@@ -9,7 +9,8 @@ Before 2 is durable nothing that was changed belongs to the disk, after it all o
 or the new one. What a smaller disk lost is let go afterwards, through the log; a crash before that leaves blocks behind
 the end, which every reader ignores, which a later growth clears, and whose space `compact` gives back.
 
-Size and children: DataWriteGuid changes, so children of this image no longer fit.
+Size and children: DataWriteGuid changes between 1 and 2, so children of this image no longer fit; they do after a growth
+that finds no space for 1.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
     try:
         await former.close()
         parts = await load_parts(file, await replay_to_file(file, await load_headers(file)))
-        session = Session(file, parts.headers, changes_data=True)
+        session = Session(file, parts.headers)
         try:
             await _Resize(file, parts, size, session, progress).run()
         except OSError as error:
@@ -104,19 +105,23 @@ class _Resize:
 
     async def run(self) -> None:
         await self._session.begin()
-        if self._new.size > self._old.size:
-            size = self._file.size
-            try:
-                bat = await hindered(self._prepare())
-            except OSError:
-                with suppress(OSError):
-                    await self._file.truncate(size)
-                raise
-            await self._session.change(await self._pages(bat))
-        else:
-            await self._session.change(await self._pages(self._bat))
+        is_larger = self._new.size > self._old.size
+        bat = await self._prepared() if is_larger else self._bat
+        await self._session.change_data()
+        await self._session.change(await self._pages(bat))
+        if not is_larger:
             await self._forget()
         await self._session.end()
+
+    async def _prepared(self) -> RegionEntry:
+        """As `_prepare`; the file is as long as before where that fails."""
+        size = self._file.size
+        try:
+            return await hindered(self._prepare())
+        except OSError:
+            with suppress(OSError):
+                await self._file.truncate(size)
+            raise
 
     async def _prepare(self) -> RegionEntry:
         """What nothing refers to yet. Returns where the BAT will be."""

@@ -17,6 +17,7 @@ from nbdimg.formats import open_file, open_image, resize_image
 from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.vhdx.check import check
 from nbdimg.formats.vhdx.driver import VhdxDriver
+from nbdimg.formats.vhdx.header import load_headers
 from nbdimg.image.gate import Reference
 from nbdimg.image.image import Image
 from nbdimg.storage.file import Buffer
@@ -390,6 +391,20 @@ def test_resize_that_finds_no_space_tells_the_size_that_the_disk_has(before: int
         went_on_count += went_on
         index += 1
     assert went_on_count >= 2
+
+
+@pytest.mark.parametrize(("content", "size"), [(dynamic(b"\1" * MiB), 512 * GiB), (fixed(b"\1" * MiB), 3 * MiB)])
+def test_growth_that_finds_no_space_leaves_a_parent_that_its_children_fit(content: bytes, size: int) -> None:
+    async def work() -> None:
+        file = FullFile(MemoryFile(content))
+        image = await opened(file)
+        file.size_max = len(content)
+        with pytest.raises(OSError, match="No space left on device"):
+            await resize_image(image, size)
+        await image.close()
+        assert (await load_headers(file)).current.data_write_guid == craft.DATA_WRITE_GUID
+
+    asyncio.run(work())
 
 
 def test_resize_behind_a_session_that_could_not_begin_leaves_a_log_that_can_be_read() -> None:
