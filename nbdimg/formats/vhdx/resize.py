@@ -9,8 +9,8 @@ Before 2 is durable nothing that was changed belongs to the disk, after it all o
 or the new one. What a smaller disk lost is let go afterwards, through the log; a crash before that leaves blocks behind
 the end, which every reader ignores, which a later growth clears, and whose space `compact` gives back.
 
-Size and children: DataWriteGuid changes between 1 and 2, so children of this image no longer fit; they do after a growth
-that finds no space for 1.
+Size and children: DataWriteGuid changes between 1 and 2, so children of this image no longer fit. A growth that
+finds no space for 1 leaves them as they were.
 """
 
 from __future__ import annotations
