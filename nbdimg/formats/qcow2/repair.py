@@ -35,7 +35,7 @@ from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.check import Survey
 from nbdimg.formats.qcow2.counts import Counts, differing, last_used, used_blocks
 from nbdimg.formats.qcow2.header import KNOWN_AUTOCLEAR, Header
-from nbdimg.formats.qcow2.packed import compressed_clusters, decode_offsets, encode_offsets
+from nbdimg.formats.qcow2.packed import decode_offsets, encode_offsets
 from nbdimg.formats.qcow2.references import BEYOND_MAX, PIECE_SIZE, Progress
 from nbdimg.formats.qcow2.structs import Incompatible
 from nbdimg.formats.zeroed import zeroed
@@ -123,12 +123,12 @@ class _Repair:
         self._stored = self._references.stored
 
     async def all(self) -> None:
-        tables = await self._writable_l2_tables()
         if self._survey.needs_rebuild:
             if not await self._rebuild():
                 return
         else:
             await self._store(max)
+        tables = self._writable_l2_tables()
         await self._fix_entries(tables, is_setting=False)
         await self.lower()
         await self._fix_entries(tables, is_setting=True)
@@ -137,7 +137,7 @@ class _Repair:
         """Lower refcounts. Flags are set only where no count is too low: what is shared would be written in place."""
         await self.lower()
         if not self._survey.report.corruptions:
-            await self._fix_entries(await self._writable_l2_tables(), is_setting=True)
+            await self._fix_entries(self._writable_l2_tables(), is_setting=True)
 
     async def lower(self) -> None:
         if not (self._references.has_broken_references or self._survey.needs_rebuild):
@@ -279,34 +279,12 @@ class _Repair:
 
     # Entries
 
-    async def _writable_l2_tables(self) -> list[int]:
-        """Clusters of the L2 tables that are no other metadata as well, and no guest's data: writing there would do
-        damage.
-        """
-        references = self._references
-        marks = zeroed("B", references.cluster_count + 1)
-        for first, last in references.metadata:
+    def _writable_l2_tables(self) -> list[int]:
+        """Clusters of the L2 tables that are no other metadata as well: writing there would do damage."""
+        marks = zeroed("B", self._references.cluster_count + 1)
+        for first, last in self._references.metadata:
             marks[first : last + 1] = b"\1" * (last + 1 - first)
-        tables = []
-        for cluster, (_, total) in references.l2_tables.items():
-            is_shared = references.counts[cluster] > total
-            if not marks[cluster] and not (is_shared and await self._is_guest_data(cluster)):
-                tables.append(cluster)
-        return tables
-
-    async def _is_guest_data(self, cluster: int) -> bool:
-        """Of an L2 table that an L2 entry names too: whether it holds what no table does."""
-        words = decode_offsets(await self._read(cluster << self._bits, self._cluster_size))
-        for entry in words[:: self._header.l2_entry_size // _U64_SIZE]:
-            if entry & s.COMPRESSED:
-                host, _ = compressed_clusters(entry, self._bits)
-            elif entry & s.L2_RESERVED or entry & s.OFFSET_MASK & (self._cluster_size - 1):
-                return True
-            else:
-                host = (entry & s.OFFSET_MASK) >> self._bits
-            if host >= self._references.cluster_count and not self._header.has_data_file:
-                return True
-        return False
+        return [cluster for cluster in self._references.l2_tables if not marks[cluster]]
 
     def _is_l1_writable(self) -> bool:
         first = self._header.l1_offset >> self._bits
