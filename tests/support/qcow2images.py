@@ -176,7 +176,7 @@ def _directory(edit: Edit) -> int:
     return edit.get(edit.extension(BITMAPS) + 16)
 
 
-def _bitmap_data(edit: Edit) -> int:
+def bitmap_data(edit: Edit) -> int:
     """The offset of some cluster of bitmap data, from the tables."""
     for at in (_directory(edit), _directory(edit) + 32):
         for index in range(edit.get(at + 8, 4)):
@@ -236,6 +236,10 @@ MUTATIONS = (
     Mutation("L1 entry behind the end", "version 3", _l1(1, lambda edit: COPIED | _end(edit)), False),
     Mutation("L1 entry without an offset", "version 3", _l1(0, lambda _: COPIED), False),
     Mutation("L1 entries to one L2", "version 3", _l1(1, lambda edit: edit.get(edit.l1))),
+    Mutation("further L1 entry to a guest's cluster", "version 3", _l1(1, lambda edit: COPIED | _data(edit, 1)), False),
+    Mutation("L1 entry of the disk to the L1 table", "version 3", _l1(0, lambda edit: COPIED | edit.l1), False),
+    Mutation("L1 entry to the refcount table", "version 3", _l1(0, lambda edit: COPIED | edit.refcount_table), False),
+    Mutation("refcount table at an L2 table", "version 3", _put(lambda _: 48, lambda edit: edit.l2()), ours=2),
     Mutation("L1 entry to the L1 table", "version 3", _l1(1, lambda edit: COPIED | edit.l1), False),
     Mutation("L1 table behind the end", "version 3", _put(lambda _: 40, _end), False),
     Mutation("L1 table at the end", "version 3", _put(lambda _: 40, _next), False),
@@ -261,6 +265,8 @@ MUTATIONS = (
     Mutation(
         "compressed cluster refcount 1", "zstd", _refcount(lambda edit: edit.get(edit.entry(0)) & (1 << 50) - 1, 1)
     ),
+    Mutation("L1 table at a snapshot's", "snapshots", _put(lambda _: 40, lambda e: e.get(e.snapshots)), False),
+    Mutation("snapshot L1 at the header", "snapshots", _put(lambda e: e.snapshots, lambda _: 0), False),
     Mutation(
         "snapshot L1 misaligned", "snapshots", _put(lambda e: e.snapshots, lambda e: e.get(e.snapshots) + 8), False
     ),
@@ -291,7 +297,7 @@ MUTATIONS = (
     Mutation("bitmap table misaligned", "bitmaps", _put(_directory, lambda e: e.get(_directory(e)) + 512), False),
     Mutation("bitmap table entry reserved", "bitmaps", _put(lambda e: e.get(_directory(e)), lambda _: 2), False),
     Mutation("bitmap table refcount 0", "bitmaps", _refcount(lambda e: e.get(_directory(e)), 0)),
-    Mutation("bitmap data refcount 0", "bitmaps", _refcount(_bitmap_data, 0)),
+    Mutation("bitmap data refcount 0", "bitmaps", _refcount(bitmap_data, 0)),
     Mutation("subclusters allocated and zero", "extended", lambda e: e.put(e.l2() + 8, (1 << 33) - 1), False),
     Mutation("subclusters of nothing", "extended", lambda e: e.put(e.l2() + 16 * 64 + 8, 1), False),
     Mutation(

@@ -72,6 +72,8 @@ class Survey:
         self.refcount_clusters: list[int] = []
         """Clusters whose reference from the refcount structures has been counted."""
         self.needs_rebuild = False
+        self.is_table_disputed = False
+        """Whether an L1 entry names the refcount table, which looks sound: moving that would hide what is wrong."""
         self._is_fixing = is_fixing
         self._memory_max = memory_max
         self._references: References | None = None
@@ -152,6 +154,10 @@ class Survey:
             references.corruption("refcount table", s.REFCOUNT_FIELDS_OFFSET, message)
         else:
             table = references.add_region("refcount table", offset, length) or range(0)
+            if not self.needs_rebuild and any(cluster in references.l2_tables for cluster in table):
+                self.is_table_disputed = True
+                message = f"the range of {length} bytes at {offset:#x} holds what an L1 entry takes for an L2 table"
+                references.broken("refcount table", offset, message)
             self.refcount_clusters.extend(table)
             self.needs_rebuild |= any(references.counts[cluster] != 1 for cluster in table)
         for number, (index, offset) in enumerate(list(self.blocks.items())):
@@ -220,8 +226,10 @@ class Survey:
         """What a table that is too short for the disk lacks are references."""
         cluster_size = self.header.cluster_size
         entries_max = s.L1_BYTES_MAX // 8
-        if l1_offset % cluster_size:
-            message = f"snapshot {index} has its L1 table at {l1_offset:#x}, expected a multiple of {cluster_size}"
+        if l1_offset % cluster_size or (l1_size and not l1_offset):
+            message = (
+                f"snapshot {index} has its L1 table at {l1_offset:#x}, expected a non-zero multiple of {cluster_size}"
+            )
             self.references.broken("snapshot table", at, message)
         elif l1_size > entries_max:
             message = f"snapshot {index} has {l1_size} L1 entries, allowed are {entries_max}"
@@ -308,7 +316,7 @@ class Survey:
                 if entry & s.BITMAP_RESERVED or (place and (entry & 1 or place % cluster_size)):
                     raise self._bad_bitmaps(offset + 8 * index, f"bitmap table entry {index} is {entry:#018x}")
                 if place:
-                    self.references.add_region("bitmap data", place, cluster_size)
+                    self.references.add_table("bitmap data", place, cluster_size)
 
     # Comparison
 

@@ -9,6 +9,7 @@ corruption here too:
     COPIED in an L2 entry that is nothing else                       QEMU: takes it as unallocated; the specification
                                                                      allows it with an external data file alone
     an external data file's host offset is not the guest offset      QEMU: accepted by the check, refused by reads
+    a table, or L2 table, lies in something else                     QEMU: sound once the refcounts are as many
 
 A table at an impossible place is not followed. `has_broken_references` then says that a cluster without references
 may still be somebody's.
@@ -16,6 +17,7 @@ may still be somebody's.
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from array import array
 from collections.abc import Callable
@@ -49,6 +51,9 @@ BEYOND_MAX = 4096
 
 PIECE_SIZE = 64 * KiB
 """Tables are read in pieces of this; after each the loop gets its turn. 8192 entries take 1 to 2 ms."""
+
+_TABLES_AT_ONCE = 4096
+"""L2 tables whose counts are looked at before the loop gets its turn."""
 
 _ALL_BITS = (1 << 64) - 1
 _ACTIVE = (1, 1)
@@ -106,10 +111,12 @@ class References:
         """References by cluster. The last one is for data that ends within a cluster behind the file's end."""
         self.stored = zeroed(typecode, self.cluster_count + 1)
         """The refcounts that the image holds."""
-        self.metadata: list[tuple[int, int]] = []
-        """First and last cluster of every counted table but L2 tables and refcount blocks."""
+        self.tables = zeroed("B", self.cluster_count + 1)
+        """By cluster, 1 where a counted table lies, 2 where several do; L2 tables and refcount structures are none."""
         self.l2_tables: dict[int, tuple[int, int]] = {}
         """Cluster of an L2 table -> how many L1 entries refer to it: (of the active L1 table, of all)."""
+        self.shared_l2_tables: set[int] = set()
+        """Clusters of those that something else may refer to as well: a count that is full may hide that."""
         self._l1_indexes: dict[int, int] = {}
         """Cluster of an L2 table -> the first index of the active L1 table that has it, with an external data file."""
         self.zeroable: list[tuple[int, int]] = []
@@ -182,13 +189,20 @@ class References:
         return clusters
 
     def add_table(self, structure: str, offset: int, length: int) -> range | None:
-        """`add_region` for metadata. What ends behind the file's last cluster is not inside, however short it is."""
+        """`add_region` for metadata. What ends behind the file's last cluster is not inside, however short it is.
+
+        Where two tables share a cluster the place of one is wrong, and what the real one refers to is hidden.
+        """
         if offset + length > self.cluster_count << self._bits:
             self._beyond(structure, offset, length, 1)
             return None
         clusters = self.add_region(structure, offset, length)
-        if clusters:
-            self.metadata.append((clusters[0], clusters[-1]))
+        for cluster in clusters or ():
+            if self.tables[cluster]:
+                self.broken(structure, offset, f"the range of {length} bytes at {offset:#x} lies in another table")
+                break
+        for cluster in clusters or ():
+            self.tables[cluster] = min(2, self.tables[cluster] + 1)
         return clusters
 
     def _beyond(self, structure: str, offset: int, length: int, times: int) -> None:
@@ -274,6 +288,36 @@ class References:
                     next_offset = self._count_piece(piece, decode_offsets(content))
             if progress is not None:
                 progress(number + 1, total)
+        await self._check_l2_tables()
+
+    async def _check_l2_tables(self) -> None:
+        """What is an L2 table and something else has a wrong reference. If that is the one of the L1 entry, what the
+        real L2 table maps is hidden. An entry that names its own table is wrong itself: nothing else says it is data.
+        """
+        exact_max = self.count_max - self.has_broken_references
+        for number, (cluster, (_, times)) in enumerate(self.l2_tables.items()):
+            if number % _TABLES_AT_ONCE == 0:
+                await asyncio.sleep(0)
+            others = self.counts[cluster] - times
+            if others > 0:
+                others -= times * await self._own_references(cluster)
+            if others > 0:
+                message = f"cluster {cluster} is an L2 table and has {others} other references, expected none"
+                self.broken(_L2, cluster << self._bits, message)
+            if others > 0 or self.counts[cluster] > exact_max:
+                self.shared_l2_tables.add(cluster)
+
+    async def _own_references(self, cluster: int) -> int:
+        """How many entries of an L2 table have been counted that name the table itself."""
+        if self._header.has_data_file:
+            return 0
+        found, step = 0, self._header.l2_entry_size // 8
+        mask = s.COMPRESSED | align_down(s.OFFSET_MASK, self._cluster_size)
+        start = cluster << self._bits
+        for offset in range(start, start + self._cluster_size, PIECE_SIZE):
+            entries = decode_offsets(await self.read(offset, min(PIECE_SIZE, self._cluster_size)))[::step]
+            found += sum(entry & mask == start for entry in entries)
+        return found
 
     def _count_piece(self, piece: _Piece, words: array[int]) -> int:
         """Count what a piece of an L2 table maps. Returns where the next cluster would lie were it contiguous."""

@@ -17,7 +17,7 @@ that is used and count themselves; the header's 12 bytes that name them are writ
     | everything in use | block | block | ... | table |
 
 What cannot be followed (`References.has_broken_references`) may have been the only reference to a cluster: then nothing
-is lowered.
+is lowered. A table in whose cluster something else lies is not written: that may be the guest's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from nbdimg.formats.qcow2.header import KNOWN_AUTOCLEAR, Header
 from nbdimg.formats.qcow2.packed import decode_offsets, encode_offsets
 from nbdimg.formats.qcow2.references import BEYOND_MAX, PIECE_SIZE, Progress
 from nbdimg.formats.qcow2.structs import Incompatible
-from nbdimg.formats.zeroed import zeroed
 from nbdimg.storage.file import BlockFile, Buffer
 from nbdimg.units import div_ceil
 
@@ -124,7 +123,7 @@ class _Repair:
 
     async def all(self) -> None:
         if self._survey.needs_rebuild:
-            if not await self._rebuild():
+            if self._survey.is_table_disputed or not await self._rebuild():
                 return
         else:
             await self._store(max)
@@ -280,17 +279,19 @@ class _Repair:
     # Entries
 
     def _writable_l2_tables(self) -> list[int]:
-        """Clusters of the L2 tables that are no other metadata as well: writing there would do damage."""
-        marks = zeroed("B", self._references.cluster_count + 1)
-        for first, last in self._references.metadata:
-            marks[first : last + 1] = b"\1" * (last + 1 - first)
-        return [cluster for cluster in self._references.l2_tables if not marks[cluster]]
+        """Clusters of the L2 tables that are nothing else as well: writing there would do damage."""
+        references = self._references
+        return [
+            cluster
+            for cluster in references.l2_tables
+            if not references.tables[cluster] and cluster not in references.shared_l2_tables
+        ]
 
     def _is_l1_writable(self) -> bool:
         first = self._header.l1_offset >> self._bits
         last = (self._header.l1_offset + self._header.l1_size * _U64_SIZE - 1) >> self._bits
-        overlaps = sum(1 for start, stop in self._references.metadata if start <= last and first <= stop)
-        return overlaps == 1 and not any(cluster in self._references.l2_tables for cluster in range(first, last + 1))
+        is_alone = bytes(self._references.tables[first : last + 1]) == b"\1" * (last + 1 - first)
+        return is_alone and not any(cluster in self._references.l2_tables for cluster in range(first, last + 1))
 
     async def _fix_entries(self, tables: list[int], *, is_setting: bool) -> None:
         """Set the COPIED flags that are missing, or clear those that are wrong and zero what is to be zeroed."""

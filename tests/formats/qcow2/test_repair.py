@@ -21,10 +21,17 @@ from nbdimg.storage.file import BlockFile, Buffer
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.storage.posix import PosixFile
 from tests.support.qcow2edit import Edit, qemu_check, qemu_img, qemu_io
-from tests.support.qcow2images import KINDS, MUTATIONS, Mutation, damaged_image, image_of
+from tests.support.qcow2images import KINDS, MUTATIONS, Mutation, bitmap_data, damaged_image, image_of
 
 REPAIRED = [each for each in MUTATIONS if each.is_repaired]
 UNREPAIRED = [each for each in MUTATIONS if not each.is_repaired]
+TWO_IN_ONE = (
+    "further L1 entry to a guest's cluster",
+    "L1 entry of the disk to the L1 table",
+    "L1 entry to the refcount table",
+    "L1 table at a snapshot's",
+    "snapshot L1 at the header",
+)
 
 
 def mutation(name: str) -> Mutation:
@@ -250,6 +257,44 @@ def test_repair_beside_a_broken_reference_frees_nothing(leaks_only: bool, sound:
     content = path.read_bytes()
     repaired(path, leaks_only=leaks_only)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("leaks_only", [False, True])
+@pytest.mark.parametrize(
+    "each",
+    [
+        Mutation("L1 table at a bitmap's bits", "bitmaps", lambda edit: edit.put(40, bitmap_data(edit))),
+        *(each for each in UNREPAIRED if each.name in TWO_IN_ONE),
+    ],
+    ids=lambda each: each.name,
+)
+def test_repair_where_one_cluster_is_two_things_keeps_both(
+    each: Mutation, leaks_only: bool, sound: Path, tmp_path: Path
+) -> None:
+    """With the damaged field put right nothing is missing. The guest has a qcow2 image's L2 table in a cluster."""
+    intact, path = tmp_path / "intact", tmp_path / "damaged"
+    shutil.copy(image_of(each.kind, sound), intact)
+    edit = Edit(intact)
+    clusters = [edit.get(edit.entry(index)) & structs.OFFSET_MASK for index in range(2)]
+    edit.write(clusters[1], struct.pack(">Q", structs.COPIED | clusters[0]).ljust(4096, b"\0"))
+    shutil.copy(intact, path)
+    each.apply(Edit(path))
+    pairs = enumerate(zip(intact.read_bytes(), path.read_bytes(), strict=True))
+    damaged = {offset: byte for offset, (byte, found) in pairs if byte != found}
+    report = repaired(path, leaks_only=leaks_only)
+    assert report is not None
+    assert report.exit_status == 2
+    with path.open("r+b") as file:
+        for offset, byte in damaged.items():
+            file.seek(offset)
+            file.write(bytes([byte]))
+    assert undercounted(path.read_bytes()) == 0
+    before = guest(intact)
+    assert guest(path) == before
+    report = repaired(path)
+    assert report is not None
+    assert report.is_clean
+    assert guest(path) == before
 
 
 @pytest.mark.parametrize("name", ["bitmap type 2", "snapshot extra too large"])
