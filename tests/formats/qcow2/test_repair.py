@@ -325,6 +325,23 @@ def test_repair_rebuild_that_would_grow_over_a_dangling_entry_is_not_done(sound:
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize("pattern", [0xB7, 0xD9])
+def test_repair_leaves_a_guests_data_that_an_l1_entry_takes_for_a_table(pattern: int, tmp_path: Path) -> None:
+    """As entries they are misaligned, or COPIED though compressed."""
+    path = tmp_path / "damaged.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=1k", path, "1M")
+    qemu_io(path, f"write -q -P {pattern} 0 64k", "write -q -P 3 512k 64k")
+    edit = Edit(path)
+    data = edit.get(edit.get(edit.l1) & structs.OFFSET_MASK) & structs.OFFSET_MASK
+    edit.put(edit.l1 + 8, structs.COPIED | data)
+    edit.put(edit.l1 + 4 * 8, edit.get(edit.l1 + 4 * 8) & ~structs.COPIED)
+    report = repaired(path)
+    assert report is not None
+    assert report.exit_status == 2
+    assert edit.read(data, 1024) == bytes([pattern]) * 1024
+    assert edit.get(edit.l1 + 4 * 8) & structs.COPIED, "what is no guest's data is repaired"
+
+
 @pytest.mark.parametrize("features", [0, 1])
 @pytest.mark.parametrize("leaks_only", [False, True])
 def test_repair_clears_counts_behind_the_end_of_the_file(leaks_only: bool, features: int, tmp_path: Path) -> None:
