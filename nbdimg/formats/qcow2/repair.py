@@ -53,7 +53,7 @@ async def repair(file: BlockFile, header: Header, *, leaks_only: bool, progress:
     """Repair what can be; `header` is kept current. An image that cannot be checked whole is not touched.
 
     Returns: a check of what remains, with what was fixed in `leaks_fixed` and `corruptions_fixed`.
-    Args: leaks_only: lower refcounts, and set the COPIED flags that go with them if nothing is corrupt.
+    Args: leaks_only: lower refcounts, and set the COPIED flags that are missing.
     Raises: OSError; UnsupportedFeature: the refcount table would become too large, or METADATA_MAX.
     """
     survey = Survey(file, header, is_fixing=not leaks_only)
@@ -129,18 +129,20 @@ class _Repair:
             await self._store(max)
         tables = self._writable_l2_tables()
         await self._fix_entries(tables, is_setting=False)
-        await self.lower()
+        if self._is_countable:
+            await self._store(min)
         await self._fix_entries(tables, is_setting=True)
 
     async def leaks(self) -> None:
-        """Lower refcounts. Flags are set only where no count is too low: what is shared would be written in place."""
-        await self.lower()
-        if not self._survey.report.corruptions:
+        """Lower refcounts and set flags, which may be all that is missing: a run before may have been cut between."""
+        if self._is_countable:
+            await self._store(min)
             await self._fix_entries(self._writable_l2_tables(), is_setting=True)
 
-    async def lower(self) -> None:
-        if not (self._references.has_broken_references or self._survey.needs_rebuild):
-            await self._store(min)
+    @property
+    def _is_countable(self) -> bool:
+        """Whether the references are all that there are, and the refcounts can be written in place."""
+        return not (self._references.has_broken_references or self._survey.needs_rebuild)
 
     # Refcounts in place
 
@@ -332,8 +334,10 @@ class _Repair:
                 await _write(self._file, offset + start + first * _U64_SIZE, data)
 
     def _fix_flags(self, words: array[int], step: int, is_setting: bool, is_l1: bool) -> list[int]:
-        """Change the flags of one kind in `words`; their indexes are returned."""
-        stored, bits = self._stored, self._bits
+        """Change the flags of one kind in `words`; their indexes are returned. None is set beside a refcount that is
+        too low: what is shared would be written in place.
+        """
+        stored, counts, bits = self._stored, self._references.counts, self._bits
         has_data_file = self._header.has_data_file and not is_l1
         zero_bit = 0 if is_l1 or self._header.has_subclusters else s.ZERO
         changed: list[int] = []
@@ -352,7 +356,7 @@ class _Repair:
             elif cluster >= self._references.cluster_count:
                 continue
             else:
-                is_exclusive = stored[cluster] == 1
+                is_exclusive = stored[cluster] == 1 and not (is_setting and counts[cluster] > 1)
             if is_exclusive == is_setting:
                 words[index] ^= s.COPIED
                 changed.append(index)

@@ -226,7 +226,8 @@ def test_repair_of_leaked_shares_sets_the_flags_that_go_with_the_counts(
     if leaks_only:
         for number, state in enumerate(crashes(content, in_memory(content, leaks_only=True)[0].epochs)):
             assert undercounted(state) == 0, f"state {number}"
-            assert in_memory(state, leaks_only=False)[1].is_clean, f"state {number}"
+            for again in (True, False):
+                assert in_memory(state, leaks_only=again)[1].is_clean, f"state {number}"
 
 
 def test_repair_leaks_only_sets_no_flag_beside_a_count_that_is_too_low(sound: Path, tmp_path: Path) -> None:
@@ -239,6 +240,18 @@ def test_repair_leaks_only_sets_no_flag_beside_a_count_that_is_too_low(sound: Pa
     assert (report.leaks, report.exit_status) == (0, 2)
     assert edit.get(edit.entry(8)) == before
     assert before < structs.COPIED
+
+
+def test_repair_leaks_only_leaves_no_flag_unset_beside_another_corruption(sound: Path, tmp_path: Path) -> None:
+    path = damaged_image(mutation("L2 entry twice"), sound, tmp_path)
+    edit = Edit(path)
+    entry = edit.get(edit.entry(1))
+    edit.put(edit.refcount(entry & structs.OFFSET_MASK), 2, 2)
+    edit.put(edit.entry(1), entry & ~structs.COPIED)
+    report = repaired(path, leaks_only=True)
+    assert report is not None
+    assert (report.leaks, report.leaks_fixed, report.corruptions) == (0, 2, 1)
+    assert edit.get(edit.entry(1)) == entry
 
 
 def test_repair_leaks_only_leaves_corruptions(sound: Path, tmp_path: Path) -> None:
