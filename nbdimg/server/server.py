@@ -361,8 +361,11 @@ class Server:
         for task, export in self._shared.tasks.items():
             if export in running:
                 running[export].append(task)
-        outcomes = await asyncio.gather(*(self._close(export, tasks) for export, tasks in running.items()))
-        return [failure for failure in outcomes if failure is not None]
+        # What goes wrong inside one cuts no other short: an error that nobody foresaw is raised behind all of them.
+        closing = [asyncio.create_task(self._close(export, tasks)) for export, tasks in running.items()]
+        if closing:
+            await asyncio.wait(closing)
+        return [failure for failure in (each.result() for each in closing) if failure is not None]
 
     async def _close(self, export: Export, tasks: Collection[asyncio.Task[None]]) -> NbdimgError | None:
         """Returns what went wrong."""

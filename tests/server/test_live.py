@@ -298,6 +298,34 @@ def test_stop_closes_images_though_storage_hangs_under_another(
         assert closing.result(WAIT_S) == []
 
 
+def test_stop_closes_images_to_their_end_though_another_fails_unforeseen(
+    served: ControlledServer, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = served.service.exports["keep"][0].image
+    served.ask(served.control.add(make("other", "qcow2")))
+    other = served.service.exports["other"][0].image
+    file, flush = other.driver.file, other.flush
+    assert isinstance(file, PosixFile)
+
+    async def failing() -> None:
+        raise AssertionError("nobody foresaw it")
+
+    async def slow() -> None:
+        for _ in range(100):
+            await asyncio.sleep(0)
+        await flush()
+
+    async def stop() -> int:
+        with pytest.raises(AssertionError, match="nobody foresaw it"):
+            await served.service.server.close()
+        return file.descriptor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keep, "close", failing)
+        patch.setattr(other, "flush", slow)
+        assert served.ask(stop()) < 0
+
+
 def test_removals_at_once_join_and_what_comes_behind_finds_nothing(served: ControlledServer, make: Make) -> None:
     served.ask(served.control.add(make("disk")))
 
