@@ -61,7 +61,9 @@ class NbdUri:
             raise ConfigError(f"{text!r}: socket= belongs to nbd+unix, not to {parts.scheme}")
         if not parts.hostname:
             raise ConfigError(f"{text!r}: a TCP URI needs a host, write nbd://127.0.0.1:{DEFAULT_PORT}")
-        host = parts.hostname.replace("%25", "%", 1) if ":" in parts.hostname else parts.hostname
+        host = parts.hostname
+        if ":" in host and not host.endswith("%25"):  # which is a bare `%` and interface 25
+            host = host.replace("%25", "%", 1)
         return cls(host=host, port=DEFAULT_PORT if port is None else port, name=name, is_tls=is_tls)
 
     def __str__(self) -> str:

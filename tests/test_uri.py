@@ -34,6 +34,8 @@ from nbdimg.uri import NbdUri
         ("nbd://[fe80::1%25eth0]:10810/disk", NbdUri(host="fe80::1%eth0", port=10810, name="disk")),
         ("nbd://[FE80::1%25Eth0]", NbdUri(host="fe80::1%Eth0")),
         ("nbd://[fe80::1%eth0]", NbdUri(host="fe80::1%eth0")),
+        ("nbd://[fe80::1%2525]", NbdUri(host="fe80::1%25")),
+        ("nbd://[fe80::1%25]", NbdUri(host="fe80::1%25")),
         ("nbds://h/disk", NbdUri(host="h", name="disk", is_tls=True)),
         ("NBD://Host", NbdUri(host="host")),
         ("nbd+unix:///?socket=/run/nbd.sock", NbdUri(socket="/run/nbd.sock")),
