@@ -234,6 +234,16 @@ def test_operations_in_flight_on_the_same_bytes_are_found() -> None:
     assert explored(RAW, trace).violations[RACE] == 1
 
 
+def test_image_that_the_workload_leaves_is_closed_not_the_one_it_began_with() -> None:
+    async def workload(client: Client, rng: random.Random) -> None:
+        await client.target.close()
+        client.target = await open_toy(client.trace.files[0], Fault.NONE)
+        await client.write(0, client.pattern(0, SECTOR))
+
+    trace = asyncio.run(record(dataclasses.replace(toy(Fault.NONE), workload=workload), SEED))
+    assert any(trace.files[0].content[:TABLE_SIZE])
+
+
 def test_change_of_a_file_that_is_not_recorded_is_refused() -> None:
     async def workload(client: Client, rng: random.Random) -> None:
         client.trace.files[0].content[0] ^= 1

@@ -72,7 +72,7 @@ class Scenario:
 
 
 async def record(scenario: Scenario, seed: int) -> Trace:
-    """Run the workload and close the image. The files do not crash; a seed always gives the same trace.
+    """Run the workload and close the image that it leaves. The files do not crash; a seed always gives the same trace.
 
     Raises: AssertionError: the files hold what no recorded operation put there.
     """
