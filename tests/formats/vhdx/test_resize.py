@@ -393,6 +393,19 @@ def test_resize_that_finds_no_space_tells_the_size_that_the_disk_has(before: int
     assert went_on_count >= 2
 
 
+def test_growth_that_finds_no_space_for_all_of_its_blocks_gives_back_what_it_took() -> None:
+    async def work() -> None:
+        content = fixed(b"\1" * MiB)
+        file = FaultFile(MemoryFile(content))
+        image = await opened(file)
+        file.fail("zero", errno.ENOSPC)
+        with pytest.raises(OSError, match="No space left on device"):
+            await resize_image(image, 3 * MiB)
+        assert file.size == len(content)
+
+    asyncio.run(work())
+
+
 @pytest.mark.parametrize(("content", "size"), [(dynamic(b"\1" * MiB), 512 * GiB), (fixed(b"\1" * MiB), 3 * MiB)])
 def test_growth_that_finds_no_space_leaves_a_parent_that_its_children_fit(content: bytes, size: int) -> None:
     async def work() -> None:
