@@ -126,6 +126,8 @@ class Export:
         self.snapshot_id = snapshot_id
         self.image = image
         self.inflight = InFlight()
+        self.upkeep = asyncio.Lock()
+        """Of who changes the image at large, or looks at what that changes, and of who closes it."""
         self.meter = Meter()
         self._standstill_end: asyncio.Event | None = None
         """Of the standstill that has begun, or waits to begin."""

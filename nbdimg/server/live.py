@@ -1,8 +1,10 @@
 """A running server's exports and clients, looked at and changed while it serves.
 
-Every operation that changes exports runs alone: one lock holds them and reloads apart. What waits for clients does not
-hold it, so that another operation can cut short what a slow client delays. An operation runs to its end also when its
-caller is cancelled.
+What changes which exports there are runs alone: one lock holds that and reloads apart. What waits for clients does not
+hold it, so that another operation can cut short what a slow client delays. Operations on one image take turns too, by a
+lock of its export that whoever closes it takes as well; storage that hangs under one image holds up no other. So an
+export may have left when an operation on it ends: it is looked at again behind each await. An operation runs to its end
+also when its caller is cancelled.
 
 The file's exports and those added live are kept apart. A reload makes the file's exports be as the file says, and one
 that was removed live comes back; it never touches exports that were added live, and refuses a file that names one.
@@ -13,9 +15,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from nbdimg.config import ExportConfig
@@ -93,11 +96,17 @@ class Control:
 
     def export(self, name: str) -> ExportState:
         """The visible one of this name, else the hidden one."""
-        for export, is_live, is_hidden in self._known():
+        for export, _, _ in self._known():
             if export.name == name:
-                clients = self._service.server.clients_of([export])
-                return export_state(export, clients, is_live=is_live, is_hidden=is_hidden)
+                return self._state(export)
         raise self._unknown(name)
+
+    def _state(self, export: Export) -> ExportState:
+        """Also of one that a reload has just taken away."""
+        known = ((is_live, is_hidden) for each, is_live, is_hidden in self._known() if each is export)
+        is_live, is_hidden = next(known, (False, True))
+        clients = self._service.server.clients_of([export])
+        return export_state(export, clients, is_live=is_live, is_hidden=is_hidden)
 
     def clients(self, export: str | None = None) -> list[ClientState]:
         """All, or those of one export, the longest connected first."""
@@ -204,10 +213,11 @@ class Control:
         Raises: ConfigError: it is smaller and `shrink` is not given, it cannot be, the export is read-only or a
             snapshot. UnsupportedFeature, ImageError, OSError: the size is the old one, unless the message says another.
         """
-        return await self._alone(self._resize(name, size, shrink=shrink))
+        return await self._on_image(name, partial(self._resize, size=size, shrink=shrink))
 
-    async def _resize(self, name: str, size: int, *, shrink: bool) -> ExportState:
-        export = self._changeable(name)
+    async def _resize(self, export: Export, *, size: int, shrink: bool) -> ExportState:
+        _check_changeable(export)
+        name = export.name
         old = export.image.size
         if size < old and not shrink:
             raise ConfigError(
@@ -220,19 +230,18 @@ class Control:
         finally:
             if export.image.size != old:
                 logger.info("export %s was resized from %d to %d bytes", escaped(name), old, export.image.size)
-        return self.export(name)
+        return self._state(export)
 
     async def snapshots(self, name: str) -> list[SnapshotState]:
         """An image's snapshots, oldest first; of a format without them, none. Raises: ImageError, OSError."""
-        return await self._alone(self._snapshots(name))
+        return await self._on_image(name, self._snapshots)
 
-    async def _snapshots(self, name: str) -> list[SnapshotState]:
-        export = self._image_export(name)
+    async def _snapshots(self, export: Export) -> list[SnapshotState]:
         driver = export.image.driver
         if not isinstance(driver, Qcow2Driver):
             return []
         found = await load_snapshots(driver.file, driver.header)
-        return [self._snapshot_state(name, each, driver.size) for each in found]
+        return [self._snapshot_state(export, each, driver.size) for each in found]
 
     async def snapshot_create(self, name: str, tag: str) -> SnapshotState:
         """Keep an export's disk as it is now under `tag`, durably, and export that as NAME@TAG. Requests wait
@@ -241,31 +250,31 @@ class Control:
         Raises: ConfigError: the tag is taken or cannot be one, the export is read-only or a snapshot.
             UnsupportedFeature: the format has no snapshots. ImageError, OSError.
         """
-        return await self._alone(self._snapshot_create(name, tag))
+        return await self._on_image(name, partial(self._snapshot_create, tag=tag))
 
-    async def _snapshot_create(self, name: str, tag: str) -> SnapshotState:
-        export = self._changeable(name)
+    async def _snapshot_create(self, export: Export, *, tag: str) -> SnapshotState:
+        _check_changeable(export)
         driver = _qcow2_driver(export, "snapshots")
-        self._check_free(f"{name}@{tag}")
+        self._check_free(f"{export.name}@{tag}")
         async with _overhaul(export):
             made = await create_snapshot(driver, tag, now_ns=time.time_ns())
-        logger.info("export %s: snapshot %s was made", escaped(name), escaped(tag))
-        await self._export_snapshot(name, made.id, tag)
-        return self._snapshot_state(name, made, driver.size)
+        logger.info("export %s: snapshot %s was made", escaped(export.name), escaped(tag))
+        await self._export_snapshot(export, made.id, tag)
+        return self._snapshot_state(export, made, driver.size)
 
     async def snapshot_delete(self, name: str, tag: str) -> None:
         """Forget a snapshot by its id or name. Its export is removed first, its clients drain.
 
         Raises: ConfigError: there is no such snapshot; else as `snapshot_create`.
         """
-        await self._alone(self._snapshot_delete(name, tag))
+        await self._on_image(name, partial(self._snapshot_delete, tag=tag))
 
-    async def _snapshot_delete(self, name: str, tag: str) -> None:
-        export = self._changeable(name)
+    async def _snapshot_delete(self, export: Export, *, tag: str) -> None:
+        _check_changeable(export)
         driver = _qcow2_driver(export, "snapshots")
         service = self._service
         snapshot = find_snapshot(driver.file.path, await load_snapshots(driver.file, driver.header), tag)
-        exported = service.remove_snapshot(name, snapshot.id)
+        exported = service.remove_snapshot(export, snapshot.id)
         if exported is not None:
             for failure in await service.server.retire([exported]):
                 logger.error("%s", failure)
@@ -274,27 +283,27 @@ class Control:
                 await delete_snapshot(driver, snapshot.id)
         except BaseException:
             if exported is not None:
-                await self._export_snapshot(name, snapshot.id, exported.name.removeprefix(f"{name}@"))
+                await self._export_snapshot(export, snapshot.id, exported.name.removeprefix(f"{export.name}@"))
             raise
-        logger.info("export %s: snapshot %s was deleted", escaped(name), escaped(tag))
+        logger.info("export %s: snapshot %s was deleted", escaped(export.name), escaped(tag))
 
-    async def _export_snapshot(self, name: str, snapshot_id: str, label: str) -> None:
+    async def _export_snapshot(self, export: Export, snapshot_id: str, label: str) -> None:
         """What hinders that is logged: the snapshot itself is there."""
-        service = self._service
-        if sum(each.is_snapshot for each in service.exports[name]) >= SNAPSHOT_EXPORTS_MAX:
-            logger.warning("%s: %d snapshots are exported, and not one more", escaped(name), SNAPSHOT_EXPORTS_MAX)
+        service, name = self._service, escaped(export.name)
+        if sum(each.is_snapshot for each in service.family(export)) >= SNAPSHOT_EXPORTS_MAX:
+            logger.warning("%s: %d snapshots are exported, and not one more", name, SNAPSHOT_EXPORTS_MAX)
             return
         try:
-            await service.add_snapshot(name, snapshot_id, label)
+            await service.add_snapshot(export, snapshot_id, label)
         except (NbdimgError, OSError) as error:
-            logger.error("snapshot %s of %s is not exported: %s", escaped(label), escaped(name), error)
+            logger.error("snapshot %s of %s is not exported: %s", escaped(label), name, error)
 
     async def bitmaps(self, name: str) -> list[BitmapState]:
         """An image's dirty bitmaps; of a format without them, none."""
-        return await self._alone(self._bitmaps(name))
+        return await self._on_image(name, self._bitmaps)
 
-    async def _bitmaps(self, name: str) -> list[BitmapState]:
-        driver = self._image_export(name).image.driver
+    async def _bitmaps(self, export: Export) -> list[BitmapState]:
+        driver = export.image.driver
         if not isinstance(driver, Qcow2Driver) or driver.bitmaps is None:
             return []
         return [bitmap_state(each) for each in driver.bitmaps.entries]
@@ -308,22 +317,22 @@ class Control:
         Raises: ConfigError: a bitmap is missing, there already, inconsistent, or in use by a client; the export is
             read-only or a snapshot. UnsupportedFeature: the format has none, or no room. ImageError, OSError.
         """
-        return await self._alone(self._bitmaps_change(name, actions))
+        return await self._on_image(name, partial(self._bitmaps_change, actions=actions))
 
-    async def _bitmaps_change(self, name: str, actions: Sequence[BitmapAction]) -> list[BitmapState]:
-        export = self._changeable(name)
+    async def _bitmaps_change(self, export: Export, *, actions: Sequence[BitmapAction]) -> list[BitmapState]:
+        _check_changeable(export)
         _qcow2_driver(export, "dirty bitmaps")
         with naming(export.image.path):
             editor = await prepare(export.image, actions)
         left = {entry.name for entry in editor.entries}
-        gone = {f"{DIRTY_BITMAP}{each.name}" for each in await self._bitmaps(name) if each.name not in left}
+        gone = {f"{DIRTY_BITMAP}{each.name}" for each in await self._bitmaps(export) if each.name not in left}
         self._check_unused(export, gone)
         export.withdraw(gone)
         async with _overhaul(export):
             await change_bitmaps(export.image, editor)
         said = ", ".join(f"{each.action} {escaped(each.name)}" for each in actions)
-        logger.info("export %s: bitmaps were changed: %s", escaped(name), said)
-        return await self._bitmaps(name)
+        logger.info("export %s: bitmaps were changed: %s", escaped(export.name), said)
+        return await self._bitmaps(export)
 
     def _check_unused(self, export: Export, contexts: Set[str]) -> None:
         for client in self._service.server.clients_of([export]):
@@ -334,8 +343,8 @@ class Control:
                     "has asked for: disconnect it first"
                 )
 
-    def _snapshot_state(self, name: str, snapshot: Snapshot, size: int) -> SnapshotState:
-        exports = self._service.exports[name]
+    def _snapshot_state(self, export: Export, snapshot: Snapshot, size: int) -> SnapshotState:
+        exports = self._service.family(export)
         exported = next((each.name for each in exports if each.snapshot_id == snapshot.id), None)
         return snapshot_state(snapshot, size, exported)
 
@@ -361,7 +370,7 @@ class Control:
     # What operations share
 
     async def _alone(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run an operation when no other one and no reload runs."""
+        """Run what changes which exports there are when nothing else of the kind and no reload runs."""
 
         async def locked() -> T:
             async with self._service.lock:
@@ -369,6 +378,26 @@ class Control:
                     work.close()
                     raise ConfigError("the server stops")
                 return await work
+
+        return await self._to_the_end(locked())
+
+    async def _on_image(self, name: str, work: Callable[[Export], Awaitable[T]]) -> T:
+        """Run an operation on an export's image when no other one on that runs. Of one that a reload opens anew
+        meanwhile, it is the new export.
+        """
+        service = self._service
+
+        async def locked() -> T:
+            while True:
+                if name not in service.registry:
+                    async with service.lock:
+                        pass
+                export = self._image_export(name)
+                async with export.upkeep:
+                    if service.registry.is_shutting_down:
+                        raise ConfigError("the server stops")
+                    if service.registry.lookup(name) is export:
+                        return await work(export)
 
         return await self._to_the_end(locked())
 
@@ -407,14 +436,13 @@ class Control:
             raise ConfigError(f"{escaped(name)} is a snapshot, expected the export of an image")
         return export
 
-    def _changeable(self, name: str) -> Export:
-        export = self._image_export(name)
-        image = export.image
-        if not image.is_writable:
-            raise ConfigError(f"the image of {escaped(name)} is open read-only, expected one that may be changed")
-        if image.failure is not None:
-            raise ImageFailed(image.path, image.failure)
-        return export
+
+def _check_changeable(export: Export) -> None:
+    image = export.image
+    if not image.is_writable:
+        raise ConfigError(f"the image of {escaped(export.name)} is open read-only, expected one that may be changed")
+    if image.failure is not None:
+        raise ImageFailed(image.path, image.failure)
 
 
 @asynccontextmanager

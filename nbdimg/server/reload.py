@@ -12,7 +12,9 @@ load ──▶ difference ──▶ prepare: open images and sockets ──▶ c
      noticed, and whoever asked for the reload is told. Should that fail too, it is in `Service.unserved`.
      `Service.config` names what is exported, in any case. Clients of an export that was removed earlier, and hidden,
      are made to go when its image is wanted.
-(R4) One reload at a time, and none while an operation of `live` runs; what is asked for meanwhile follows once.
+(R4) One reload at a time, and none while an operation of `live` runs that adds or removes an export; what is asked for
+     meanwhile follows once. Operations on images go on: an image that is to be opened anew is tried when the one on it
+     has ended, and closed likewise.
 (R5) Exports that were added live are not the file's: they stay, and a file that names one of them is refused.
 """
 
@@ -211,12 +213,13 @@ class Reloader:
 
     async def _prepare(self, found: Difference, limits: Limits) -> _Prepared:
         prepared = _Prepared([], [], [])
-        leaving = (each.config for each in self._service.leaving)
-        held = {image_of(each) for each in (*found.leaving, *leaving)}
+        held = {image_of(each.config): each.exports for each in self._service.leaving}
+        held |= {image_of(each): self._service.exports[named(each)] for each in found.leaving}
         try:
             for each in (*found.added, *(new for _, new in found.reopened)):
                 if image_of(each) in held:
-                    trial = await open_exports(each, limits, is_trial=True)
+                    async with held[image_of(each)][0].upkeep:
+                        trial = await open_exports(each, limits, is_trial=True)
                     await close_exports(trial)
                     prepared.later.append(each)
                     prepared.later_names += [export.name for export in trial]
@@ -319,7 +322,8 @@ class Reloader:
         it was to be for the image, where nothing took their names.
         """
         service = self._service
-        exports = [each for each in service.config.exports if each not in failed]
+        served = tuple(each for each in service.config.exports if each not in failed)
+        service.config = replace(service.config, exports=served)
         heirs = {image_of(each): each for each in failed}
         for old in found.leaving:
             heir = heirs.get(image_of(old))
@@ -327,8 +331,7 @@ class Reloader:
                 continue
             restored = adjusted_to(old, heir)
             if not await self._add_late(restored):
-                exports.append(restored)
-        service.config = replace(service.config, exports=tuple(exports))
+                service.config = replace(service.config, exports=(*service.config.exports, restored))
 
     async def _add_late(self, config: ExportConfig) -> NbdimgError | OSError | None:
         """Returns why not."""

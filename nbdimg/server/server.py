@@ -15,7 +15,7 @@ import socket
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from nbdimg.errors import NbdimgError
+from nbdimg.errors import NbdimgError, escaped
 from nbdimg.export.export import Export
 from nbdimg.export.registry import Registry
 from nbdimg.limits import Limits
@@ -44,6 +44,10 @@ SWEEPS_PER_TIMEOUT = 20
 """Deadlines are looked at this often within the shortest of them: 5 % late at most."""
 
 SWEEP_INTERVAL_MAX_S = 0.25
+
+CLOSE_EXPECTED_S = 3.0
+"""After this time the log names an image that is still being closed: behind a drain of 5 s, that is before the 10 s are
+over after which `docker stop` kills."""
 
 ABSENCE_MIN_S = 0.5
 """A sweep that comes so late finds clients that nobody looked after: the process was stopped (SIGSTOP, a paused
@@ -368,15 +372,26 @@ class Server:
         return [failure for failure in (each.result() for each in closing) if failure is not None]
 
     async def _close(self, export: Export, tasks: Collection[asyncio.Task[None]]) -> NbdimgError | None:
-        """Returns what went wrong."""
+        """When what is at work on the image at large is done too. Returns what went wrong."""
+        late = self._loop.call_later(
+            CLOSE_EXPECTED_S,
+            logger.warning,
+            "export %s: %s is not closed after %g seconds: what was asked of its storage is not done",
+            escaped(export.name),
+            export.image.path,
+            CLOSE_EXPECTED_S,
+        )
         if tasks:
             await asyncio.wait(tasks)
         failure = None
-        has_failed = export.image.failure is not None
-        try:
-            await export.close()
-        except NbdimgError as error:
-            failure = error
+        async with export.upkeep:
+            has_failed = export.image.failure is not None
+            try:
+                await export.close()
+            except NbdimgError as error:
+                failure = error
+            finally:
+                late.cancel()
         if failure is not None or has_failed:
             self.estate.renounce()
         return failure

@@ -69,7 +69,8 @@ class Service:
 
     `config` is what the server was configured to serve, with a name for each export; `live` is what was added to that
     while it serves. `exports` are those of a name, its snapshots too; `unserved` are the names of others that a reload
-    has closed and could not open again, with the reason. `lock`: of who changes exports or listeners.
+    has closed and could not open again, with the reason. `lock`: of who changes which exports or listeners there are;
+    snapshots of an export come and go beside it, under `Export.upkeep` of its image.
     `inherited`: listeners that are not of the configuration. `sandbox`: what restricts this process, in a few words.
     `started_s`: seconds since 1970 UTC.
     """
@@ -175,29 +176,45 @@ class Service:
             for uri in (*self.config.listeners, *self.inherited):
                 check_listener(uri, alone)
 
-    async def add_snapshot(self, name: str, snapshot_id: str, label: str) -> None:
-        """Export one more snapshot of an export's image.
+    def family(self, base: Export) -> list[Export]:
+        """An image's export and those of its snapshots; none when it has left."""
+        exports = self.exports.get(base.name, [])
+        return exports if base in exports[:1] else []
 
-        Raises: as `open`; ImageError: another file is at the image's path by now.
+    async def add_snapshot(self, base: Export, snapshot_id: str, label: str) -> None:
+        """Export one more snapshot of the image of `base`, on the terms that this has when it is open.
+
+        Raises: as `open` and `_config_of`; ImageError: another file is at the image's path by now.
         """
-        config = self.live.get(name) or next(each for each in self.config.exports if each.name == name)
-        export = await open_snapshot(config, snapshot_id, label, self.config.limits)
+        export = await open_snapshot(self._config_of(base), snapshot_id, label, self.config.limits)
         try:
-            if files_of(export) != files_of(self.exports[name][0]):
+            config = self._config_of(base)
+            if files_of(export) != files_of(base):
                 raise ImageError(export.image.path, "another file has taken its place since it was opened")
+            payload_max = self.config.limits.payload_size
+            export.info = replace(export.info, description=config.description, payload_max=payload_max)
             self.registry.add(export, terms_of(config))
         except NbdimgError:
             await close_exports([export])
             raise
-        self.exports[name].append(export)
+        self.family(base).append(export)
 
-    def remove_snapshot(self, name: str, snapshot_id: str) -> Export | None:
-        """Take a snapshot's export, if it has one, out of sight; `Server.retire` must follow."""
-        export = next((each for each in self.exports[name] if each.snapshot_id == snapshot_id), None)
+    def remove_snapshot(self, base: Export, snapshot_id: str) -> Export | None:
+        """Take a snapshot's export, if it has one, out of sight; `Server.retire` must follow. Raises: `_config_of`."""
+        self._config_of(base)
+        export = next((each for each in self.family(base) if each.snapshot_id == snapshot_id), None)
         if export is not None:
-            self.exports[name].remove(export)
+            self.family(base).remove(export)
             self.registry.remove(export.name)
         return export
+
+    def _config_of(self, base: Export) -> ExportConfig:
+        """Raises: ConfigError: it has left, or the server stops: whoever closes it closes its snapshots as they are."""
+        if self.registry.is_shutting_down:
+            raise ConfigError("the server stops")
+        if not self.family(base):
+            raise ConfigError(f"the export {escaped(base.name)} was removed meanwhile")
+        return self.live.get(base.name) or next(each for each in self.config.exports if each.name == base.name)
 
     def adjust(self, config: ExportConfig) -> None:
         """What of an export can be another while its image is open."""
@@ -276,7 +293,7 @@ async def serving(
         yield service
     finally:
         registry.is_shutting_down = True
-        server.hasten()  # or who is asked to go meanwhile, by what has the lock, is given drain_timeout_s anew
+        server.hasten()  # or who is asked to go meanwhile, by an operation that runs, is given drain_timeout_s anew
         async with service.lock:
             service.failures.extend(await server.close())
         for leaving in list(service.leaving):
