@@ -163,10 +163,7 @@ async def _shrink(image: Image, driver: Qcow2Driver, size: int) -> None:
         await _flush(image)
     except BaseException:
         await _restore(image, driver, old)
-        with suppress(OSError, ImageError):
-            for offset, content in cut:
-                await image.write(offset, content)
-            await image.flush()
+        await _put_back(image, cut)
         raise
     await _release_bitmaps(image, driver)
 
@@ -183,6 +180,25 @@ async def _zero_rest(image: Image, driver: Qcow2Driver, size: int, cut: list[tup
             cut.append((position, content))
             await image.zero(position, end - position, may_unmap=False, is_fast_only=False)
         position = end
+
+
+async def _put_back(image: Image, cut: list[tuple[int, bytearray]]) -> None:
+    """What was zeroed for a smaller disk that did not come to be. Where that fails the image does: a guest must not go
+    on with zeroes.
+    """
+    for offset, content in cut:
+        try:
+            await image.write(offset, content)
+        except (OSError, ImageError) as error:
+            if image.gate.failure is None:
+                reason = error.strerror if isinstance(error, OSError) else error
+                image.gate.failure = (
+                    f"{len(content)} bytes at {offset}, zeroed for a resize that failed, cannot be put back "
+                    f"({reason}); open it anew"
+                )
+            return
+    with suppress(OSError, ImageError):
+        await image.flush()
 
 
 async def _restore(image: Image, driver: Qcow2Driver, old: int) -> None:

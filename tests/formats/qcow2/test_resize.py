@@ -30,7 +30,7 @@ from nbdimg.units import GiB, KiB, MiB, TiB
 from tests.crash import qcow2 as scenarios
 from tests.formats.qcow2.test_faults import FullFile
 from tests.support.crash import run_now
-from tests.support.faultfile import os_error
+from tests.support.faultfile import FaultFile, os_error
 from tests.support.qcow2edit import Edit, QemuReport, make_luks, qemu_check, qemu_img, qemu_io
 from tests.support.qcow2mutants import AnyGate
 
@@ -646,6 +646,33 @@ def test_shrink_within_a_cluster_that_finds_no_space_leaves_what_lies_behind(tmp
         left = await open_file(file, "qcow2", OpenOptions(DenyGate()))
         assert await everything(left) == b"\7" * MiB
         assert list((await left.bitmap("monday")).runs(0, MiB)) == [(MiB, True)]
+
+    asyncio.run(run())
+
+
+def test_shrink_that_cannot_put_back_what_it_zeroed_fails_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    qemu_io(path, "write -q -P 7 0 1M")
+
+    async def run() -> None:
+        file = FaultFile(MemoryFile(path.read_bytes()), slow_only=True)
+        image = await open_file(file, "qcow2", OpenOptions(DenyGate(), writable=True))
+
+        async def failing(*_: object) -> None:
+            file.fail("pwrite", errno.EIO)
+            raise os_error(errno.EIO)
+
+        monkeypatch.setattr(resize, "_resize_bitmaps", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            await resize_image(image, 700 * KiB, may_shrink=True)
+        file.heal()
+        with pytest.raises(ImageError, match="716800, zeroed for a resize that failed, cannot be put back"):
+            await image.write(0, b"x")
+        with pytest.raises(ImageError):
+            await image.close()
 
     asyncio.run(run())
 
