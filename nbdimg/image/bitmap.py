@@ -63,6 +63,10 @@ class DirtyBitmap:
         assert 0 <= offset < stop <= self.size
         first, last = offset >> self._shift, (stop - 1) >> self._shift
         number, last_number = first >> _BITS, last >> _BITS
+        if first == last:
+            if self._pieces[number] is not _DIRTY:
+                self._own(number)[(first & _MASK) >> 3] |= 1 << (first & 7)
+            return
         if number == last_number:
             self._set(number, first & _MASK, last & _MASK)
             return
