@@ -33,7 +33,8 @@ enum {
     WRITE_BURST = 8,            /* replies to writes that are gathered, as nbdimg's: the client goes on meanwhile */
     SOCKET_BUFFER = 1024 * KIB, /* as nbdimg's */
 };
-enum { FIXED_NEWSTYLE = 1, NO_ZEROES = 2, HAS_FLAGS = 1, CAN_MULTI_CONN = 256, OPT_GO = 7, REP_ACK = 1, REP_INFO = 3 };
+enum { FIXED_NEWSTYLE = 1, NO_ZEROES = 2, HAS_FLAGS = 1, CAN_MULTI_CONN = 256 };
+enum { OPT_INFO = 6, OPT_GO = 7, REP_ACK = 1, REP_INFO = 3 };
 enum { CMD_READ = 0, CMD_WRITE = 1, NBD_EIO = 5 };
 #define NBDMAGIC UINT64_C(0x4e42444d41474943)
 #define IHAVEOPT UINT64_C(0x49484156454f5054)
@@ -68,7 +69,7 @@ static void answer_option(int fd, uint32_t number, uint32_t kind, const void *da
     send(fd, data, length, MSG_NOSIGNAL);
 }
 
-/* Refuses every option until the client asks for the export. False: it left. */
+/* Refuses every option but what asks for the export, until it is to be used. False: the client left. */
 static bool shake_hands(int fd)
 {
     struct stat status;
@@ -82,10 +83,11 @@ static bool shake_hands(int fd)
     bool is_there = receive_all(fd, &flags, sizeof flags);
     while (is_there && receive_all(fd, &option, sizeof option)) {
         bool is_go = be32toh(option.number) == OPT_GO;
+        bool is_known = is_go || be32toh(option.number) == OPT_INFO;
         is_there = be32toh(option.length) <= sizeof data && receive_all(fd, data, be32toh(option.length));
-        if (is_go)
+        if (is_known)
             answer_option(fd, option.number, REP_INFO, &info, sizeof info);
-        answer_option(fd, option.number, is_go ? REP_ACK : REP_ERR_UNSUP, "", 0);
+        answer_option(fd, option.number, is_known ? REP_ACK : REP_ERR_UNSUP, "", 0);
         if (is_go)
             return is_there;
     }
