@@ -189,7 +189,7 @@ def resize(
             f"{shown(name)}: the size would go from {old} to {wanted} bytes and lose what lies behind, which takes "
             "--shrink"
         )
-    export = api.change("POST", f"{path_of(name)}/resize", {"size": wanted, "shrink": shrink})
+    export = api.change("POST", path_of(name, "resize"), {"size": wanted, "shrink": shrink})
     report(f"{shown(name)}: {sized(export['size'])}", as_json, export=export)
 
 
@@ -246,7 +246,7 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Keep a disk as it is now, and export that as NAME@SNAPSHOT."""
-    made = server_api(socket, url, token_file).change("POST", f"{path_of(name)}/snapshots", {"name": tag})
+    made = server_api(socket, url, token_file).change("POST", path_of(name, "snapshots"), {"name": tag})
     where = f", exported as {shown(made['export'])}" if made["export"] else ""
     report(f"{shown(name)}: made snapshot {shown(made['id'])} ({shown(made['name'])}){where}", as_json, snapshot=made)
 
@@ -274,7 +274,7 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List the snapshots of an export's image, oldest first."""
-    found = server_api(socket, url, token_file).get(f"{path_of(name)}/snapshots")["snapshots"]
+    found = server_api(socket, url, token_file).get(path_of(name, "snapshots"))["snapshots"]
     if as_json:
         print_json(name=name, snapshots=found)
     elif found:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nbdimg.cli.options import BackingKeyFile, key_paths, name_and_image, parsed
+from nbdimg.cli.options import AllowReferences, BackingKeyFile, key_paths, name_and_image, parsed
 from nbdimg.cli.running import serve_file, serve_images
 from nbdimg.config import DEFAULT_LISTENER, LOG_FORMATS, SANDBOX_MODES, ExportConfig
 from nbdimg.configfile import Overrides, config_without_file
@@ -64,13 +64,7 @@ def serve(
         str | None, typer.Option(metavar="FILE", help="The passphrase of encrypted images, from a file.")
     ] = None,
     backing_key_file: BackingKeyFile = None,
-    allow_references: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="DIR",
-            help="Backing and data files may lie in DIR too, not only in the image's own directory; repeatable.",
-        ),
-    ] = None,
+    allow_references: AllowReferences = None,
     overlay: Annotated[
         bool,
         typer.Option(

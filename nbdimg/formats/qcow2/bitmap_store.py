@@ -34,6 +34,7 @@ import errno
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from struct import Struct
 
 from nbdimg.errors import CorruptImage, ImageError, RequestError, UnsupportedFeature, escaped
@@ -56,7 +57,7 @@ from nbdimg.formats.qcow2.packed import encode_offsets
 from nbdimg.formats.qcow2.refcount import Refcounts, Run
 from nbdimg.formats.qcow2.structs import OFFSET_MASK
 from nbdimg.image.bitmap import DirtyBitmap, byte_count
-from nbdimg.image.driver import Miss
+from nbdimg.image.driver import answered
 from nbdimg.storage.file import BlockFile
 from nbdimg.storage.ordering import (
     OUT_OF_SPACE,
@@ -335,7 +336,7 @@ class BitmapStore:
                 continue
             bitmap = self._loaded[entry.name]
             table = await load_table(self._file, self._header, entry)
-            if len(table) != max(1, table_size_for(bitmap.size, bitmap.granularity, cluster_size)):
+            if len(table) != table_size_for(bitmap.size, bitmap.granularity, cluster_size):
                 return False
             for index, place in enumerate(table):
                 piece = bitmap.stored(index * cluster_size, (index + 1) * cluster_size)
@@ -455,11 +456,10 @@ class _Space:
     async def allocate(self, count: int, *, is_contiguous: bool) -> Run:
         counts = self._counts
         ask = counts.allocate_contiguous if is_contiguous else counts.allocate
-        while isinstance(answer := ask(count), Miss):
-            await answer.load()
-        counts.metadata.update(range(answer.cluster, answer.cluster + answer.count))
-        self._taken.append(answer)
-        return answer
+        taken = await answered(partial(ask, count))
+        counts.metadata.update(range(taken.cluster, taken.cluster + taken.count))
+        self._taken.append(taken)
+        return taken
 
     def give_back(self) -> None:
         for taken in self._taken:
@@ -470,7 +470,7 @@ async def _write_bitmap(space: _Space, entry: BitmapEntry, bitmap: DirtyBitmap) 
     """Bits and table in new clusters; clusters that are all clean or all dirty take none."""
     header = space.header
     cluster_size = header.cluster_size
-    table_size = max(1, table_size_for(bitmap.size, bitmap.granularity, cluster_size))
+    table_size = table_size_for(bitmap.size, bitmap.granularity, cluster_size)
     table = array("Q", bytes(8 * table_size))
     mixed = []
     for index in range(len(table)):

@@ -84,8 +84,8 @@ class BitmapEntry:
 
 
 def table_size_for(size: int, granularity: int, cluster_size: int) -> int:
-    """Table entries of a bitmap over `size` bytes: 1 TiB at 64 KiB takes 32 clusters of 64 KiB."""
-    return div_ceil(byte_count(size, granularity), cluster_size)
+    """Table entries of a bitmap over `size` bytes: 1 TiB at 64 KiB takes 32 clusters of 64 KiB; one at least."""
+    return max(1, div_ceil(byte_count(size, granularity), cluster_size))
 
 
 def check_fit(path: str, header: Header, size: int, entries: Iterable[BitmapEntry]) -> None:
@@ -195,7 +195,7 @@ def _parse_entry(
         raise _refusal(file, f"{which}name", escaped(name), "no NUL", at + 24)
     size_max = s.BITMAP_BYTES_MAX // header.cluster_size
     is_in_use = flags & BitmapFlag.IN_USE
-    needed = 1 if is_in_use else max(1, table_size_for(header.size, 1 << granularity_bits, header.cluster_size))
+    needed = 1 if is_in_use else table_size_for(header.size, 1 << granularity_bits, header.cluster_size)
     if not needed <= table_size <= size_max:
         raise _refusal(file, f"{which}table size", table_size, f"{needed} to {size_max}", at + 8)
     if not _is_place(file, header, table_offset, 8 * table_size):

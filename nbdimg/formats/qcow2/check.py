@@ -23,7 +23,7 @@ from operator import gt, lt
 from nbdimg.errors import CorruptImage, ImageError, UnsupportedFeature
 from nbdimg.formats.findings import CheckReport, Finding
 from nbdimg.formats.qcow2 import structs as s
-from nbdimg.formats.qcow2.bitmaps import table_size_for
+from nbdimg.formats.qcow2.bitmaps import TYPE_DIRTY_TRACKING, table_size_for
 from nbdimg.formats.qcow2.counts import differing, last_used
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.packed import RefcountCodec, decode_offsets
@@ -38,7 +38,6 @@ _SNAPSHOT_EXTRA_MIN = 16
 """Bytes that a version 3 snapshot needs: the VM state's and the disk's size."""
 _BITMAP_FLAGS_RESERVED = 0xFFFF_FFFC
 """QEMU counts bit 2 (extra data compatible) as reserved too, as it takes no extra data."""
-_BITMAP_TYPE_DIRTY = 1
 _BLOCKS_AT_ONCE = 512
 """Refcount blocks that are counted before the loop gets its turn."""
 
@@ -298,13 +297,10 @@ class Survey:
             or entry_count * cluster_size > s.BITMAP_BYTES_MAX
             or not s.BITMAP_GRANULARITY_BITS_MIN <= granularity_bits <= s.BITMAP_GRANULARITY_BITS_MAX
             or flags & _BITMAP_FLAGS_RESERVED
-            or kind != _BITMAP_TYPE_DIRTY
+            or kind != TYPE_DIRTY_TRACKING
             or not 1 <= name_size <= s.BITMAP_NAME_MAX
             or extra_size
-            or (
-                not flags & 1
-                and entry_count != max(1, table_size_for(self.header.size, 1 << granularity_bits, cluster_size))
-            )
+            or (not flags & 1 and entry_count != table_size_for(self.header.size, 1 << granularity_bits, cluster_size))
         ):
             raise self._bad_bitmaps(at, f"the bitmap directory's entry at {at:#x} breaks the format")
         if self.references.add_table("bitmap table", offset, entry_count * 8) is None:

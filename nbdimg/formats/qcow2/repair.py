@@ -38,7 +38,7 @@ from nbdimg.formats.qcow2.header import KNOWN_AUTOCLEAR, Header
 from nbdimg.formats.qcow2.packed import decode_offsets, encode_offsets
 from nbdimg.formats.qcow2.references import BEYOND_MAX, PIECE_SIZE, Progress
 from nbdimg.formats.qcow2.structs import Incompatible
-from nbdimg.storage.file import BlockFile, Buffer
+from nbdimg.storage.file import BlockFile
 from nbdimg.units import div_ceil
 
 _REPAIRED = Incompatible.DIRTY | Incompatible.CORRUPT
@@ -91,7 +91,7 @@ async def _clear_unknown_autoclear(file: BlockFile, header: Header) -> None:
     """What a writer does not know it must declare stale before it writes."""
     features = header.autoclear & KNOWN_AUTOCLEAR
     if features != header.autoclear:
-        await _write(file, s.AUTOCLEAR_OFFSET, features.to_bytes(_U64_SIZE, "big"))
+        await file.pwrite(s.AUTOCLEAR_OFFSET, features.to_bytes(_U64_SIZE, "big"))
         await file.fdatasync()
         header.autoclear = features
 
@@ -99,13 +99,9 @@ async def _clear_unknown_autoclear(file: BlockFile, header: Header) -> None:
 async def _clear_bits(file: BlockFile, header: Header) -> None:
     await file.fdatasync()
     features = header.incompatible & ~_REPAIRED
-    await _write(file, s.INCOMPATIBLE_OFFSET, features.to_bytes(_U64_SIZE, "big"))
+    await file.pwrite(s.INCOMPATIBLE_OFFSET, features.to_bytes(_U64_SIZE, "big"))
     await file.fdatasync()
     header.incompatible = features
-
-
-async def _write(file: BlockFile, offset: int, data: Buffer) -> None:
-    await file.pwrite(offset, data)
 
 
 class _Repair:
@@ -170,7 +166,7 @@ class _Repair:
         async for first, found, expected in differing(stored, counts, len(stored)):
             stored[first : first + len(found)] = array(codec.typecode, map(pick, found, expected))
         entries[: len(stored)] = array(codec.typecode, stored.tobytes())
-        await _write(self._file, offset, codec.encode(entries))
+        await self._file.pwrite(offset, codec.encode(entries))
 
     async def _read(self, offset: int, length: int) -> bytearray:
         content = bytearray(length)
@@ -205,7 +201,7 @@ class _Repair:
         if count:
             await _clear_unknown_autoclear(self._file, self._header)
             entries[max(0, kept) :] = codec.zeroes(len(behind))
-            await _write(self._file, offset, codec.encode(entries))
+            await self._file.pwrite(offset, codec.encode(entries))
         return count
 
     # Refcounts anew
@@ -244,12 +240,12 @@ class _Repair:
             for cluster in range(max(first, layout.start), min(first + per_block, layout.stop)):
                 entries[cluster - first] = 1
             table[index] = (layout.start + position) << self._bits
-            await _write(self._file, table[index], codec.encode(entries))
+            await self._file.pwrite(table[index], codec.encode(entries))
         table_offset = (layout.start + len(layout.blocks)) << self._bits
-        await _write(self._file, table_offset, encode_offsets(table))
+        await self._file.pwrite(table_offset, encode_offsets(table))
         await self._file.fdatasync()
         fields = s.REFCOUNT_FIELDS.pack(table_offset, layout.table_clusters)
-        await _write(self._file, s.REFCOUNT_FIELDS_OFFSET, fields)
+        await self._file.pwrite(s.REFCOUNT_FIELDS_OFFSET, fields)
         await self._file.fdatasync()
         header.refcount_table_offset, header.refcount_table_clusters = table_offset, layout.table_clusters
         self._survey.blocks = {index: table[index] for index in layout.blocks}
@@ -331,7 +327,7 @@ class _Repair:
             if changed:
                 first, stop = min(changed), max(changed) + 1
                 data = encode_offsets(words[first:stop])
-                await _write(self._file, offset + start + first * _U64_SIZE, data)
+                await self._file.pwrite(offset + start + first * _U64_SIZE, data)
 
     def _fix_flags(self, words: array[int], step: int, is_setting: bool, is_l1: bool) -> list[int]:
         """Change the flags of one kind in `words`; their indexes are returned. None is set beside a refcount that is
