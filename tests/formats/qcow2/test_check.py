@@ -25,6 +25,7 @@ from nbdimg.storage.memory import MemoryFile
 from nbdimg.storage.posix import PosixFile
 from tests.support.qcow2edit import COPIED, Edit, QemuReport, qemu_check
 from tests.support.qcow2images import KINDS, MUTATIONS, Mutation, damaged_image, image_of
+from tests.support.turns import Turns
 
 
 async def header_of(file: BlockFile) -> Header:
@@ -271,29 +272,22 @@ def test_check_of_a_sparse_file_takes_memory_only_for_what_is_in_use(tmp_path: P
 
 def test_check_of_millions_of_differences_lets_others_have_their_turn_and_remembers_none(tmp_path: Path) -> None:
     path = sparse_image(tmp_path / "shared.qcow2", 16 << 30, 7)
-    turns = 0
-
-    async def neighbour() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
+    turns = Turns()
 
     async def main() -> CheckReport:
         file = PosixFile(path, writable=False)
         header = await header_of(file)
-        other = asyncio.create_task(neighbour())
         tracemalloc.start()
         try:
-            report = await check(file, header)
+            async with turns:
+                report = await check(file, header)
             assert tracemalloc.get_traced_memory()[1] < 6 << 20
         finally:
             tracemalloc.stop()
-            other.cancel()
             await file.close()
         return report
 
     report = asyncio.run(main())
     assert (report.leaks, report.corruptions) == (7 * 32768, 7)
     assert report.findings_omitted + len(report.findings) == report.leaks + report.corruptions
-    assert turns > 7 * 32768 // PIECE
+    assert turns.count > 7 * 32768 // PIECE

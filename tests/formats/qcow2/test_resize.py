@@ -33,6 +33,7 @@ from tests.support.crash import run_now
 from tests.support.faultfile import FaultFile, os_error
 from tests.support.qcow2edit import Edit, QemuReport, make_luks, qemu_check, qemu_img, qemu_io
 from tests.support.qcow2mutants import AnyGate
+from tests.support.turns import Turns
 
 SEED = 20260131
 
@@ -859,13 +860,6 @@ def test_disk_with_bitmaps_is_not_made_empty(tmp_path: Path) -> None:
 
 def test_shrink_gives_others_their_turn_behind_each_table(tmp_path: Path) -> None:
     """64 L2 tables of a disk of 2 MiB, whose clusters have 512 bytes, all in memory."""
-    turns = 0
-
-    async def others() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
 
     async def run() -> None:
         qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512", tmp_path / "disk", "2M")
@@ -873,10 +867,9 @@ def test_shrink_gives_others_their_turn_behind_each_table(tmp_path: Path) -> Non
         image = await open_file(file, "qcow2", OpenOptions(AnyGate(b""), writable=True))
         await image.write(0, b"x" * 2 * MiB)
         await image.flush()
-        task = asyncio.create_task(others())
-        await resize_image(image, 512, may_shrink=True)
-        task.cancel()
-        assert turns > 64
+        async with Turns() as turns:
+            await resize_image(image, 512, may_shrink=True)
+        assert turns.count > 64
         await image.close()
 
     asyncio.run(run())

@@ -27,6 +27,7 @@ from nbdimg.storage.posix import PosixFile
 from tests.formats.vhdx import craft
 from tests.formats.vhdx.craft import LOG_GUID, SECTOR, K, M, entry, image, page, ring
 from tests.support.peers import require_program
+from tests.support.turns import Turns
 
 BAT = 3 * M
 ONE = 8 * K
@@ -442,23 +443,15 @@ def test_replay_gives_others_their_turn(writable: bool) -> None:
     ranges = [(BAT, SECTOR)] * 20000
     log = ring((0, entry(10, 0, *ranges)), length=3 * M)
     second = craft.header(2, log_guid=LOG_GUID, log_length=3 * M, log_offset=4 * M)
-    turns = 0
-
-    async def turn() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
 
     async def run() -> None:
         file = MemoryFile(image(second=second) + log, "x.vhdx", writable=writable)
         headers = await load_headers(file)
-        other = asyncio.create_task(turn())
-        await load_active(file, headers.current)
-        assert turns >= 3
-        await (replay_to_file(file, headers) if writable else open_replayed(file, headers.current))
-        assert turns > len(ranges) // 128
-        other.cancel()
+        async with Turns() as turns:
+            await load_active(file, headers.current)
+            assert turns.count >= 3
+            await (replay_to_file(file, headers) if writable else open_replayed(file, headers.current))
+            assert turns.count > len(ranges) // 128
 
     asyncio.run(run())
 
