@@ -10,11 +10,10 @@ from typing import Protocol, TypeVar
 from nbdimg.errors import ConfigError, ImageError, ImageLocked, UnrecognizedFormat, UnsupportedFeature
 from nbdimg.formats import raw
 from nbdimg.formats.gate import ConfinedGate
-from nbdimg.formats.keys import Keys
+from nbdimg.formats.keys import Keys, read_key_file
 from nbdimg.formats.options import Backing, OpenOptions
 from nbdimg.formats.probe import HEAD_SIZE, planted, probe
 from nbdimg.formats.qcow2.create import create as qcow2_create
-from nbdimg.formats.qcow2.crypt import read_key_file
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.open import open_driver as qcow2_open
 from nbdimg.formats.qcow2.resize import resize as qcow2_resize

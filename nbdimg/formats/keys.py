@@ -1,4 +1,4 @@
-"""Whose passphrase is whose, along the chain of an image.
+"""Passphrases: read from files, and whose is whose along the chain of an image.
 
 An image with a key of its own is named by a path, as every other file is, and what counts is the file to which that
 leads: not the name that the image above has for it, which is that image's content and may come from anybody.
@@ -10,6 +10,36 @@ import os
 from collections.abc import Mapping
 
 from nbdimg.errors import ConfigError
+from nbdimg.storage.short import read_short
+from nbdimg.units import KiB
+
+KEY_FILE_SIZE_MAX = 64 * KiB
+"""No passphrase is longer; it keeps a device or an image named by mistake out of memory."""
+
+KEY_FILE_PATIENCE_S = 10.0
+"""For what a shell's `<(program)` writes."""
+
+
+def read_key_file(path: str | os.PathLike[str]) -> bytes:
+    """The passphrase in a file: its bytes, without the one newline that an editor or `echo` puts at the end.
+
+    Nothing else is stripped, and no mode of the file is refused: secrets of container systems are often readable by
+    a group. (QEMU takes a secret's file as it is, newline included.)
+
+    Raises:
+        ConfigError: the file cannot be read, is empty, or larger than KEY_FILE_SIZE_MAX; it is a FIFO that nobody
+            has written to within KEY_FILE_PATIENCE_S.
+    """
+    try:
+        content = read_short(path, KEY_FILE_SIZE_MAX, KEY_FILE_PATIENCE_S)
+    except OSError as error:
+        raise ConfigError(f"key file {os.fspath(path)}: {error.strerror}") from None
+    if len(content) > KEY_FILE_SIZE_MAX:
+        raise ConfigError(f"key file {os.fspath(path)} has more than {KEY_FILE_SIZE_MAX} bytes")
+    passphrase = content.removesuffix(b"\n")
+    if not passphrase:
+        raise ConfigError(f"key file {os.fspath(path)} is empty, expected a passphrase")
+    return passphrase
 
 
 class Keys:

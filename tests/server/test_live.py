@@ -15,8 +15,7 @@ import pytest
 
 from nbdimg.config import AccessRule, ExportConfig, ServerConfig, TlsConfig
 from nbdimg.errors import ConfigError, ImageError, ImageFailed, ImageLocked, NotThere, UnsupportedFeature
-from nbdimg.formats import create_image
-from nbdimg.formats.qcow2 import crypt
+from nbdimg.formats import create_image, keys
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.limits import Limits
 from nbdimg.server import live
@@ -197,7 +196,7 @@ def test_added_export_that_cannot_be_changes_nothing(served: ControlledServer, m
 def test_key_file_that_nobody_writes_holds_up_no_client_and_the_operation_not_for_ever(
     served: ControlledServer, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(crypt, "KEY_FILE_PATIENCE_S", 1.0)
+    monkeypatch.setattr(keys, "KEY_FILE_PATIENCE_S", 1.0)
     key = tmp_path / "key"
     os.mkfifo(key)
     added = served.start(served.control.add(replace(make("keyed"), key_path=str(key))))

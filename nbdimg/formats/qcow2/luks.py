@@ -25,7 +25,7 @@ from struct import Struct
 from weakref import WeakValueDictionary
 
 from nbdimg.errors import ConfigError, CorruptImage, ImageError, UnsupportedFeature, escaped
-from nbdimg.formats.qcow2.crypt import CIPHER, SECTOR_SIZE, SectorCipher, check_algorithm, sector_cipher
+from nbdimg.formats.qcow2.ciphers import CIPHER, SECTOR_SIZE, SectorCipher, check_algorithm, sector_cipher
 from nbdimg.units import KiB, MiB, align_up, div_ceil
 
 #  0  magic               6s   "LUKS" ba be

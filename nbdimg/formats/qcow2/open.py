@@ -12,7 +12,8 @@ from nbdimg.formats.qcow2 import luks
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.bitmap_store import open_store
 from nbdimg.formats.qcow2.bitmaps import directory_region
-from nbdimg.formats.qcow2.crypt import EncryptedFile, NoKey, legacy_cipher
+from nbdimg.formats.qcow2.ciphers import legacy_cipher
+from nbdimg.formats.qcow2.crypt import EncryptedFile, NoKey
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.header import KNOWN_AUTOCLEAR, Header, cluster_bits_of
 from nbdimg.formats.qcow2.inflate import InflatedFile

@@ -20,7 +20,8 @@ import pytest
 
 from nbdimg.errors import ConfigError, CorruptImage, ImageError, UnsupportedFeature
 from nbdimg.formats.qcow2 import luks
-from nbdimg.formats.qcow2.crypt import EncryptedFile, SectorCipher, legacy_cipher, sector_cipher
+from nbdimg.formats.qcow2.ciphers import SectorCipher, legacy_cipher, sector_cipher
+from nbdimg.formats.qcow2.crypt import EncryptedFile
 from nbdimg.storage.file import BlockFile
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.storage.posix import PosixFile
