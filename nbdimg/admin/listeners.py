@@ -22,9 +22,9 @@ from nbdimg.admin.guard import Guard, TokenFile
 from nbdimg.admin.problems import failed, malformed, of_aiohttp
 from nbdimg.config import AdminConfig, ServerConfig, TcpAddress
 from nbdimg.errors import ConfigError
+from nbdimg.server.checks import check_addresses, check_admin
 from nbdimg.server.listen import is_loopback, listen_private, listen_tcp, remove_socket
 from nbdimg.server.systemd import ADMIN_NAME, Inherited
-from nbdimg.server.terms import check_addresses, check_admin
 
 CONNECTIONS_MAX = 64
 """At one listener; the next is closed on accept. Probes, a scraper and a few people need less."""

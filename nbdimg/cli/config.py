@@ -12,7 +12,7 @@ from nbdimg.cli.output import print_json, shown
 from nbdimg.cli.streams import EXIT_USAGE, complain
 from nbdimg.config import ServerConfig
 from nbdimg.configfile import ConfigFileError, FileConfig, load_config
-from nbdimg.server.service import contradictions
+from nbdimg.server.checks import contradictions
 from nbdimg.units import counted
 
 config = typer.Typer(name="config", help="Configuration files.", no_args_is_help=True)

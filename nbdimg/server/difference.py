@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from nbdimg.config import ExportConfig, ServerConfig
-from nbdimg.server.service import named
+from nbdimg.server.checks import named
 from nbdimg.units import counted
 from nbdimg.uri import NbdUri
 

@@ -31,9 +31,11 @@ from nbdimg.formats.qcow2.bitmap_live import change_bitmaps, prepare
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.snapshot_changes import create_snapshot, delete_snapshot
 from nbdimg.formats.qcow2.snapshots import Snapshot, find_snapshot, load_snapshots
+from nbdimg.server.checks import image_of, named
 from nbdimg.server.connection import Connection
+from nbdimg.server.opening import SNAPSHOT_EXPORTS_MAX
 from nbdimg.server.reload import Reloader
-from nbdimg.server.service import SNAPSHOT_EXPORTS_MAX, Leaving, Service, image_of, named
+from nbdimg.server.service import Leaving, Service
 from nbdimg.server.states import (
     BitmapState,
     ClientState,

@@ -33,9 +33,11 @@ from nbdimg.errors import ConfigError, ImageError, ListenError, NbdimgError
 from nbdimg.export.export import Export
 from nbdimg.limits import Limits
 from nbdimg.server import sandbox
+from nbdimg.server.checks import image_of, named, with_names
 from nbdimg.server.difference import Difference, adjusted_to, difference
 from nbdimg.server.listen import address_of
-from nbdimg.server.service import Service, close_exports, image_of, named, open_exports, with_names
+from nbdimg.server.opening import close_exports, open_exports
+from nbdimg.server.service import Service
 from nbdimg.server.systemd import Notifier
 from nbdimg.server.tls import Tls
 from nbdimg.storage.workers import workers

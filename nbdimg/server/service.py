@@ -5,48 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from time import time
 
 from nbdimg.config import ExportConfig, ServerConfig
-from nbdimg.errors import ConfigError, ImageError, ListenError, NbdimgError, escaped
-from nbdimg.export.export import Export, default_name
+from nbdimg.errors import ConfigError, ImageError, NbdimgError, escaped
+from nbdimg.export.export import Export
 from nbdimg.export.registry import Registry
-from nbdimg.formats import open_image, read_key_file, snapshot_labels
-from nbdimg.image.image import Image
-from nbdimg.limits import Limits
 from nbdimg.server import sandbox
-from nbdimg.server.credentials import check_key_support
+from nbdimg.server.checks import check_config, check_directories, check_identities, check_listener, named, with_names
 from nbdimg.server.handover import LeftClient, files_of
 from nbdimg.server.listen import address_of
-from nbdimg.server.overlays import lend_overlays
+from nbdimg.server.opening import close_exports, open_exports, open_snapshot
 from nbdimg.server.server import Server
 from nbdimg.server.systemd import Inherited
-from nbdimg.server.terms import (
-    as_reached,
-    check_addresses,
-    check_admin,
-    check_identities,
-    check_listener,
-    exposed,
-    terms_of,
-)
+from nbdimg.server.terms import as_reached, exposed, terms_of
 from nbdimg.server.tls import Tls
-from nbdimg.storage.workers import workers
-from nbdimg.units import MiB, counted
 from nbdimg.uri import NbdUri
-
-SNAPSHOT_EXPORTS_MAX = 64
-"""Snapshots of one image that are exported beside it, the latest ones: each costs a descriptor and an L1 table."""
-
-SNAPSHOT_TABLES_MAX = 64 * MiB
-"""Bytes of the L1 tables of those that are exported when an image is opened: 64 of 64 TiB at 64 KiB clusters."""
-
-Opener = Callable[..., Awaitable[Image]]
 
 logger = logging.getLogger("nbdimg")
 
@@ -161,7 +138,7 @@ class Service:
         """Raises: as `check_config`: it contradicts itself, the exports added live, or the inherited listeners."""
         whole = self._with_live(config)
         check_config(whole)
-        _check_directories(config.image_directories)
+        check_directories(config.image_directories)
         for uri in self.inherited:
             check_listener(uri, whole)
 
@@ -271,7 +248,7 @@ async def serving(
     check_config(config)
     for each in inherited:
         check_listener(each.uri, config)
-    _check_directories(config.image_directories)
+    check_directories(config.image_directories)
     taken = {address_of(each.uri) for each in inherited}
     tls = None if config.tls is None else Tls(config.tls)
     config = with_names(config)
@@ -298,167 +275,3 @@ async def serving(
             service.failures.extend(await server.close())
         for leaving in list(service.leaving):
             await leaving.closing
-
-
-def check_config(config: ServerConfig) -> None:
-    """Raises: ConfigError, ListenError: the configuration contradicts itself, or asks for what cannot be."""
-    for error in contradictions(config):
-        raise error
-
-
-def contradictions(config: ServerConfig) -> Iterator[ConfigError | ListenError]:
-    """What `check_config` has against it, one after the other."""
-    checks: list[Callable[[], None]] = [partial(check_listener, uri, config) for uri in config.listeners]
-    checks += [partial(check_identities, replace(config, exports=(export,))) for export in config.exports]
-    checks += [partial(check_admin, config), partial(check_addresses, config), partial(_check_images, config.exports)]
-    if config.tls is not None and config.tls.psk_path is not None:
-        checks.append(check_key_support)
-    for check in checks:
-        try:
-            check()
-        except (ConfigError, ListenError) as error:
-            yield error
-
-
-def _check_directories(directories: Sequence[str]) -> None:
-    """Raises: ConfigError: one is not there; what is made in its place later would be out of the sandbox's reach, and
-    the next start would fail.
-    """
-    for directory in directories:
-        if not os.path.isdir(directory):
-            raise ConfigError(f"image directory {directory}: there is none, expected one at the start")
-
-
-def _check_images(exports: Sequence[ExportConfig]) -> None:
-    """Raises: ConfigError: an image that is written has a second export."""
-    seen: dict[str, ExportConfig] = {}
-    for export in exports:
-        other = seen.setdefault(image_of(export), export)
-        if other is not export and not (export.only_reads_image and other.only_reads_image):
-            which = export.path if export.path == other.path else f"{export.path}, which is {other.path},"
-            raise ConfigError(f"{which} is exported twice, expected once unless all its exports are read-only")
-
-
-def with_names(config: ServerConfig) -> ServerConfig:
-    """The same with a name for each export."""
-    taken = {export.name for export in config.exports if export.name}
-    exports: list[ExportConfig] = []
-    for export in config.exports:
-        name = export.name or default_name(export.path, taken)
-        taken.add(name)
-        exports.append(export if export.name else replace(export, name=name))
-    return replace(config, exports=tuple(exports))
-
-
-def named(config: ExportConfig) -> str:
-    """The name that `with_names` has made sure of."""
-    assert config.name is not None
-    return config.name
-
-
-def image_of(config: ExportConfig) -> str:
-    """The same for two names of one file."""
-    return os.path.realpath(config.path)
-
-
-async def open_exports(config: ExportConfig, limits: Limits, *, is_trial: bool = False) -> list[Export]:
-    """An image, and each of its internal snapshots as NAME@SNAPSHOT, but for one that overlays lie over.
-
-    Args: is_trial: open it as far as that goes while another export writes to it: neither locked nor for writing.
-
-    Raises: ConfigError, ImageError.
-    """
-    exports: list[Export] = []
-    opener = await _opener(config)
-    try:
-        await _open_all(exports, config, limits, opener, is_trial=is_trial)
-    except BaseException as error:
-        await close_exports(exports)
-        if isinstance(error, OSError):
-            raise _unopened(config, error) from None
-        raise
-    return exports
-
-
-async def _opener(config: ExportConfig) -> Opener:
-    """`open_image` with what the image and its snapshots have in common. Raises: as `read_key_file`."""
-    read = partial(workers().run, read_key_file)
-    key = None if config.key_path is None else await read(config.key_path)
-    own_keys = {image: await read(path) for image, path in config.key_paths}
-    return partial(open_image, config.path, roots=config.roots, key=key, own_keys=own_keys)
-
-
-def _unopened(config: ExportConfig, error: OSError) -> ImageError:
-    return ImageError(str(error.filename or config.path), sandbox.reason(error))
-
-
-async def close_exports(exports: Sequence[Export]) -> None:
-    """Of exports that nobody has used: nothing is to be flushed, so nothing goes wrong."""
-    for export in exports:
-        with contextlib.suppress(NbdimgError, OSError):
-            await export.close()
-
-
-async def _open_all(
-    exports: list[Export], config: ExportConfig, limits: Limits, opener: Opener, *, is_trial: bool
-) -> None:
-    name = named(config)
-    image = await opener(
-        format=config.format,
-        writable=not (config.only_reads_image or is_trial),
-        asks_for_writing=not config.only_reads_image,
-        lock=not is_trial,
-        parent=config.parent_path,
-        accepts_lost_log=config.accepts_lost_log,
-    )
-    exports.append(await _export(name, image, config, limits))
-    if config.overlay is not None:
-        await lend_overlays(exports[0], config)
-        return
-    labels, count = await snapshot_labels(image, count_max=SNAPSHOT_EXPORTS_MAX, bytes_max=SNAPSHOT_TABLES_MAX)
-    if len(labels) < count:
-        logger.warning("%s: of %s %d are exported", name, counted(count, "snapshot"), len(labels))
-    for snapshot_id, label in labels.items():
-        try:
-            exports.append(await _open_snapshot(config, snapshot_id, label, limits, opener))
-        except ConfigError as error:
-            logger.warning("snapshot %s of %s is not exported: %s", escaped(label), escaped(name), error)
-
-
-async def open_snapshot(config: ExportConfig, snapshot_id: str, label: str, limits: Limits) -> Export:
-    """An internal snapshot as NAME@LABEL, of an image that is open already. Raises: as `open_exports`."""
-    opener = await _opener(config)
-    try:
-        return await _open_snapshot(config, snapshot_id, label, limits, opener)
-    except OSError as error:
-        raise _unopened(config, error) from None
-
-
-async def _open_snapshot(config: ExportConfig, snapshot_id: str, label: str, limits: Limits, opener: Opener) -> Export:
-    image = await opener(format="qcow2", writable=False, lock=False, snapshot=snapshot_id)
-    return await _export(f"{named(config)}@{label}", image, config, limits, snapshot_id=snapshot_id)
-
-
-async def _export(
-    name: str, image: Image, config: ExportConfig, limits: Limits, *, snapshot_id: str | None = None
-) -> Export:
-    try:
-        export = Export(
-            name,
-            image,
-            description=config.description,
-            block_size_min=config.block_size_min,
-            payload_max=limits.payload_size,
-            snapshot_id=snapshot_id,
-        )
-    except BaseException:
-        await image.close()
-        raise
-    if export.info.size < image.size:
-        logger.warning(
-            "%s: the last %s not served, less than a block of %d",
-            name,
-            counted(image.size - export.info.size, "byte is", "bytes are"),
-            config.block_size_min,
-        )
-    return export

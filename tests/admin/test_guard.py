@@ -12,8 +12,8 @@ from nbdimg.admin.guard import TokenFile
 from nbdimg.cli.main import run
 from nbdimg.config import AdminConfig, ServerConfig, TcpAddress
 from nbdimg.errors import ConfigError
+from nbdimg.server.checks import check_admin
 from nbdimg.server.log import LINES_MAX
-from nbdimg.server.terms import check_admin
 from tests.admin.fake import FakeServer
 from tests.support.httpclient import Answer, ask, http_address
 

@@ -19,8 +19,8 @@ from nbdimg.formats import create_image, keys
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.limits import Limits
 from nbdimg.server import live
+from nbdimg.server.checks import check_config, named
 from nbdimg.server.live import RemoveMode
-from nbdimg.server.service import check_config, named
 from nbdimg.storage.posix import PosixFile
 from nbdimg.uri import NbdUri
 from tests.server.controlled import AtWork, ControlledServer, Worker

@@ -18,7 +18,7 @@ from nbdimg.errors import ConfigError, NotThere
 from nbdimg.formats import create_image
 from nbdimg.formats.qcow2.bitmap_edit import BitmapAction
 from nbdimg.formats.qcow2.snapshots import load_snapshots
-from nbdimg.server import live, server, service
+from nbdimg.server import live, opening, server, service
 from nbdimg.server.live import Control
 from nbdimg.storage.posix import PosixFile
 from tests.server.controlled import AtWork, ControlledServer
@@ -200,7 +200,7 @@ def test_snapshot_has_the_terms_that_a_reload_gives_its_export_meanwhile(
     served: ControlledServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(served)
-    monkeypatch.setattr(service, "open_snapshot", gate.hold(service.open_snapshot))
+    monkeypatch.setattr(service, "open_snapshot", gate.hold(opening.open_snapshot))
     making = served.start(served.control.snapshot_create("a", "s"))
     gate.wait_reached()
     first, second = served.wanted.exports

@@ -22,7 +22,7 @@ from nbdimg.config import AccessRule, ExportConfig, ServerConfig, TlsConfig
 from nbdimg.errors import ImageLocked, ListenError
 from nbdimg.export.export import Export
 from nbdimg.limits import Limits
-from nbdimg.server import reload, service
+from nbdimg.server import opening, reload, service
 from nbdimg.server.difference import Difference, difference
 from nbdimg.server.listen import listen as real_listen
 from nbdimg.server.live import Control
@@ -412,7 +412,7 @@ def test_reload_image_lost_to_another_process_meanwhile_restores_the_old_export(
     """Between closing and opening an image somebody else takes it, for a moment. Rights that are taken stay taken."""
     image = str(images("a"))
     calls: list[bool] = []
-    real_open = service.open_exports
+    real_open = opening.open_exports
 
     async def open_exports(config: ExportConfig, limits: Limits, *, is_trial: bool = False) -> list[Export]:
         calls.append(is_trial)
@@ -454,7 +454,7 @@ def test_reload_that_swaps_images_and_loses_one_knows_what_is_exported(
     statuses: list[str] = []
     monkeypatch.setattr(Notifier, "ready", lambda _, text: statuses.append(text))
     is_lost = True
-    real_open = service.open_exports
+    real_open = opening.open_exports
 
     async def open_exports(config: ExportConfig, limits: Limits, *, is_trial: bool = False) -> list[Export]:
         nonlocal is_lost
