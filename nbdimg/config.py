@@ -6,10 +6,11 @@ import ipaddress
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from nbdimg.errors import ConfigError, escaped
 from nbdimg.limits import Limits
+from nbdimg.units import alternatives
 from nbdimg.uri import DEFAULT_PORT, NbdUri
 
 DEFAULT_LISTENER = NbdUri(host="127.0.0.1", port=DEFAULT_PORT)
@@ -22,6 +23,17 @@ SANDBOX_MODES = ("auto", "require", "off")
 
 LOG_FORMATS = ("auto", "text", "json")
 """How lines of the log look: "auto" is text at a terminal, else JSON."""
+
+TlsModeName = Literal["off", "required", "selective"]
+TLS_MODES: tuple[TlsModeName, ...] = get_args(TlsModeName)
+"""See `TlsConfig`."""
+
+TlsVersion = Literal["1.2", "1.3"]
+TLS_VERSIONS: tuple[TlsVersion, ...] = get_args(TlsVersion)
+
+OverlayMode = Literal["per-client", "kept"]
+OVERLAY_MODES: tuple[OverlayMode, ...] = get_args(OverlayMode)
+"""See `ExportConfig`."""
 
 UNIX_ID_MAX = 2**32 - 2
 """The largest uid or gid; the one above it means "none"."""
@@ -105,14 +117,16 @@ class TlsConfig:
     client_ca_path: str | None = None
     crl_path: str | None = None
     psk_path: str | None = None
-    mode: Literal["off", "required", "selective"] = "required"
-    min_version: Literal["1.2", "1.3"] = "1.3"
+    mode: TlsModeName = "required"
+    min_version: TlsVersion = "1.3"
 
     def __post_init__(self) -> None:
-        if self.mode not in ("off", "required", "selective"):
-            raise ConfigError(f"the TLS mode is {escaped(self.mode)}, expected off, required or selective")
-        if self.min_version not in ("1.2", "1.3"):
-            raise ConfigError(f"the lowest TLS version is {escaped(self.min_version)}, expected 1.2 or 1.3")
+        if self.mode not in TLS_MODES:
+            raise ConfigError(f"the TLS mode is {escaped(self.mode)}, expected {alternatives(TLS_MODES)}")
+        if self.min_version not in TLS_VERSIONS:
+            raise ConfigError(
+                f"the lowest TLS version is {escaped(self.min_version)}, expected {alternatives(TLS_VERSIONS)}"
+            )
         if self.certificate_path is None:
             if self.psk_path is None:
                 raise ConfigError("TLS needs a certificate file or a file of pre-shared keys")
@@ -187,7 +201,7 @@ class ExportConfig:
     roots: tuple[str, ...] = ()
     access: tuple[AccessRule, ...] = ()
     is_tls_only: bool = True
-    overlay: Literal["per-client", "kept"] | None = None
+    overlay: OverlayMode | None = None
     overlay_directory: str | None = None
     parent_path: str | None = None
     accepts_lost_log: bool = False
@@ -199,8 +213,8 @@ class ExportConfig:
             if self.overlay_directory is not None:
                 raise ConfigError("a directory for overlays is given, and no overlays are asked for")
             return
-        if self.overlay not in ("per-client", "kept"):
-            raise ConfigError(f"overlay is {escaped(self.overlay)}, expected per-client or kept")
+        if self.overlay not in OVERLAY_MODES:
+            raise ConfigError(f"overlay is {escaped(self.overlay)}, expected {alternatives(OVERLAY_MODES)}")
         if self.is_read_only:
             raise ConfigError("overlays are there to be written, expected the export not to be read-only")
         if self.key_path is not None or self.key_paths:

@@ -1,8 +1,9 @@
-"""Byte units, alignment arithmetic, and sizes and counts as people write them."""
+"""Byte units, alignment arithmetic, and sizes, counts and choices as people write them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from nbdimg.errors import ConfigError, escaped
 
@@ -39,6 +40,11 @@ def counted(count: int, one: str, more: str | None = None) -> str:
     is `one` with an s.
     """
     return f"{count} {one if count == 1 else more or one + 's'}"
+
+
+def alternatives(names: Sequence[str]) -> str:
+    """What is expected, of two or more: `off, required or selective`."""
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def parse_size(text: str) -> int:

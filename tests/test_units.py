@@ -1,11 +1,23 @@
-"""Byte units: alignment arithmetic, and sizes and counts as people write them."""
+"""Byte units: alignment arithmetic, and sizes, counts and choices as people write them."""
 
 from __future__ import annotations
 
 import pytest
 
 from nbdimg.errors import ConfigError
-from nbdimg.units import GiB, KiB, MiB, TiB, align_down, align_up, counted, div_ceil, is_power_of_two, parse_size
+from nbdimg.units import (
+    GiB,
+    KiB,
+    MiB,
+    TiB,
+    align_down,
+    align_up,
+    alternatives,
+    counted,
+    div_ceil,
+    is_power_of_two,
+    parse_size,
+)
 
 
 def test_units_are_powers_of_1024() -> None:
@@ -93,3 +105,8 @@ def test_count_of_one_is_of_one_thing(count: int, said: str) -> None:
 
 def test_count_of_what_takes_no_s() -> None:
     assert [counted(count, "entry", "entries") for count in (0, 1, 2)] == ["0 entries", "1 entry", "2 entries"]
+
+
+def test_alternatives_end_with_the_last_one_behind_or() -> None:
+    assert alternatives(("off", "required", "selective")) == "off, required or selective"
+    assert alternatives(("1.2", "1.3")) == "1.2 or 1.3"

@@ -11,7 +11,7 @@ from nbdimg.admin.exports import BITMAP_ACTIONS_MAX, REMOVE_MODES
 from nbdimg.admin.overview import DISCONNECT_MODES
 from nbdimg.admin.problems import PROBLEM_TYPE
 from nbdimg.admin.requests import JSON_TYPE
-from nbdimg.configfile.mapping import OVERLAY_MODES
+from nbdimg.config import OVERLAY_MODES
 from nbdimg.formats import DRIVERS
 from nbdimg.formats.qcow2.bitmap_edit import BitmapVerb
 

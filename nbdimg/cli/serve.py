@@ -10,7 +10,7 @@ import typer
 
 from nbdimg.cli.options import AllowReferences, BackingKeyFile, key_paths, name_and_image, parsed
 from nbdimg.cli.running import serve_file, serve_images
-from nbdimg.config import DEFAULT_LISTENER, LOG_FORMATS, SANDBOX_MODES, ExportConfig
+from nbdimg.config import DEFAULT_LISTENER, LOG_FORMATS, SANDBOX_MODES, TLS_MODES, TLS_VERSIONS, ExportConfig
 from nbdimg.configfile import Overrides, config_without_file
 from nbdimg.configfile.values import listener_uri, one_of, tcp_address
 from nbdimg.errors import ConfigError
@@ -133,12 +133,12 @@ def serve(
     tls_mode: Annotated[
         str | None,
         typer.Option(
-            metavar="off|required|selective",
+            metavar="|".join(TLS_MODES),
             help="TLS at nbd: listeners; nbds: listeners always require it (default: required).",
         ),
     ] = None,
     tls_min_version: Annotated[
-        str | None, typer.Option(metavar="1.2|1.3", help="The lowest TLS version (default: 1.3).")
+        str | None, typer.Option(metavar="|".join(TLS_VERSIONS), help="The lowest TLS version (default: 1.3).")
     ] = None,
     tls_psk_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Pre-shared keys, lines of NAME:HEX; needs Python 3.13.")

@@ -9,7 +9,10 @@ from typing import Any, TypeVar
 
 from nbdimg.config import (
     LOG_FORMATS,
+    OVERLAY_MODES,
     SANDBOX_MODES,
+    TLS_MODES,
+    TLS_VERSIONS,
     AccessRule,
     AdminConfig,
     ExportConfig,
@@ -54,7 +57,6 @@ EXPORT_KEYS = (
     *("name", "path", "format", "read_only", "description", "min_block_size", "allow_references"),
     *("key_file", "key_files", "tls", "access", "overlay", "overlay_dir", "parent", "accept_lost_log"),
 )
-OVERLAY_MODES = ("per-client", "kept")
 ADMIN_KEYS = ("socket", "listen", "token_file")
 METRICS_KEYS = ("listen",)
 ACCESS_KEYS = ("identities", "networks", "uids", "gids", "read_only")
@@ -142,8 +144,8 @@ def _made(
 
 def _tls(table: Table) -> dict[str, Any]:
     return {
-        "mode": table.get("mode", one_of("off", "required", "selective"), "required"),
-        "min_version": table.get("min_version", one_of("1.2", "1.3"), "1.3"),
+        "mode": table.get("mode", one_of(*TLS_MODES), "required"),
+        "min_version": table.get("min_version", one_of(*TLS_VERSIONS), "1.3"),
         "certificate_path": table.path("certificate_file"),
         "key_path": table.path("key_file"),
         "client_ca_path": table.path("client_ca_file"),

@@ -8,13 +8,13 @@ Raises: ConfigError: naming the value and what is allowed; never what may be a s
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 from nbdimg.config import TcpAddress
 from nbdimg.errors import ConfigError, escaped
 from nbdimg.export.export import BLOCK_SIZE_MIN_MAX
-from nbdimg.units import is_power_of_two, parse_size
+from nbdimg.units import alternatives, is_power_of_two, parse_size
 from nbdimg.uri import NbdUri
 from nbdimg.wire.constants import STRING_MAX
 
@@ -55,7 +55,7 @@ def export_name(value: object) -> str:
 def one_of(*allowed: str) -> Parse[str]:
     def parse(value: object) -> str:
         if value not in allowed:
-            raise ConfigError(f"{shown(value)} is not allowed, expected {_listed(allowed)}")
+            raise ConfigError(f"{shown(value)} is not allowed, expected {alternatives(allowed)}")
         return str(value)
 
     return parse
@@ -205,7 +205,3 @@ def shown(value: object) -> str:
 
 def _range(least: float, most: int) -> str:
     return f"from {least} to {most}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
