@@ -57,6 +57,12 @@ def served(tmp_path: Path) -> Iterator[ControlledServer]:
         yield running
 
 
+def want_of_a(running: ControlledServer, **changes: Any) -> None:
+    """Let the next reload find the export "a" changed."""
+    first, *others = running.wanted.exports
+    running.wanted = replace(running.wanted, exports=(replace(first, **changes), *others))
+
+
 class Gate:
     """Holds up what `hold` wraps, on the server's loop, until `open`."""
 
@@ -203,9 +209,7 @@ def test_snapshot_has_the_terms_that_a_reload_gives_its_export_meanwhile(
     monkeypatch.setattr(service, "open_snapshot", gate.hold(opening.open_snapshot))
     making = served.start(served.control.snapshot_create("a", "s"))
     gate.wait_reached()
-    first, second = served.wanted.exports
-    rules = (AccessRule(uids=(4242,)),)
-    served.wanted = replace(served.wanted, exports=(replace(first, access=rules, description="new"), second))
+    want_of_a(served, access=(AccessRule(uids=(4242,)),), description="new")
     assert served.ask(served.control.reload())
     gate.open()
     assert making.result(WAIT_S).export == "a@s"
@@ -219,8 +223,7 @@ def test_reload_opens_an_image_anew_behind_the_operation_on_it(
 ) -> None:
     """And what is asked of the image meanwhile follows."""
     control = served.control
-    first, second = served.wanted.exports
-    served.wanted = replace(served.wanted, exports=(replace(first, block_size_min=512), second))
+    want_of_a(served, block_size_min=512)
     old = served.service.exports["a"][0]
     with hanging(served, "a", monkeypatch) as gate:
         making = served.start(control.snapshot_create("a", "s"))
@@ -242,8 +245,7 @@ def test_operation_on_an_export_that_a_reload_has_away_waits_for_it(
     served: ControlledServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     control = served.control
-    first, second = served.wanted.exports
-    served.wanted = replace(served.wanted, exports=(replace(first, block_size_min=512), second))
+    want_of_a(served, block_size_min=512)
     with hanging(served, "a", monkeypatch) as gate:
         reloading = served.start(control.reload())
         gate.wait_reached()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 from nbdimg.storage.file import BlockFile, Buffer
 from nbdimg.storage.memory import MemoryFile
@@ -18,11 +19,21 @@ def os_error(number: int) -> OSError:
     return OSError(number, os.strerror(number))
 
 
+def fail_at_each_call(run: Callable[[int], Coroutine[Any, Any, bool]]) -> int:
+    """Await `run(0)`, `run(1)` and so on, each on a loop of its own, until one says that its `fail_at` was not reached.
+    Returns how many were.
+    """
+    index = 0
+    while asyncio.run(run(index)):
+        index += 1
+    return index
+
+
 class FaultFile:
     """Passes everything on to `inner`.
 
     fail(method, number): every call of this method raises OSError(number) until `heal`.
-    fail_at(k, number): the k-th call of any kind, counted from 0 from now on, raises.
+    fail_at(k, number): the k-th call of any kind, counted from 0 from now on, raises; `is_reached`: it has.
     slow_only: `try_` methods say no, so that everything waits.
     delay: awaited before every waiting call that succeeds or fails.
     """
@@ -34,12 +45,14 @@ class FaultFile:
         self.unsupported: set[str] = set()
         self.calls: list[str] = []
         self._failing: dict[str, int] = {}
+        self.is_reached = False
         self._fail_at: tuple[int, int] | None = None
 
     def fail(self, method: str, number: int) -> None:
         self._failing[method] = number
 
     def fail_at(self, index: int, number: int) -> None:
+        self.is_reached = False
         self._fail_at = (len(self.calls) + index, number)
 
     def heal(self) -> None:
@@ -50,6 +63,7 @@ class FaultFile:
         index = len(self.calls)
         self.calls.append(method)
         if self._fail_at is not None and index == self._fail_at[0]:
+            self.is_reached = True
             raise os_error(self._fail_at[1])
         if method in self._failing:
             raise os_error(self._failing[method])

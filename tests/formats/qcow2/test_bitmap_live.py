@@ -30,7 +30,7 @@ from tests.formats.qcow2.test_bitmaps import (
     straddling,
     with_inconsistent,
 )
-from tests.support.faultfile import FaultFile
+from tests.support.faultfile import FaultFile, fail_at_each_call
 from tests.support.qcow2edit import qemu_img
 
 ADD = BitmapAction("add", "b1", GRANULARITY)
@@ -271,20 +271,18 @@ def test_fault_at_each_call_leaves_the_old_bitmaps_or_the_new_or_an_image_that_s
         image = await opened(file)
         await image.write(0, b"1" * 512)
         await image.flush()
-        count = len(file.calls)
         file.fail_at(index, number)
         has_changed = False
         with suppress(OSError):
             await change_bitmaps(image, await prepare(image, actions))
             has_changed = True
-        is_over = len(file.calls) - count <= index
         file.heal()
         outcomes.add((has_changed, image.failure is None))
         if image.failure is not None:
             assert "a change of its bitmaps failed" in image.failure
             with pytest.raises(ImageFailed):
                 await image.write(8192, b"2" * 512)
-            return False
+            return True
         await image.write(8192, b"2" * 512)
         await image.close()
         own = [(8192, 12288)]
@@ -293,12 +291,9 @@ def test_fault_at_each_call_leaves_the_old_bitmaps_or_the_new_or_an_image_that_s
         else:
             expected = {"b0": [(0, 4096), *own, *FIRST], "frozen": FIRST}
         assert await on_disk(memory) == expected, f"call {index}"
-        return is_over
+        return file.is_reached
 
-    index = 0
-    while not asyncio.run(run(index)):
-        index += 1
-    assert index > 10
+    assert fail_at_each_call(run) > 10
     assert outcomes == {(True, True), (False, True), (False, False)}
 
 
@@ -312,11 +307,9 @@ def test_full_disk_between_the_writes_of_a_header_costs_no_bitmap_and_no_space_i
         file = FaultFile(memory, slow_only=True)
         image = await opened(file)
         await image.flush()
-        count = len(file.calls)
         file.fail_at(index, errno.ENOSPC)
         with suppress(OSError):
             await change_bitmaps(image, await prepare(image, [ADD]))
-        is_over = len(file.calls) - count <= index
         file.heal()
         found.add(len(await stored(MemoryFile(memory.content))))
         if image.failure is None:
@@ -326,9 +319,7 @@ def test_full_disk_between_the_writes_of_a_header_costs_no_bitmap_and_no_space_i
             assert after["frozen"] == FIRST, f"call {index}"
             assert set(after) == names, f"call {index}"
             assert await checked(memory) == 0, f"call {index}"
-        return is_over
+        return file.is_reached
 
-    index = 0
-    while not asyncio.run(run(index)):
-        index += 1
+    fail_at_each_call(run)
     assert found == {0, 1, 2}

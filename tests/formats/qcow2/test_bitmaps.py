@@ -33,7 +33,7 @@ from nbdimg.storage.file import BlockFile, Buffer
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.storage.ordering import Hindrance, UnwrittenError
 from tests.support.crash import CrashState, RecordingFile, Trace, crash_states
-from tests.support.faultfile import FaultFile
+from tests.support.faultfile import FaultFile, fail_at_each_call
 from tests.support.qcow2edit import qemu_img, qemu_io
 
 SIZE = 1 << 20
@@ -414,7 +414,6 @@ def test_shrink_that_finds_no_space_to_give_space_back_says_nothing_else_than_th
         with suppress(OSError, ImageError):
             await resize(image, SIZE // 4)
             expected = SIZE // 4
-        is_over = len(file.calls) - count <= index
         has_found_no_space = file.calls[count:][index : index + 1] == ["pwrite"]
         file.heal()
         if image.failure is None:
@@ -423,12 +422,9 @@ def test_shrink_that_finds_no_space_to_give_space_back_says_nothing_else_than_th
             assert await checked(memory) == 0, f"call {index}"
         else:
             await image.discard()
-        return is_over
+        return file.is_reached
 
-    index = 0
-    while not asyncio.run(run(index)):
-        index += 1
-    assert index > 20
+    assert fail_at_each_call(run) > 20
 
 
 def test_resize_whose_marking_is_in_doubt_lets_no_later_flush_succeed(tmp_path: Path) -> None:
@@ -487,7 +483,6 @@ def test_end_that_loses_a_bitmap_says_so_whichever_call_fails(tmp_path: Path, nu
         image = await opened(file)
         await image.write(0, b"x" * 512)
         await image.flush()
-        count = len(file.calls)
         file.fail_at(index, number)
         has_failed = False
         try:
@@ -495,12 +490,9 @@ def test_end_that_loses_a_bitmap_says_so_whichever_call_fails(tmp_path: Path, nu
         except (OSError, ImageError):
             has_failed = True
         assert has_failed or await stored(memory) == {"b0": [(0, 4096), *FIRST]}, f"call {index}"
-        return len(file.calls) - count <= index
+        return file.is_reached
 
-    index = 0
-    while not asyncio.run(run(index)):
-        index += 1
-    assert index > 10
+    assert fail_at_each_call(run) > 10
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])

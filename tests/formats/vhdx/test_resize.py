@@ -27,7 +27,7 @@ from tests.formats.vhdx import craft
 from tests.support.crash import RecordingFile
 from tests.support.crash.states import crash_states
 from tests.support.crash.trace import Trace
-from tests.support.faultfile import FaultFile
+from tests.support.faultfile import FaultFile, fail_at_each_call
 from tests.support.vhdximages import (
     BAT_OFFSET,
     FULL,
@@ -371,10 +371,12 @@ def test_growth_that_finds_no_space_keeps_the_size_and_the_image_goes_on(content
 
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (6, 2)])
 def test_resize_that_finds_no_space_tells_the_size_that_the_disk_has(before: int, after: int) -> None:
-    async def work(index: int) -> tuple[bool, bool]:
+    went_on_count = 0
+
+    async def work(index: int) -> bool:
+        nonlocal went_on_count
         file = FaultFile(MemoryFile(dynamic(b"\1" * (before * MiB))), slow_only=True)
         image = await opened(file)
-        count = len(file.calls)
         file.fail_at(index, errno.ENOSPC)
         is_refused = False
         try:
@@ -383,13 +385,10 @@ def test_resize_that_finds_no_space_tells_the_size_that_the_disk_has(before: int
             is_refused = True
         if image.failure is None:
             assert image.size == (before if is_refused else after) * MiB, f"call {index}"
-        return is_refused and image.failure is None, len(file.calls) - count <= index
+            went_on_count += is_refused
+        return file.is_reached
 
-    index, went_on_count, is_over = 0, 0, False
-    while not is_over:
-        went_on, is_over = asyncio.run(work(index))
-        went_on_count += went_on
-        index += 1
+    fail_at_each_call(work)
     assert went_on_count >= 2
 
 
@@ -430,17 +429,13 @@ def test_resize_behind_a_session_that_could_not_begin_leaves_a_log_that_can_be_r
         file.fail_at(4, errno.EIO)  # an entry, its barrier, the first header, its barrier
         with pytest.raises(OSError, match="Input/output"):
             await image.write(0, b"\2" * 512)
-        count = len(file.calls)
         file.fail_at(index, errno.EIO)
         with suppress(OSError, ImageFailed):
             await resize_image(image, 4 * MiB)
         assert (await guest_of(await opened(MemoryFile(memory.content))))[:MiB] == b"\1" * MiB, f"call {index}"
-        return len(file.calls) - count <= index
+        return file.is_reached
 
-    index = 0
-    while not asyncio.run(work(index)):
-        index += 1
-    assert index > 10
+    assert fail_at_each_call(work) > 10
 
 
 # Crashes
