@@ -351,10 +351,11 @@ def test_overlay_that_cannot_be_made_is_an_error_for_the_client_and_the_server_g
             assert client.read(0, 512).data == CONTENT[:512]
 
 
-def test_overlay_whose_client_vanishes_while_it_is_made_leaks_nothing(
-    golden: Path, overlays: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def slow_making(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Overlays are being made when the first is set, and not made while the second is clear; at first it is set."""
     is_asked, may_go_on = threading.Event(), threading.Event()
+    may_go_on.set()
     make = Golden._make_unnamed
 
     def slowly(self: Golden) -> PosixFile:
@@ -362,10 +363,17 @@ def test_overlay_whose_client_vanishes_while_it_is_made_leaks_nothing(
         assert may_go_on.wait(PATIENCE_S)
         return make(self)
 
+    monkeypatch.setattr(Golden, "_make_unnamed", slowly)
+    return is_asked, may_go_on
+
+
+def test_overlay_whose_client_vanishes_while_it_is_made_leaks_nothing(
+    golden: Path, overlays: Path, slow_making: tuple[threading.Event, threading.Event]
+) -> None:
+    is_asked, may_go_on = slow_making
     with LiveServer(live_config(golden, overlays, limits=Limits(overlays=1))) as server:
         path = socket_of(server)
         descriptors = descriptor_count(os.getpid())
-        monkeypatch.setattr(Golden, "_make_unnamed", slowly)
         for leave in (Client.close, Client.reset, Client.half_close):
             is_asked.clear()
             may_go_on.clear()
@@ -383,20 +391,14 @@ def test_overlay_whose_client_vanishes_while_it_is_made_leaks_nothing(
 
 
 def test_overlay_that_takes_longer_than_the_handshake_may_is_given_up(
-    golden: Path, overlays: Path, monkeypatch: pytest.MonkeyPatch
+    golden: Path, overlays: Path, slow_making: tuple[threading.Event, threading.Event]
 ) -> None:
-    may_go_on = threading.Event()
-    make = Golden._make_unnamed
-
-    def slowly(self: Golden) -> PosixFile:
-        assert may_go_on.wait(PATIENCE_S)
-        return make(self)
-
+    _, may_go_on = slow_making
     config = live_config(golden, overlays)
     with LiveServer(replace(config, limits=Limits(handshake_timeout_s=0.3))) as server:
         descriptors = descriptor_count(os.getpid())
         with greeted(socket_of(server)) as client:
-            monkeypatch.setattr(Golden, "_make_unnamed", slowly)
+            may_go_on.clear()
             client.send_option(Option.GO, info_data("base"))
             assert client.wait_closed(PATIENCE_S) is not None
         may_go_on.set()
@@ -730,27 +732,11 @@ def test_reload_of_overlay_options_reopens_and_removal_ends_its_clients(
             assert client.read(0, 512).data == b"y" * 512
 
 
-@pytest.fixture
-def slow_making(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
-    """Overlays are being made when the first is set, and made when the second is."""
-    is_asked, may_go_on = threading.Event(), threading.Event()
-    make = Golden._make_unnamed
-
-    def slowly(self: Golden) -> PosixFile:
-        is_asked.set()
-        assert may_go_on.wait(PATIENCE_S)
-        return make(self)
-
-    monkeypatch.setattr(Golden, "_make_unnamed", slowly)
-    return is_asked, may_go_on
-
-
 def test_client_that_is_taken_over_keeps_its_place_while_its_overlay_is_made(
     golden: Path, overlays: Path, slow_making: tuple[threading.Event, threading.Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However long that takes, and whoever wants the place: the client has not been silent."""
     is_asked, may_go_on = slow_making
-    may_go_on.set()
     monkeypatch.setattr(server_module, "PLACE_KEPT_S", 0)
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
@@ -776,7 +762,6 @@ def test_reload_while_an_overlay_is_made_refuses_it_and_closes_the_golden_image(
     golden: Path, overlays: Path, slow_making: tuple[threading.Event, threading.Event]
 ) -> None:
     is_asked, may_go_on = slow_making
-    may_go_on.set()
     with LiveServer(live_config(golden, overlays)) as server, greeted(socket_of(server)) as client:
         is_asked.clear()
         may_go_on.clear()
@@ -811,7 +796,6 @@ def test_right_taken_away_while_an_overlay_is_made_refuses_it(
     golden: Path, overlays: Path, slow_making: tuple[threading.Event, threading.Event], rule: AccessRule
 ) -> None:
     is_asked, may_go_on = slow_making
-    may_go_on.set()
     with LiveServer(live_config(golden, overlays)) as server, greeted(socket_of(server)) as client:
         is_asked.clear()
         may_go_on.clear()
