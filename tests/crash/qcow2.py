@@ -21,7 +21,7 @@ from nbdimg.image.image import Image
 from nbdimg.storage.memory import MemoryFile
 from tests.crash import images
 from tests.crash.images import KiB, Make
-from tests.crash.qcow2check import Checker, digest, kept, opened, whole
+from tests.crash.qcow2check import Checker, digest, kept, opened
 from tests.crash.workloads import Workload, clients, discard_and_reuse
 from tests.support.crash import (
     SECTOR,
@@ -35,6 +35,7 @@ from tests.support.crash import (
     record,
 )
 from tests.support.crash.expectations import Expectations, fingerprints
+from tests.support.reading import read_all
 
 
 def scenario(name: str, make: Make, workload: Workload, *, slices_max: int | None = None) -> Scenario:
@@ -69,7 +70,7 @@ def again(name: str, before: Scenario, workload: Workload) -> Scenario:
             if rng.random() * (number + 1) < 1:
                 files = state.files
         image = await opened(start(), [MemoryFile(content) for content in files], writable=True)
-        return Built(files, await whole(image))
+        return Built(files, await read_all(image))
 
     def build(rng: random.Random) -> Built:
         with ThreadPoolExecutor(1) as thread:

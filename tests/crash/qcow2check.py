@@ -31,6 +31,7 @@ from tests.support.crash import CrashState
 from tests.support.crash.expectations import fingerprints
 from tests.support.crash.explore import shown
 from tests.support.qcow2edit import with_secret
+from tests.support.reading import read_all
 
 CLUSTER_SIZE_MAX = 64 * KiB
 """Of the images here: a header lies within it."""
@@ -127,16 +128,6 @@ async def opened(start: Start, files: Sequence[BlockFile], *, writable: bool, sn
     options = OpenOptions(FilesGate(others), writable, keys, snapshot=snapshot)
     with mock.patch.object(luks, "unlock", _unlock):
         return await open_file(files[0], "qcow2", options)
-
-
-async def whole(image: Image) -> bytes:
-    """All that a guest sees."""
-    content = bytearray(image.size)
-    view = memoryview(content)
-    for segment in await image.read(0, view):
-        if segment.is_hole:
-            view[segment.offset : segment.offset + segment.length] = bytes(segment.length)
-    return bytes(content)
 
 
 def digest(guest: bytes) -> str:
@@ -239,7 +230,7 @@ class Checker:
             files = [MemoryFile(content) for content in state.files]
             try:
                 image = await opened(start, files, writable=False, snapshot=name)
-                is_same = digest(await whole(image)) == wanted_digest
+                is_same = digest(await read_all(image)) == wanted_digest
             except (ConfigError, ImageError) as error:
                 problems.append(f"snapshot {name} cannot be read: {error}")
                 continue
@@ -268,7 +259,7 @@ class Checker:
         elif not is_resized:
             problems.append("the bitmap that does not record is gone")
         if BITMAP in driver.bitmaps.names:
-            guest = await whole(image)
+            guest = await read_all(image)
             offset = 0
             for length, is_dirty in (await driver.bitmaps.get(BITMAP)).runs(0, image.size):
                 stop = offset + length
@@ -298,7 +289,7 @@ class Checker:
         if listed.keys() != wanted.keys() | idle:
             return [f"there are the bitmaps {sorted(listed)}, expected {sorted(wanted.keys() | idle)}"]
         problems = []
-        now = await whole(image)
+        now = await read_all(image)
         for name in idle:
             if any(not is_dirty for _, is_dirty in (await store.get(name)).runs(0, image.size)):
                 problems.append("the bitmap that does not record has changed")
@@ -322,7 +313,7 @@ class Checker:
         Not so with subclusters: QEMU maps none that was never written, and until a flush the disk has zeroes there.
         """
         image = await opened(self.start(), [MemoryFile(content) for content in state.files], writable=False)
-        guest = await whole(image)
+        guest = await read_all(image)
         return [] if state.files[1][: len(guest)] == guest else ["the raw data file does not read as the disk does"]
 
     # qemu-img

@@ -32,6 +32,7 @@ from tests.support.crash import (
 )
 from tests.support.crash.expectations import fingerprints
 from tests.support.crash.explore import shown
+from tests.support.reading import read_all
 from tests.support.vhdximages import IS_FIXED, UNMAPPED, Builder, flattened, run
 
 M = 1 << 20
@@ -75,10 +76,7 @@ class Judge:
         self.asked += 1
         content = state.files[0]
         image = await opened(MemoryFile(content, writable=False), self._parent, writable=False)
-        guest = bytearray(image.size)
-        for segment in await image.read(0, memoryview(guest)):
-            if segment.is_hole:
-                guest[segment.offset : segment.offset + segment.length] = bytes(segment.length)
+        guest = await read_all(image)
         try:
             found = self._ask(content, len(guest))
         except AssertionError as error:

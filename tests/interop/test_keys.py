@@ -26,6 +26,7 @@ from nbdimg.formats.qcow2.create_options import CreateOptions
 from nbdimg.units import KiB, MiB
 from tests.server.controlled import ControlledServer
 from tests.support.qcow2edit import qemu_img, qemu_io
+from tests.support.reading import read_all
 from tests.support.server import NbdimgServer
 
 SIZE = MiB
@@ -70,9 +71,7 @@ def content(
         try:
             if write is not None:
                 await image.write(*write)
-            read = bytearray(image.size)
-            await image.read(0, memoryview(read))
-            return bytes(read)
+            return await read_all(image)
         finally:
             await image.close()
 

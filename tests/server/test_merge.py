@@ -20,8 +20,9 @@ from nbdimg.storage.memory import MemoryFile
 from nbdimg.wire.transmission import Receiver
 from tests.server.test_lane import DIALECTS, converse, request
 from tests.support.faultfile import FaultFile
-from tests.support.qcow2disk import content_of, opened
+from tests.support.qcow2disk import opened
 from tests.support.qcow2edit import qemu_check, qemu_img
+from tests.support.reading import read_all
 
 SIZE = 1 << 20
 EXPECTED_CALLS_MAX = 0.6
@@ -64,7 +65,7 @@ def served(
             arm(file)
         replies = await converse(stream, dialect, image, turn=20)
         file.heal()
-        content = await content_of(image)
+        content = await read_all(image)
         await image.close()
         return replies, content
 

@@ -162,11 +162,3 @@ def change(path: Path, action: Callable[[Qcow2Driver], Awaitable[Snapshot]]) -> 
 def driver_of(image: Image) -> Qcow2Driver:
     assert isinstance(image.driver, Qcow2Driver)
     return image.driver
-
-
-async def content_of(image: Image) -> bytes:
-    content = bytearray(image.size)
-    for segment in await image.read(0, memoryview(content)):
-        if segment.is_hole:
-            content[segment.offset : segment.offset + segment.length] = bytes(segment.length)
-    return bytes(content)

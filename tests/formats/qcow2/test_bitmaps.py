@@ -35,6 +35,7 @@ from nbdimg.storage.ordering import Hindrance, UnwrittenError
 from tests.support.crash import CrashState, RecordingFile, Trace, crash_states
 from tests.support.faultfile import FaultFile, fail_at_each_call
 from tests.support.qcow2edit import qemu_img, qemu_io
+from tests.support.reading import read_all
 
 SIZE = 1 << 20
 GRANULARITY = 4096
@@ -247,7 +248,7 @@ def test_fast_paths_stay_closed_until_the_bitmaps_are_marked(tmp_path: Path) -> 
     async def run() -> None:
         image = await opened(MemoryFile(made(tmp_path / "disk")))
         data = memoryview(b"y" * 4096)
-        await _read(image)  # so that the tables are in memory, and nothing else stands in the way
+        await read_all(image)  # so that the tables are in memory, and nothing else stands in the way
         assert not image.try_write(256 << 10, data)
         await image.write(256 << 10, data)
         assert image.try_write(260 << 10, data)
@@ -262,7 +263,7 @@ def test_control_an_image_without_enabled_bitmaps_keeps_its_fast_paths(tmp_path:
     async def run() -> None:
         content = made(tmp_path / "disk", bitmaps=("frozen",))
         image = await opened(MemoryFile(content))
-        await _read(image)
+        await read_all(image)
         assert image.try_write(256 << 10, memoryview(b"y" * 4096))
         assert image.writable(256 << 10, (256 << 10) + 512) is not None
         await image.close()
@@ -283,7 +284,7 @@ def test_mark_fails_at_its_barrier_and_every_later_change_and_flush_fails(tmp_pa
     async def run() -> None:
         file = FaultFile(MemoryFile(made(tmp_path / "disk")), slow_only=True)
         image = await opened(file)
-        before = await _read(image)
+        before = await read_all(image)
         file.fail("fdatasync", errno.EIO)
         with pytest.raises(OSError, match="Input/output"):
             await image.write(0, b"z" * 512)
@@ -292,7 +293,7 @@ def test_mark_fails_at_its_barrier_and_every_later_change_and_flush_fails(tmp_pa
         for change in (image.write(0, b"z" * 512), image.flush()):
             with pytest.raises(ImageFailed, match=expected):
                 await change
-        assert await _read(image) == before
+        assert await read_all(image) == before
 
     asyncio.run(run())
 
@@ -560,12 +561,6 @@ def test_bitmaps_that_were_stored_together_are_marked_each_at_its_place_by_the_n
     asyncio.run(run())
 
 
-async def _read(image: Image) -> bytes:
-    content = bytearray(image.size)
-    await image.read(0, memoryview(content))
-    return bytes(content)
-
-
 def test_bitmaps_that_take_too_much_memory_are_refused_when_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -609,7 +604,7 @@ async def session_problems(
     status = await checked(file)
     if status not in (0, 3):
         problems.append(f"check says {status}")
-    now = await _read(await opened(MemoryFile(content), writable=False))
+    now = await read_all(await opened(MemoryFile(content), writable=False))
     found = await stored(file)
     seen.add("absent" if "b0" not in found else "in use" if found["b0"] is None else "consistent")
     if found and found.get("frozen") != FIRST:
@@ -644,7 +639,7 @@ def test_crash_in_a_session_leaves_bitmaps_that_are_right_or_in_use_or_gone(tmp_
         if options == "straddling":
             content = straddling(content)
         trace, submitted = await recorded_session(content)
-        before = await _read(await opened(MemoryFile(content), writable=False))
+        before = await read_all(await opened(MemoryFile(content), writable=False))
         problems: list[str] = []
         seen: set[str] = set()
         count = 0
@@ -674,7 +669,7 @@ def test_control_a_crash_that_ignores_barriers_leaves_a_wrong_bitmap(tmp_path: P
     async def run() -> list[str]:
         content = made(tmp_path / "disk", bitmaps=("b0", "frozen"))
         trace, submitted = await recorded_session(content)
-        before = await _read(await opened(MemoryFile(content), writable=False))
+        before = await read_all(await opened(MemoryFile(content), writable=False))
         problems: list[str] = []
         for state in crash_states(trace, seed=3, cap=6, without_barriers=True):
             try:

@@ -18,21 +18,13 @@ from nbdimg.formats import findings
 from nbdimg.formats.qcow2 import references
 from nbdimg.formats.qcow2.check import CheckReport, Survey, check
 from nbdimg.formats.qcow2.counts import PIECE, last_used
-from nbdimg.formats.qcow2.header import Header
+from nbdimg.formats.qcow2.open import read_header
 from nbdimg.formats.zeroed import zeroed
-from nbdimg.storage.file import BlockFile
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.storage.posix import PosixFile
 from tests.support.qcow2edit import COPIED, Edit, QemuReport, qemu_check
 from tests.support.qcow2images import KINDS, MUTATIONS, Mutation, damaged_image, image_of
 from tests.support.turns import Turns
-
-
-async def header_of(file: BlockFile) -> Header:
-    """Raises: ImageError."""
-    head = bytearray(min(file.size, 2 << 20))
-    await file.pread(0, memoryview(head))
-    return Header.from_bytes(file.path, bytes(head))
 
 
 def checked(path: Path) -> CheckReport | None:
@@ -41,7 +33,7 @@ def checked(path: Path) -> CheckReport | None:
     async def main() -> CheckReport | None:
         file = PosixFile(path, writable=False)
         try:
-            return await check(file, await header_of(file))
+            return await check(file, await read_header(file))
         except ImageError:
             return None
         finally:
@@ -177,7 +169,7 @@ def test_check_many_findings_are_capped_and_counted(
 
 def test_check_more_clusters_than_memory_allows_is_an_error_before_any_is_held(sound: Path) -> None:
     file = MemoryFile(image_of("version 3", sound).read_bytes())
-    header = asyncio.run(header_of(file))
+    header = asyncio.run(read_header(file))
     clusters = -(-file.size // 4096) + 1
 
     def status(memory_max: int) -> int:
@@ -218,7 +210,7 @@ def test_check_sparse_tables_without_end_are_refused_before_they_are_read(tmp_pa
 def test_check_progress_goes_from_the_first_table_to_the_last(sound: Path) -> None:
     file = MemoryFile(image_of("version 3", sound).read_bytes())
     calls: list[tuple[int, int]] = []
-    header = asyncio.run(header_of(file))
+    header = asyncio.run(read_header(file))
     asyncio.run(check(file, header, progress=lambda done, total: calls.append((done, total))))
     assert calls == [(1, 2), (2, 2)]
 
@@ -259,7 +251,7 @@ def test_check_of_a_sparse_file_takes_memory_only_for_what_is_in_use(tmp_path: P
 
     async def main() -> int:
         file = PosixFile(path, writable=False)
-        survey = Survey(file, await header_of(file))
+        survey = Survey(file, await read_header(file))
         before = resident_bytes()
         await survey.run()
         taken = resident_bytes() - before
@@ -276,7 +268,7 @@ def test_check_of_millions_of_differences_lets_others_have_their_turn_and_rememb
 
     async def main() -> CheckReport:
         file = PosixFile(path, writable=False)
-        header = await header_of(file)
+        header = await read_header(file)
         tracemalloc.start()
         try:
             async with turns:

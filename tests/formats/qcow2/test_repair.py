@@ -15,9 +15,9 @@ from nbdimg.errors import ImageError
 from nbdimg.formats import open_image
 from nbdimg.formats.qcow2 import structs
 from nbdimg.formats.qcow2.check import CheckReport, check
-from nbdimg.formats.qcow2.header import Header
+from nbdimg.formats.qcow2.open import read_header
 from nbdimg.formats.qcow2.repair import repair
-from nbdimg.storage.file import BlockFile, Buffer
+from nbdimg.storage.file import Buffer
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.storage.posix import PosixFile
 from tests.support.qcow2edit import Edit, qemu_check, qemu_img, qemu_io
@@ -44,22 +44,15 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sound")
 
 
-async def header_of(file: BlockFile) -> Header:
-    """Raises: ImageError."""
-    head = bytearray(min(file.size, 2 << 20))
-    await file.pread(0, memoryview(head))
-    return Header.from_bytes(file.path, bytes(head))
-
-
 def repaired(path: Path, *, leaks_only: bool = False) -> CheckReport | None:
     """What remains; None: the header is refused. The header in memory is the one on disk afterwards."""
 
     async def main() -> CheckReport | None:
         file = PosixFile(path, writable=True)
         try:
-            header = await header_of(file)
+            header = await read_header(file)
             report = await repair(file, header, leaks_only=leaks_only)
-            assert header == await header_of(file)
+            assert header == await read_header(file)
             return report
         except ImageError:
             return None
@@ -433,7 +426,7 @@ def crashes(content: bytes, epochs: list[list[tuple[int, bytes]]]) -> Iterator[b
 
 def in_memory(content: bytes, *, leaks_only: bool = False) -> tuple[LogFile, CheckReport]:
     file = LogFile(content)
-    header = asyncio.run(header_of(file))
+    header = asyncio.run(read_header(file))
     report = asyncio.run(repair(file, header, leaks_only=leaks_only))
     return file, report
 
@@ -442,7 +435,7 @@ def undercounted(content: bytes) -> int:
     """Clusters with fewer counts than references (Q1). 0 if the header is refused."""
     file = MemoryFile(content)
     try:
-        header = asyncio.run(header_of(file))
+        header = asyncio.run(read_header(file))
     except ImageError:
         return 0
     report = asyncio.run(check(file, header))
@@ -539,7 +532,7 @@ def test_repair_refcount_table_beyond_its_limit_is_refused(
     monkeypatch.setattr(structs, "REFCOUNT_TABLE_BYTES_MAX", 4096)
     assert in_memory(content)[1].is_clean
     file = LogFile(content)
-    header = asyncio.run(header_of(file))
+    header = asyncio.run(read_header(file))
     monkeypatch.setattr(structs, "REFCOUNT_TABLE_BYTES_MAX", 4095)
     with pytest.raises(ImageError, match="4096 bytes, allowed are 4095"):
         asyncio.run(repair(file, header, leaks_only=False))

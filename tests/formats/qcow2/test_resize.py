@@ -33,6 +33,7 @@ from tests.support.crash import run_now
 from tests.support.faultfile import FaultFile, os_error
 from tests.support.qcow2edit import Edit, QemuReport, make_luks, qemu_check, qemu_img, qemu_io
 from tests.support.qcow2mutants import AnyGate
+from tests.support.reading import read_all
 from tests.support.turns import Turns
 
 SEED = 20260131
@@ -68,17 +69,11 @@ def read(path: Path) -> bytes:
     async def run() -> bytes:
         image = await open_image(path, writable=False)
         try:
-            return await everything(image)
+            return await read_all(image)
         finally:
             await image.close()
 
     return asyncio.run(run())
-
-
-async def everything(image: Image) -> bytes:
-    content = bytearray(image.size)
-    await image.read(0, memoryview(content))
-    return bytes(content)
 
 
 def assert_is(path: Path, expected: bytes) -> None:
@@ -139,7 +134,7 @@ def test_resize_goes_on_with_the_new_size_without_reopening(tmp_path: Path) -> N
             content.extend(bytes(size - len(content)))
             await image.write(offset, b"x" * 5000)
             content[offset : offset + 5000] = b"x" * 5000
-            assert await everything(image) == content
+            assert await read_all(image) == content
         await image.close()
 
     asyncio.run(run())
@@ -245,8 +240,8 @@ def test_grow_that_flushes_on_the_way_keeps_the_disk_at_every_barrier(tmp_path: 
         assert len(file.durable) > 40
         for content in file.durable[::4]:
             left = await open_file(MemoryFile(content), "qcow2", OpenOptions(AnyGate(base.read_bytes())))
-            assert (await everything(left))[: 64 * KiB] == before
-        assert await everything(image) == before.ljust(4 * MiB, b"\0")
+            assert (await read_all(left))[: 64 * KiB] == before
+        assert await read_all(image) == before.ljust(4 * MiB, b"\0")
         await image.close()
 
     asyncio.run(run())
@@ -642,10 +637,10 @@ def test_shrink_within_a_cluster_that_finds_no_space_leaves_what_lies_behind(tmp
         file.capacity = file.size
         with pytest.raises(OSError, match="No space"):
             await resize_image(image, 700 * KiB + 512, may_shrink=True)
-        assert await everything(image) == b"\7" * MiB
+        assert await read_all(image) == b"\7" * MiB
         await image.close()
         left = await open_file(file, "qcow2", OpenOptions(DenyGate()))
-        assert await everything(left) == b"\7" * MiB
+        assert await read_all(left) == b"\7" * MiB
         assert list((await left.bitmap("monday")).runs(0, MiB)) == [(MiB, True)]
 
     asyncio.run(run())

@@ -37,8 +37,9 @@ from tests.support.crash import (
     run_now,
 )
 from tests.support.faultfile import FaultFile, os_error
-from tests.support.qcow2disk import NOW_NS, Disk, content_of, driver_of, opened
+from tests.support.qcow2disk import NOW_NS, Disk, driver_of, opened
 from tests.support.qcow2edit import qemu_check
+from tests.support.reading import read_all
 
 # Errors of the file
 
@@ -76,7 +77,7 @@ def test_snapshot_change_that_meets_an_error_at_any_call_leaves_a_whole_image(
             assert report.exit_status == 0, (index, report)
         memory = MemoryFile(memory.content)
         again = await open_file(memory, "qcow2", OpenOptions(DenyGate(), writable=True))
-        found = await content_of(again)
+        found = await read_all(again)
         assert found == active or (verb == "apply" and outcome != "refused" and found == one), (index, outcome)
         await again.close()
         disk.path.write_bytes(memory.content)
@@ -86,7 +87,7 @@ def test_snapshot_change_that_meets_an_error_at_any_call_leaves_a_whole_image(
         assert set(names) - {"one", "two"} == set()
         for name in names:
             past = await open_file(MemoryFile(memory.content), "qcow2", OpenOptions(DenyGate(), snapshot=name))
-            assert await content_of(past) == (one if name == "one" else active), (index, outcome, name)
+            assert await read_all(past) == (one if name == "one" else active), (index, outcome, name)
         outcomes.append(outcome)
 
     index = 0
@@ -122,7 +123,7 @@ def disk_with_a_snapshot(path: Path, options: str = "cluster_size=4k") -> Disk:
 
 async def end_whole(image: Image, disk: Disk, memory: MemoryFile) -> None:
     """An image that has gone on has everybody's bytes, and neither leaks nor is corrupt when it is closed."""
-    assert await content_of(image) == disk.active
+    assert await read_all(image) == disk.active
     await image.close()
     disk.path.write_bytes(memory.content)
     assert qemu_check(disk.path).exit_status == 0
@@ -382,11 +383,11 @@ def scenario(tmp_path: Path, options: str) -> Scenario:
             problems.append("the old snapshot is there or not, against what was said")
         for name in names:
             image = await open_file(file, "qcow2", OpenOptions(DenyGate(), snapshot=name))
-            if await content_of(image) != kept[name]:
+            if await read_all(image) != kept[name]:
                 problems.append(f"snapshot {name} has changed")
         if "apply" in begun and "applied" not in begun and not state.is_closed:
             image = await open_file(file, "qcow2", OpenOptions(DenyGate()))
-            if await content_of(image) not in (kept["old"], kept["before"]):
+            if await read_all(image) not in (kept["old"], kept["before"]):
                 problems.append("the disk is neither what it was nor the snapshot")
         return problems
 

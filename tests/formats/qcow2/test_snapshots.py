@@ -22,8 +22,9 @@ from nbdimg.formats.qcow2.snapshots import Snapshot, labels
 from nbdimg.image.image import Image
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.units import KiB, MiB
-from tests.support.qcow2disk import NOW_NS, SIZE, Disk, change, content_of, driver_of, opened
+from tests.support.qcow2disk import NOW_NS, SIZE, Disk, change, driver_of, opened
 from tests.support.qcow2edit import qemu_check, qemu_img
+from tests.support.reading import read_all
 
 KINDS = {
     "version 2": "compat=0.10",
@@ -243,17 +244,17 @@ def test_snapshots_of_an_open_image_stay_as_they_are_while_it_is_written(tmp_pat
                 await disk.guest(image, rng, 12)
                 await create_snapshot(driver, name, now_ns=NOW_NS)
                 disk.snapshots[name] = bytes(disk.active)
-                assert await content_of(image) == disk.active
+                assert await read_all(image) == disk.active
             await disk.guest(image, rng, 12)
             await delete_snapshot(driver, "two")
             del disk.snapshots["two"]
-            assert await content_of(image) == disk.active
+            assert await read_all(image) == disk.active
             await disk.guest(image, rng, 12)
             await apply_snapshot(driver, "one")
             disk.active = bytearray(disk.snapshots["one"])
-            assert await content_of(image) == disk.active
+            assert await read_all(image) == disk.active
             await disk.guest(image, rng, 12)
-            assert await content_of(image) == disk.active
+            assert await read_all(image) == disk.active
         finally:
             await image.close()
 
@@ -296,7 +297,7 @@ def test_snapshot_of_another_size_applied_to_an_open_image_changes_its_size_at_o
             disk.active = bytearray(disk.snapshots[name])
             assert image.size == len(disk.active)
             await disk.guest(image, random.Random(name), 10)
-            assert await content_of(image) == disk.active
+            assert await read_all(image) == disk.active
         await image.close()
 
     asyncio.run(run())
@@ -313,7 +314,7 @@ def test_snapshot_opened_reads_as_the_disk_did(tmp_path: Path, name: str) -> Non
     async def run() -> bytes:
         image = await open_image(disk.path, format="qcow2", writable=False, snapshot=name)
         try:
-            return await content_of(image)
+            return await read_all(image)
         finally:
             await image.close()
 
@@ -392,7 +393,7 @@ def test_snapshot_that_some_counts_cannot_hold_is_refused_and_taken_back(tmp_pat
             await fill()
         assert disk.snapshots
         await disk.guest(image, rng, 12)
-        assert await content_of(image) == disk.active
+        assert await read_all(image) == disk.active
         await image.close()
 
     asyncio.run(run())

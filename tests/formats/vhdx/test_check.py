@@ -25,6 +25,7 @@ from tests.formats.vhdx import craft
 from tests.support.crash import RecordingFile
 from tests.support.crash.states import crash_states
 from tests.support.crash.trace import Trace
+from tests.support.reading import read_all
 from tests.support.vhdximages import BAT_OFFSET, FULL, IS_FIXED, PARTIAL, UNMAPPED, ZERO, Builder, judge, run
 
 CLEAN, INCOMPLETE, CORRUPT, LEAKS = 0, 1, 2, 3
@@ -59,12 +60,7 @@ def repaired(content: bytes | bytearray, *, leaks_only: bool = False) -> tuple[V
 
 
 async def guest_of(file: MemoryFile) -> bytes:
-    image = await open_file(file, "vhdx", OpenOptions(DenyGate()))
-    found = bytearray(image.size)
-    for segment in await image.read(0, memoryview(found)):
-        if segment.is_hole:
-            found[segment.offset : segment.offset + segment.length] = bytes(segment.length)
-    return bytes(found)
+    return await read_all(await open_file(file, "vhdx", OpenOptions(DenyGate())))
 
 
 # Sound

@@ -27,6 +27,7 @@ from tests.support.crash import RecordingFile
 from tests.support.crash.states import crash_states
 from tests.support.crash.trace import Trace
 from tests.support.faultfile import FaultFile
+from tests.support.reading import read_all
 from tests.support.vhdximages import (
     BAT_OFFSET,
     FULL,
@@ -52,12 +53,7 @@ class Gate:
 
 
 async def guest_of(file: MemoryFile, *, writable: bool = False) -> bytes:
-    image = await open_file(file, "vhdx", OpenOptions(Gate(), writable=writable))
-    found = bytearray(image.size)
-    for segment in await image.read(0, memoryview(found)):
-        if segment.is_hole:
-            found[segment.offset : segment.offset + segment.length] = bytes(segment.length)
-    return bytes(found)
+    return await read_all(await open_file(file, "vhdx", OpenOptions(Gate(), writable=writable)))
 
 
 def compacted(content: bytes | bytearray) -> tuple[bytearray, Compacted]:

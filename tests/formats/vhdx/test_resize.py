@@ -28,6 +28,7 @@ from tests.support.crash import RecordingFile
 from tests.support.crash.states import crash_states
 from tests.support.crash.trace import Trace
 from tests.support.faultfile import FaultFile, fail_at_each_call
+from tests.support.reading import bytes_of
 from tests.support.vhdximages import (
     BAT_OFFSET,
     FULL,
@@ -63,11 +64,7 @@ async def opened(
 
 async def guest_of(image: Image) -> bytes:
     """The disk, of a large one the beginning."""
-    found = bytearray(min(image.size, 16 * MiB))
-    for segment in await image.read(0, memoryview(found)):
-        if segment.is_hole:
-            found[segment.offset : segment.offset + segment.length] = bytes(segment.length)
-    return bytes(found)
+    return await bytes_of(image, 0, min(image.size, 16 * MiB))
 
 
 def resized(content: bytes | bytearray, *sizes: int, gate: Gate | None = None) -> tuple[bytearray, bytes]:
