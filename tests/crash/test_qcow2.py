@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import pytest
 
 from nbdimg.formats.qcow2 import repair
-from nbdimg.formats.qcow2.bitmap_store import BitmapStore, Change
+from nbdimg.formats.qcow2.bitmap_store import BitmapStore
+from nbdimg.formats.qcow2.bitmap_write import Change
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.l1 import L1Table
 from nbdimg.formats.qcow2.mapping import Mapping, Store

@@ -11,7 +11,7 @@ import pytest
 from nbdimg.config import ExportConfig
 from nbdimg.errors import ConfigError, ImageError, NotThere, UnsupportedFeature
 from nbdimg.formats import create_image
-from nbdimg.formats.qcow2 import bitmap_store
+from nbdimg.formats.qcow2 import bitmap_write
 from nbdimg.formats.qcow2.bitmap_edit import BitmapAction
 from nbdimg.storage.posix import PosixFile
 from tests.server.controlled import AtWork, ControlledServer
@@ -161,7 +161,7 @@ def test_bitmaps_that_fail_midway_make_their_image_fail_alone(tmp_path: Path, mo
 
     exports = disk(tmp_path), disk(tmp_path, "raw", "keep")
     with ControlledServer(tmp_path, *exports) as server, server.connect("disk") as client, AtWork(server, "keep"):
-        monkeypatch.setattr(bitmap_store, "switch", broken)
+        monkeypatch.setattr(bitmap_write, "switch", broken)
         with pytest.raises(OSError, match="the disk is broken"):
             change(server, ADD)
         assert client.write(0, b"x" * 4096).error == NbdError.EIO

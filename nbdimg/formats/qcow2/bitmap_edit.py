@@ -15,7 +15,8 @@ from typing import Literal
 from nbdimg.errors import ConfigError, UnsupportedFeature, escaped
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.bitmap_header import check_room
-from nbdimg.formats.qcow2.bitmap_store import MEMORY_MAX, Change, claim, replace_bitmaps, settle
+from nbdimg.formats.qcow2.bitmap_store import MEMORY_MAX
+from nbdimg.formats.qcow2.bitmap_write import Change, claim, replace_bitmaps, settle
 from nbdimg.formats.qcow2.bitmaps import (
     BitmapEntry,
     BitmapFlag,

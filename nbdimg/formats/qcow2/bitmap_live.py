@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from nbdimg.errors import ImageError, UnsupportedFeature
 from nbdimg.formats.qcow2.bitmap_edit import BitmapAction, BitmapEditor
-from nbdimg.formats.qcow2.bitmap_store import Change
+from nbdimg.formats.qcow2.bitmap_write import Change
 from nbdimg.formats.qcow2.bitmaps import BitmapEntry
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.image.bitmap import DirtyBitmap

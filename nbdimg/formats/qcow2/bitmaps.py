@@ -1,4 +1,4 @@
-"""Persistent dirty bitmaps on disk: the directory, the tables, the bits. Reading and checking; `bitmap_store` writes.
+"""Persistent dirty bitmaps on disk: the directory, the tables, the bits. Reading and checking; `bitmap_write` writes.
 
     header extension   count, size and offset of the directory      means nothing unless autoclear bit 0 is set
     directory          an entry for each bitmap, padded to 8 bytes: 24 bytes of fields, the name
