@@ -26,8 +26,9 @@ from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.bitmaps import TYPE_DIRTY_TRACKING, table_size_for
 from nbdimg.formats.qcow2.counts import differing, last_used
 from nbdimg.formats.qcow2.header import Header
+from nbdimg.formats.qcow2.paced import PIECE_SIZE
 from nbdimg.formats.qcow2.packed import RefcountCodec, decode_offsets
-from nbdimg.formats.qcow2.references import MEMORY_MAX, PIECE_SIZE, Progress, References
+from nbdimg.formats.qcow2.references import MEMORY_MAX, Progress, References
 from nbdimg.formats.qcow2.structs import Autoclear, ExtensionType
 from nbdimg.storage.file import BlockFile
 from nbdimg.units import align_up, div_ceil

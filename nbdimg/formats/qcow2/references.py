@@ -29,11 +29,11 @@ from nbdimg.formats.findings import CheckReport
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.counts import is_zero
 from nbdimg.formats.qcow2.header import Header
-from nbdimg.formats.qcow2.paced import PacedReader
+from nbdimg.formats.qcow2.paced import PIECE_SIZE, PacedReader
 from nbdimg.formats.qcow2.packed import RefcountCodec, decode_offsets
 from nbdimg.formats.zeroed import zeroed
 from nbdimg.storage.file import BlockFile
-from nbdimg.units import GiB, KiB, align_down, div_ceil
+from nbdimg.units import GiB, align_down, div_ceil
 
 MEMORY_MAX = 1 * GiB
 """For two arrays of refcounts: 16 TiB of 64 KiB clusters with 16-bit refcounts, 4 bytes a cluster. Where a sparse file
@@ -48,9 +48,6 @@ L2_TABLES_MAX = 1 << 21
 
 BEYOND_MAX = 4096
 """Remembered clusters behind the end of the file that something refers to: a rebuild must not put its blocks there."""
-
-PIECE_SIZE = 64 * KiB
-"""Tables are read in pieces of this; after each the loop gets its turn. 8192 entries take 1 to 2 ms."""
 
 _TABLES_AT_ONCE = 4096
 """L2 tables whose counts are looked at before the loop gets its turn."""
@@ -98,7 +95,7 @@ class References:
     def __init__(self, file: BlockFile, header: Header, report: CheckReport, *, is_fixing: bool) -> None:
         self.report = report
         self._file = file
-        self._reader = PacedReader(file, PIECE_SIZE)
+        self._reader = PacedReader(file)
         self._header = header
         self._bits = header.cluster_bits
         self._cluster_size = header.cluster_size

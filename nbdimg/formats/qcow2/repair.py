@@ -35,8 +35,9 @@ from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.check import Survey
 from nbdimg.formats.qcow2.counts import Counts, differing, last_used, used_blocks
 from nbdimg.formats.qcow2.header import KNOWN_AUTOCLEAR, Header
+from nbdimg.formats.qcow2.paced import PIECE_SIZE
 from nbdimg.formats.qcow2.packed import decode_offsets, encode_offsets
-from nbdimg.formats.qcow2.references import BEYOND_MAX, PIECE_SIZE, Progress
+from nbdimg.formats.qcow2.references import BEYOND_MAX, Progress
 from nbdimg.formats.qcow2.structs import Incompatible
 from nbdimg.storage.file import BlockFile
 from nbdimg.units import div_ceil
