@@ -24,7 +24,7 @@ from nbdimg.export.meter import Meter
 from nbdimg.export.status import STATUS_FLAGS, Pairs, dirty_pairs, status_pairs
 from nbdimg.export.validate import check_end
 from nbdimg.image.driver import Extent
-from nbdimg.image.image import Image, Segment
+from nbdimg.image.image import Image, Resident, Segment
 from nbdimg.image.wakes import wakes
 from nbdimg.limits import Limits
 from nbdimg.units import align_down, align_up, is_power_of_two
@@ -183,6 +183,12 @@ class Export:
         if self.inflight.count and self.inflight.conflicts(offset, stop, is_exclusive=False):
             return 0
         return self.image.try_read(offset, stop, view)
+
+    def try_resident(self, offset: int, stop: int) -> Resident | None:
+        """As `Image.try_resident`; None also when an unfinished change overlaps the range, or it is not all there."""
+        if stop > self.info.size or (self.inflight.count and self.inflight.conflicts(offset, stop, is_exclusive=False)):
+            return None
+        return self.image.try_resident(offset, stop)
 
     def read(self, offset: int, view: memoryview) -> Work[list[Segment]]:
         """As `Image.read`, waiting for storage and for older overlapping changes."""

@@ -11,7 +11,7 @@ import errno
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from nbdimg.errors import GuardedWrite, ImageError, RequestError
 from nbdimg.histogram import Histogram
@@ -33,6 +33,7 @@ from nbdimg.image.tables import TableCache
 from nbdimg.image.turns import Turns
 from nbdimg.storage import ordering
 from nbdimg.storage.file import BlockFile, Buffer
+from nbdimg.storage.mapped import Pages
 from nbdimg.units import KiB, MiB, align_down, align_up
 
 T = TypeVar("T")
@@ -61,6 +62,18 @@ class Segment:
     offset: int
     length: int
     is_hole: bool
+
+
+class Resident(NamedTuple):
+    """Stored bytes that are in memory, for one system call in this turn of the loop, and for nobody to touch."""
+
+    view: memoryview
+    pages: Pages
+    file_offset: int
+
+    def fetch(self, skip: int, into: memoryview) -> None:
+        """Read from `skip` on in place of that; it may wait. Raises: OSError."""
+        self.pages.fetch(self.file_offset + skip, into)
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +321,18 @@ class Image:
         if length < len(view):
             view = view[:length]
         return len(view) if extent.file.try_pread(extent.file_offset + skip, view) else 0
+
+    def try_resident(self, offset: int, stop: int) -> Resident | None:
+        """The range from guest `offset` towards `stop` as it lies in memory, as far as one extent goes.
+
+        None: it has to be read, or is a hole.
+        """
+        extent = self.resident(offset, stop)
+        if extent is None or extent.file.pages is None:
+            return None
+        pages, skip = extent.file.pages, offset - extent.offset
+        view = pages.resident(extent.file_offset + skip, min(extent.length - skip, stop - offset))
+        return None if view is None else Resident(view, pages, extent.file_offset + skip)
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         """Write without waiting. False: not all of it is known to be written, use `write`.

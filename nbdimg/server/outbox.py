@@ -1,17 +1,20 @@
 """What goes out on one connection's socket, and never blocks.
 
 In a turn, replies are laid out in the loop's arena and leave in one send; what the socket does not take is copied to
-`_pending`. Out of turn (a worker has finished), parts are queued as they are and leave together, one `sendmsg` for
-all that became ready in the same turn of the loop. Bytes leave in the order in which they were put.
+`_pending`. Long pieces of data are not put into the arena but `mapped` onto their place in it, and the send takes them
+from where they lie. Out of turn (a worker has finished), parts are queued as they are and leave together, one `sendmsg`
+for all that became ready in the same turn of the loop. Bytes leave in the order in which they were put.
 """
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
 from typing import Any, Protocol
 
+from nbdimg.export.lane import Mapped
 from nbdimg.limits import ARENA_SIZE
 from nbdimg.server.shared import Shared
 from nbdimg.server.tls import TlsSocket
@@ -48,6 +51,7 @@ class Outbox:
         "_sock",
         "fill",
         "is_broken",
+        "mapped",
         "pending_bytes",
         "stalled_since_s",
     )
@@ -66,6 +70,8 @@ class Outbox:
         self._is_scheduled = False
         self.fill = 0
         """Bytes laid out in the arena in this turn."""
+        self.mapped: list[Mapped] = []
+        """What takes the place of bytes in the arena. Until `send_turn`, who puts it there lets nobody change it."""
         self.pending_bytes = 0
         self.stalled_since_s: float | None = None
         self.is_broken = False
@@ -73,6 +79,11 @@ class Outbox:
     def is_empty(self) -> bool:
         """Whether all that was put or queued has left."""
         return not self.fill and not self.pending_bytes
+
+    @property
+    def may_map(self) -> bool:
+        """Whether data may be laid out as `mapped`: it is likely to leave as that."""
+        return not self._pending
 
     def room(self, size: int) -> int:
         """Where in the arena the next `size` bytes go; they count once `fill` is moved past them."""
@@ -102,20 +113,48 @@ class Outbox:
         """Send what this turn laid out; the arena is free afterwards."""
         fill, self.fill = self.fill, 0
         if not fill or self.is_broken:
+            self.mapped.clear()
             return
         view = self._arena_view[:fill]
-        sent = 0
+        rest: Part
+        try:
+            if self.mapped:
+                rest = self._send_mapped(view)
+            else:
+                rest = bytes(view if self._pending else view[self._sock.send(view) :])
+        except (BlockingIOError, InterruptedError):
+            rest = bytes(view)
+        except OSError as error:
+            self._broken(error)
+            return
+        if rest:
+            self._keep(rest, None)
+            self._wait()
+
+    def _send_mapped(self, view: memoryview) -> memoryview:
+        """Send the arena's `view` with what is mapped onto it; returns a copy of what did not leave."""
+        parts: list[memoryview] = []
+        at = sent = 0
+        for start, resident in self.mapped:
+            parts += view[at:start], resident.view
+            at = start + len(resident.view)
+        parts.append(view[at:])
         if not self._pending:
             try:
-                sent = self._sock.send(view)
+                sent = self._sock.sendmsg(parts)
             except (BlockingIOError, InterruptedError):
                 pass
             except OSError as error:
-                self._broken(error)
-                return
-        if sent < fill:
-            self._keep(bytes(view[sent:]), None)
-            self._wait()
+                if error.errno != errno.EFAULT:
+                    raise
+        rest = memoryview(bytearray(view[sent:]))
+        for start, resident in self.mapped:
+            stop = start + len(resident.view)
+            if stop > sent:
+                skip = max(0, sent - start)
+                resident.fetch(skip, rest[start + skip - sent : stop - sent])
+        self.mapped.clear()
+        return rest
 
     def queue(self, parts: list[Part], on_sent: Sent | None = None) -> None:
         """Send `parts`, out of turn; `on_sent` is called when they have left or never will."""
@@ -208,6 +247,9 @@ class TlsOutbox(Outbox):
     """The same under TLS, where bytes that were taken may still wait as ciphertext: they count as pending."""
 
     __slots__ = ("_backlog_size", "_tls")
+
+    may_map = False
+    """OpenSSL would touch it."""
 
     def __init__(
         self, tls: TlsSocket, shared: Shared, on_room: Callable[[], None], on_error: Callable[[OSError], None]

@@ -25,6 +25,7 @@ from nbdimg.server.handover import Estate, LeftClient
 from nbdimg.server.listen import listen, peer_of, prepare, remove_socket
 from nbdimg.server.shared import Shared
 from nbdimg.server.tls import Tls
+from nbdimg.storage import mapped
 from nbdimg.units import counted
 from nbdimg.uri import NbdUri
 from nbdimg.wire.handshake import TlsMode
@@ -276,6 +277,7 @@ class Server:
                 connection.excuse(late_s, now)
             connection.check_deadlines(now)
         self._shared.pool.tidy()
+        mapped.tidy()
         self._sweep_due_s = now + self._sweep_interval_s
         self._sweeper = self._loop.call_at(self._sweep_due_s, self._sweep)
 

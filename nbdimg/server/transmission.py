@@ -26,7 +26,7 @@ from typing import Protocol
 
 from nbdimg.errors import GuardedWrite, NbdimgError, ProtocolError, RequestError
 from nbdimg.export.export import SECTOR_SIZE, Export, Status, Work
-from nbdimg.export.lane import Lane
+from nbdimg.export.lane import MAPPED_FROM, Lane
 from nbdimg.export.meter import Tally
 from nbdimg.export.validate import Rules
 from nbdimg.image.image import Segment
@@ -34,6 +34,7 @@ from nbdimg.limits import PIECE_SIZE, SPILL_SIZE
 from nbdimg.server.outbox import Outbox, Part
 from nbdimg.server.rounds import CROWDED_REQUESTS, RENEWED_BELOW_S
 from nbdimg.server.shared import Shared
+from nbdimg.units import KiB
 from nbdimg.wire.constants import Command, CommandFlag, NbdError
 from nbdimg.wire.errors import describe
 from nbdimg.wire.handshake import Session
@@ -45,6 +46,9 @@ logger = logging.getLogger("nbdimg")
 _READ = int(Command.READ)
 _DISC = int(Command.DISC)
 _DF = int(CommandFlag.DF)
+
+MAPPED_PIECE_SIZE = 512 * KiB
+"""A piece of a stream that is not copied need not fit a processor's cache."""
 
 _ZEROES = memoryview(bytes(PIECE_SIZE))
 
@@ -111,7 +115,8 @@ class Transmission:
         if leftover:
             self._receiver.feed(leftover)
         self.tally = Tally(export.meter, self._receiver.header_size, self._replies)
-        self._lane = Lane(session, export, self._replies, self.tally, shared.arena, shared.arena_view)
+        arena, mapped = (shared.arena, shared.arena_view), self._outbox.mapped
+        self._lane = Lane(session, export, self._replies, self.tally, *arena, mapped)
         self._streams: deque[Stream] = deque()
         self._held: Request | None = None
         self._taken_bytes = 0
@@ -221,7 +226,7 @@ class Transmission:
             run_max = turn_requests - handled
             if run_max > run_requests:
                 run_max = run_requests
-            run = self._lane.run(receiver, outbox.fill, run_max)
+            run = self._lane.run(receiver, outbox.fill, run_max, may_map=outbox.may_map)
             outbox.fill = run.fill
             handled += run.answered
             if run.failure is not None:
@@ -499,11 +504,15 @@ class Transmission:
         """Send a stream's next piece; it goes back to the front unless it is done or waits. Returns bytes sent."""
         request, position = stream.request, stream.position
         remaining = stream.stop - position
-        want = min(remaining, PIECE_SIZE - position % SECTOR_SIZE)
         outbox = self._outbox
-        at = outbox.room(self._header_size + want)
-        start = at + self._header_size
         try:
+            if outbox.may_map:
+                sent = self._advance_mapped(stream, min(remaining, MAPPED_PIECE_SIZE - position % SECTOR_SIZE))
+                if sent:
+                    return sent
+            want = min(remaining, PIECE_SIZE - position % SECTOR_SIZE)
+            at = outbox.room(self._header_size + want)
+            start = at + self._header_size
             count = self._export.try_read(position, stream.stop, self._shared.arena_view[start : start + want])
         except (OSError, NbdimgError) as error:
             outbox.put(self._read_error(request, error, position))
@@ -520,13 +529,39 @@ class Transmission:
             outbox.put(self._replies.hole(request, position, -count, is_last))
         if count >= PIECE_SIZE:
             outbox.send_turn()
-        if is_last:
-            self.tally.answered(request)
+        self._advanced(stream, abs(count))
+        return max(count, 0)
+
+    def _advance_mapped(self, stream: Stream, want: int) -> int:
+        """Send a stream's next piece from where it lies in memory. Returns bytes sent, or 0: it has to be read.
+
+        Raises: OSError: where it lies cannot be found out.
+        """
+        request, position = stream.request, stream.position
+        resident = self._export.try_resident(position, position + want)
+        if resident is None:
+            return 0
+        count = len(resident.view)
+        is_last = position + count == stream.stop
+        if count < MAPPED_FROM or (not is_last and (position + count) % SECTOR_SIZE):
+            return 0
+        outbox = self._outbox
+        at = outbox.room(self._header_size + count)
+        self._replies.put_data(self._shared.arena, at, request, position, count, is_last)
+        outbox.mapped.append((at + self._header_size, resident))
+        outbox.fill = at + self._header_size + count
+        outbox.send_turn()
+        self._advanced(stream, count)
+        return count
+
+    def _advanced(self, stream: Stream, count: int) -> None:
+        """`count` bytes more of a stream have been answered."""
+        stream.position += count
+        if stream.position == stream.stop:
+            self.tally.answered(stream.request)
             self._completed()
         else:
-            stream.position += abs(count)
             self._streams.appendleft(stream)
-        return max(count, 0)
 
     def _advance_slowly(self, stream: Stream, want: int) -> None:
         view = self._take(want)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from nbdimg.storage.mapped import Pages
+
 Buffer = bytes | bytearray | memoryview
 
 INLINE_READ_MAX = 1 << 20
@@ -24,6 +26,11 @@ class BlockFile(Protocol):
     @property
     def size(self) -> int:
         """Bytes in the file; a block device's capacity."""
+        ...
+
+    @property
+    def pages(self) -> Pages | None:
+        """From which bytes can be sent as they lie in memory. None: the file is not what lies there."""
         ...
 
     def try_pread(self, offset: int, view: memoryview) -> bool:

@@ -6,6 +6,8 @@ from nbdimg.storage.file import Buffer
 
 
 class MemoryFile:
+    pages = None
+
     def __init__(self, content: Buffer = b"", path: str = "memory", *, writable: bool = True) -> None:
         self.path = path
         self.is_writable = writable

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from nbdimg.storage import system
 from nbdimg.storage.file import Buffer
+from nbdimg.storage.mapped import Pages
 from nbdimg.storage.workers import Series, workers
 from nbdimg.storage.writeback import WriteBack
 from nbdimg.units import KiB
@@ -45,7 +46,7 @@ CHANGES_MAX = 3
 interpreter's lock meanwhile, some milliseconds for each call. More of them would wait for each other.
 """
 
-_PAGE_MASK = os.sysconf("SC_PAGE_SIZE") - 1
+_PAGE_MASK = system.PAGE_SIZE - 1
 
 
 class PosixFile:
@@ -79,6 +80,7 @@ class PosixFile:
         """Asked for where reads know no RWF_NOWAIT."""
         self._writes_inline = True
         self._inline_writes_from = 0.0
+        self.pages = Pages(descriptor) if system.knows_residence(descriptor) else None
         self._write_back = WriteBack(self.descriptor)
         self._changes = Series(CHANGES_MAX)
 
@@ -130,13 +132,7 @@ class PosixFile:
         await workers().run(self._pread, offset, view)
 
     def _pread(self, offset: int, view: memoryview) -> None:
-        position = 0
-        while position < len(view):
-            count = os.preadv(self.descriptor, (view[position:],), offset + position)
-            if count == 0:
-                view[position:] = bytes(len(view) - position)
-                return
-            position += count
+        system.pread(self.descriptor, offset, view)
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
         await self._change(self._pwrite, offset, memoryview(data))
@@ -191,5 +187,7 @@ class PosixFile:
     async def close(self) -> None:
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
+            if self.pages is not None:
+                self.pages.close()
             await self._write_back.close()
             os.close(descriptor)

@@ -1,5 +1,5 @@
-"""Linux calls that Python's `os` lacks: fallocate with modes, sync_file_range, openat2, prctl, any by its number; the
-file system's type.
+"""Linux calls that Python's `os` lacks: fallocate with modes, sync_file_range, openat2, prctl, any by its number; maps
+that are for the kernel alone; the file system's type.
 """
 
 from __future__ import annotations
@@ -31,9 +31,13 @@ SYS_OPENAT2 = 437
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_BENEATH = 0x08
 
+PROT_READ, MAP_SHARED = 0x1, 0x1
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
 PR_SET_NO_NEW_PRIVS = 38
 """Of a thread, and what it starts."""
 
+PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 _OPEN_HOW = Struct("=QQQ")  # struct open_how: flags, mode, resolve
 assert _OPEN_HOW.size == 24
 
@@ -44,6 +48,9 @@ def _libc() -> ctypes.CDLL:
     libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
     libc.syscall.restype = ctypes.c_long
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+    libc.mmap.restype = ctypes.c_void_p
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     return libc
 
 
@@ -109,6 +116,65 @@ def is_memory_file_system(device: int) -> bool:
     except OSError:
         pass
     return False
+
+
+def map_pages(descriptor: int, offset: int, length: int) -> int:
+    """mmap(2), to be read from and shared; the file may end before it does. Returns the address. Raises: OSError."""
+    address: int | None = _libc().mmap(None, length, PROT_READ, MAP_SHARED, descriptor, offset)
+    if address is None or address == _MAP_FAILED:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return address
+
+
+def unmap_pages(address: int, length: int) -> None:
+    """munmap(2) of what `map_pages` returned. Nothing may refer to it any more."""
+    _libc().munmap(address, length)
+
+
+def memory_at(address: int, length: int) -> memoryview:
+    """The bytes there, which are not kept from being unmapped."""
+    return memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B")
+
+
+class Residence:
+    """Asks which pages of a map are in memory, at most `pages_max` at a time."""
+
+    def __init__(self, pages_max: int) -> None:
+        self._pages = bytearray(pages_max)
+        self._vector = ctypes.addressof((ctypes.c_ubyte * pages_max).from_buffer(self._pages))
+        self._all = bytes([1]) * pages_max
+        self._mincore = ctypes.PyDLL(None).mincore
+        self._mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+
+    def is_whole(self, address: int, start: int, stop: int) -> bool:
+        """mincore(2): whether all of the bytes from `start` to `stop` of the map at `address` are.
+
+        It is untrue for a file that this process neither owns nor may write. It does not wait, and so keeps the
+        interpreter's lock.
+        """
+        first = start // PAGE_SIZE
+        count = -(-stop // PAGE_SIZE) - first
+        if self._mincore(address + first * PAGE_SIZE, count * PAGE_SIZE, self._vector):
+            return False
+        return self._pages.startswith(self._all[:count])
+
+
+def knows_residence(descriptor: int) -> bool:
+    """Whether mincore(2) is true of this open file. Source: Linux, `can_do_mincore`."""
+    if os.fstat(descriptor).st_uid == os.geteuid():
+        return True
+    return os.access(f"/proc/self/fd/{descriptor}", os.W_OK, effective_ids=True)
+
+
+def pread(descriptor: int, offset: int, view: memoryview) -> None:
+    """Fill `view`; what lies beyond the end of the file reads as zeroes. Raises: OSError."""
+    position = 0
+    while position < len(view):
+        count = os.preadv(descriptor, (view[position:],), offset + position)
+        if count == 0:
+            view[position:] = bytes(len(view) - position)
+            return
+        position += count
 
 
 def fdatasync(descriptor: int) -> None:

@@ -172,8 +172,8 @@ def noting_run(answered: list[int]) -> Callable[..., Run]:
     """`Lane.run` that appends how many requests each run answered."""
     run = Lane.run
 
-    def noting(self: Lane, *arguments: Any) -> Run:
-        result = run(self, *arguments)
+    def noting(self: Lane, *arguments: Any, may_map: bool) -> Run:
+        result = run(self, *arguments, may_map=may_map)
         answered.append(result.answered)
         return result
 
@@ -200,7 +200,7 @@ def test_lane_gives_the_replies_and_the_image_of_the_general_path(
         stream = random_stream(seed, DIALECTS[dialect][1])
         monkeypatch.setattr(Lane, "run", noting)
         fast = run_stream(stream, dialect, writable=writable, guarded=guarded)
-        monkeypatch.setattr(Lane, "run", lambda self, receiver, fill, count_max: Run(fill, 0))
+        monkeypatch.setattr(Lane, "run", lambda self, receiver, fill, count_max, may_map: Run(fill, 0))
         assert fast == run_stream(stream, dialect, writable=writable, guarded=guarded), f"seed {seed}"
     assert sum(answered) > 12 * 5
 

@@ -92,7 +92,7 @@ def test_merged_writes_give_the_replies_and_the_disk_of_single_ones(
         (tmp_path / "disk").write_bytes(inner.content)
         assert qemu_check(tmp_path / "disk").exit_status == 0
         with monkeypatch.context() as patch:
-            patch.setattr(Lane, "run", lambda self, receiver, fill, count_max: Run(fill, 0))
+            patch.setattr(Lane, "run", lambda self, receiver, fill, count_max, may_map: Run(fill, 0))
             assert fast == served(stream, dialect, FaultFile(MemoryFile(empty))), f"seed {seed}"
     assert merged > 8 * 20
 

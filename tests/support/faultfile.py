@@ -38,6 +38,8 @@ class FaultFile:
     delay: awaited before every waiting call that succeeds or fails.
     """
 
+    pages = None
+
     def __init__(self, inner: BlockFile, *, slow_only: bool = False) -> None:
         self.inner = inner
         self.slow_only = slow_only

@@ -49,6 +49,7 @@ class EncryptedFile:
     """
 
     __slots__ = ("_cipher", "_inner", "_shift", "is_writable", "path")
+    pages = None
 
     def __init__(self, inner: BlockFile, cipher: SectorCipher, shift: int = 0) -> None:
         self.path = inner.path

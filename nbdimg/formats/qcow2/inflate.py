@@ -119,6 +119,7 @@ class InflatedFile:
     """
 
     is_writable = False
+    pages = None
 
     def __init__(self, file: BlockFile, cluster_bits: int, compression: int) -> None:
         self.path = file.path

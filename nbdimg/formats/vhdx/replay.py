@@ -114,6 +114,7 @@ class ReplayedFile:
     """
 
     is_writable = False
+    pages = None
 
     def __init__(self, file: BlockFile, layer: Layer, size: int) -> None:
         self.path = file.path

@@ -172,6 +172,8 @@ class RecordingFile:
     bytes, a crash may show any of them.
     """
 
+    pages = None
+
     def __init__(self, trace: Trace, content: Buffer, path: str = "recorded", *, inline_share: float = 0.5) -> None:
         self.path = path
         self.is_writable = True

@@ -1,0 +1,126 @@
+"""A file's pages in memory, mapped, so that a system call sends them without a copy of their own.
+
+Nothing here touches a mapped byte: for one that is not in memory this thread would wait, and one behind the file's end,
+or that the device does not give, would end the process with SIGBUS. A system call waits as well, or fails with EFAULT.
+So bytes are handed out when the kernel has said that they are in memory, for one call that follows in the same turn of
+the loop. Should they have left it by then, which takes a lack of memory in just these microseconds, that call waits for
+the disk; should they be gone, `fetch` says what a read says.
+
+Files are mapped in windows, of which there are WINDOWS_MAX for all files of a loop. Those that were not used of late
+are given back by `tidy`, never in the midst of a turn. Each costs the kernel 8 bytes for a page of it that was used.
+What is mapped counts as resident memory of the process; it is the page cache's all the same.
+"""
+
+from __future__ import annotations
+
+from nbdimg.storage import system
+from nbdimg.storage.perloop import PerLoop
+from nbdimg.storage.system import PAGE_SIZE, Residence
+from nbdimg.units import MiB
+
+WINDOW_SIZE = 128 * MiB
+"""Bytes of a file in one map: 256 KiB of page tables at most."""
+
+WINDOWS_MAX = 128
+"""16 GiB in all, for 32 MiB of page tables. While all of them are in use, the rest is read and not mapped."""
+
+RESIDENT_MAX = 1 * MiB
+"""Bytes that are handed out at a time."""
+
+
+class _Window:
+    """Of one file, from `index * WINDOW_SIZE` on. Raises: OSError: from the constructor, when it cannot be mapped."""
+
+    __slots__ = ("address", "index", "pages", "residence", "view", "was_used")
+
+    def __init__(self, pages: Pages, index: int, residence: Residence) -> None:
+        self.pages = pages
+        self.index = index
+        self.residence = residence
+        self.address = system.map_pages(pages.descriptor, index * WINDOW_SIZE, WINDOW_SIZE)
+        self.view = system.memory_at(self.address, WINDOW_SIZE)
+        self.was_used = True
+
+
+class _Maps:
+    """All windows of one loop."""
+
+    def __init__(self) -> None:
+        self.windows: dict[_Window, None] = {}
+        self._residence = Residence(RESIDENT_MAX // PAGE_SIZE + 1)
+
+    def add(self, pages: Pages, index: int) -> _Window | None:
+        """A new window, if there may be one more. Raises: OSError: it cannot be mapped."""
+        if len(self.windows) >= WINDOWS_MAX:
+            return None
+        window = _Window(pages, index, self._residence)
+        self.windows[window] = None
+        return window
+
+    def drop(self, window: _Window) -> None:
+        del self.windows[window]
+        del window.pages.windows[window.index]
+        system.unmap_pages(window.address, WINDOW_SIZE)
+
+    def drop_all(self) -> None:
+        for window in list(self.windows):
+            self.drop(window)
+
+
+_maps = PerLoop(_Maps, _Maps.drop_all)
+
+
+class Pages:
+    """Those of one open file."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.windows: dict[int, _Window] = {}
+        self._is_refused = False
+        """This file, or this process, gets no map."""
+
+    def resident(self, offset: int, length: int) -> memoryview | None:
+        """The range, if all of it is in memory and in one window; None: it has to be read.
+
+        For a system call of this turn alone.
+        """
+        index, start = divmod(offset, WINDOW_SIZE)
+        stop = start + length
+        if length > RESIDENT_MAX or stop > WINDOW_SIZE:
+            return None
+        window = self.windows.get(index) or self._map(index)
+        if window is None:
+            return None
+        window.was_used = True
+        return window.view[start:stop] if window.residence.is_whole(window.address, start, stop) else None
+
+    def _map(self, index: int) -> _Window | None:
+        if self._is_refused:
+            return None
+        try:
+            window = _maps.get().add(self, index)
+        except OSError:
+            self._is_refused = True
+            return None
+        if window is not None:
+            self.windows[index] = window
+        return window
+
+    def fetch(self, offset: int, into: memoryview) -> None:
+        """Read what was resident, as `BlockFile.pread`; it may wait. Raises: OSError."""
+        system.pread(self.descriptor, offset, into)
+
+    def close(self) -> None:
+        """Nothing of it is mapped any more. Comes before the descriptor is closed: a map would keep its locks."""
+        self._is_refused = True
+        for window in list(self.windows.values()):
+            _maps.get().drop(window)
+
+
+def tidy() -> None:
+    """Give back the windows that were not used since the last call. Between two turns of the running loop."""
+    maps = _maps.get()
+    for window in list(maps.windows):
+        if not window.was_used:
+            maps.drop(window)
+        window.was_used = False
