@@ -126,7 +126,7 @@ class Control:
         Raises: ConfigError: a name is taken, a rule needs TLS that is not there, the image is still open for clients
             of an export that was removed. ImageError: it cannot be opened. OSError: its key file cannot be read.
         """
-        return await self._alone(self._add(config))
+        return await self._to_the_end(self._locked(self._add(config)))
 
     async def _add(self, config: ExportConfig) -> list[str]:
         service = self._service
@@ -162,11 +162,14 @@ class Control:
 
         Raises: ImageError, OSError: a flush failed at the end; the export is gone all the same.
         """
+        await self._to_the_end(self._remove(name, mode))
+
+    async def _remove(self, name: str, mode: RemoveMode) -> None:
         leaving = self._leaving(name)
         if leaving is None:
-            leaving = await self._alone(self._hide(name, mode))
+            leaving = await self._locked(self._hide(name, mode))
         if mode != "hide":
-            await self._to_the_end(self._see_off(leaving, is_hard=mode == "hard"))
+            await self._see_off(leaving, is_hard=mode == "hard")
 
     def _leaving(self, name: str) -> Leaving | None:
         """What was removed under a name that is not visible."""
@@ -371,17 +374,13 @@ class Control:
 
     # What operations share
 
-    async def _alone(self, work: Coroutine[Any, Any, T]) -> T:
+    async def _locked(self, work: Coroutine[Any, Any, T]) -> T:
         """Run what changes which exports there are when nothing else of the kind and no reload runs."""
-
-        async def locked() -> T:
-            async with self._service.lock:
-                if self._service.registry.is_shutting_down:
-                    work.close()
-                    raise ConfigError("the server stops")
-                return await work
-
-        return await self._to_the_end(locked())
+        async with self._service.lock:
+            if self._service.registry.is_shutting_down:
+                work.close()
+                raise ConfigError("the server stops")
+            return await work
 
     async def _on_image(self, name: str, work: Callable[[Export], Awaitable[T]]) -> T:
         """Run an operation on an export's image when no other one on that runs. Of one that a reload opens anew

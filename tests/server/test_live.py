@@ -380,6 +380,24 @@ def test_operation_goes_on_when_its_caller_is_cancelled(served: ControlledServer
     assert wait_until(lambda: "disk" in served.look(), WAIT_S)
 
 
+def test_removal_whose_caller_is_cancelled_before_its_turn_sees_clients_off(
+    served: ControlledServer, make: Make
+) -> None:
+    async def cancelled() -> None:
+        async with served.service.lock:
+            task = asyncio.create_task(served.control.remove("disk", "hard"))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    served.ask(served.control.add(make("disk")))
+    with served.connect("disk") as client:
+        served.ask(cancelled())
+        assert client.wait_closed(WAIT_S) is not None
+    assert wait_until(lambda: not is_known(served, "disk"), WAIT_S)
+
+
 def test_operation_on_a_server_that_stops_is_refused(served: ControlledServer, make: Make) -> None:
     served.service.registry.is_shutting_down = True
     with pytest.raises(ConfigError, match="the server stops"):
