@@ -29,7 +29,7 @@ async def list_exports(request: web.Request) -> web.Response:
 
 
 async def show_export(request: web.Request) -> web.Response:
-    return web.json_response(fields_of(_found(request)[1]))
+    return web.json_response(fields_of(request.app[BACKEND].control.export(request.match_info["name"])))
 
 
 async def add_export(request: web.Request) -> web.Response:
@@ -43,14 +43,14 @@ async def add_export(request: web.Request) -> web.Response:
 
 
 async def remove_export(request: web.Request) -> web.Response:
-    control, state = _found(request)
+    control, state = await _found(request)
     mode = query_choice(request, "mode", REMOVE_MODES)
     await control.remove(state.name, cast(RemoveMode, mode))
     return web.Response(status=204)
 
 
 async def resize_export(request: web.Request) -> web.Response:
-    control, state = _found(request)
+    control, state = await _found(request)
     table, reader = await table_body(request, ("size", "shrink"))
     size = table.get("size", size_in_bytes(1), 0)
     may_shrink = table.get("shrink", boolean, False)
@@ -61,12 +61,12 @@ async def resize_export(request: web.Request) -> web.Response:
 
 
 async def list_snapshots(request: web.Request) -> web.Response:
-    control, state = _found(request)
+    control, state = await _found(request)
     return web.json_response({"snapshots": [fields_of(each) for each in await control.snapshots(state.name)]})
 
 
 async def create_snapshot(request: web.Request) -> web.Response:
-    control, state = _found(request)
+    control, state = await _found(request)
     table, reader = await table_body(request, ("name",))
     name = table.get("name", export_name, "")
     if "name" not in table:
@@ -78,7 +78,7 @@ async def create_snapshot(request: web.Request) -> web.Response:
 
 
 async def delete_snapshot(request: web.Request) -> web.Response:
-    control, state = _found(request)
+    control, state = await _found(request)
     wanted = request.match_info["snapshot"]
     if not any(wanted in (each.id, each.name) for each in await control.snapshots(state.name)):
         raise Refusal(404, f"{state.name!r} has no snapshot {wanted!r:.80}")
@@ -87,12 +87,12 @@ async def delete_snapshot(request: web.Request) -> web.Response:
 
 
 async def list_bitmaps(request: web.Request) -> web.Response:
-    control, state = _found(request)
+    control, state = await _found(request)
     return _bitmaps(await control.bitmaps(state.name))
 
 
 async def change_bitmaps(request: web.Request) -> web.Response:
-    control, state = _found(request)
+    control, state = await _found(request)
     table, reader = await table_body(request, ("actions",))
     tables = table.tables("actions", ("action", "name", "granularity", "disabled", "sources"))
     actions = [_bitmap_action(each) for each in tables[:BITMAP_ACTIONS_MAX]]
@@ -123,7 +123,7 @@ def _bitmaps(states: Sequence[BitmapState]) -> web.Response:
     return web.json_response({"bitmaps": [fields_of(each) for each in states]})
 
 
-def _found(request: web.Request) -> tuple[Control, ExportState]:
-    """Raises: NotThere: the path names no export."""
+async def _found(request: web.Request) -> tuple[Control, ExportState]:
+    """The export to work on; one that a reload opens anew is waited for. Raises: NotThere: the path names none."""
     control = request.app[BACKEND].control
-    return control, control.export(request.match_info["name"])
+    return control, await control.settled(request.match_info["name"])

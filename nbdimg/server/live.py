@@ -103,6 +103,12 @@ class Control:
                 return self._state(export)
         raise self._unknown(name)
 
+    async def settled(self, name: str) -> ExportState:
+        """As `export`; of one that a reload opens anew, when that is over."""
+        if self._leaving(name) is None:
+            await self._see_back(name)
+        return self.export(name)
+
     def _state(self, export: Export) -> ExportState:
         """Also of one that a reload has just taken away."""
         known = ((is_live, is_hidden) for each, is_live, is_hidden in self._known() if each is export)
@@ -390,9 +396,7 @@ class Control:
 
         async def locked() -> T:
             while True:
-                if name not in service.registry:
-                    async with service.lock:
-                        pass
+                await self._see_back(name)
                 export = self._image_export(name)
                 async with export.upkeep:
                     if service.registry.is_shutting_down:
@@ -401,6 +405,13 @@ class Control:
                         return await work(export)
 
         return await self._to_the_end(locked())
+
+    async def _see_back(self, name: str) -> None:
+        """Where a reload has an export of the file away, wait for its end."""
+        service = self._service
+        if name not in service.registry and any(named(each) == name for each in service.config.exports):
+            async with service.lock:
+                pass
 
     async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
         """Run it, whatever becomes of the caller."""

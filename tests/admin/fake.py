@@ -53,6 +53,9 @@ class FakeControl:
                 return each
         raise NotThere(f"there is no export {name!r}")
 
+    async def settled(self, name: str) -> ExportState:
+        return self.export(name)
+
     async def resize(self, *arguments: Any, **choices: Any) -> ExportState:
         self.calls.append(arguments)
         if self.error is not None:

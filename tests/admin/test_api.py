@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -256,6 +258,21 @@ def test_resize_grows_a_disk_for_who_connects_next(served: Served) -> None:
     assert path.stat().st_size == 2 * MIB
     with connect_negotiated(served.socket_path, "grown") as client:
         assert client.read(2 * MIB - 512, 512).data == bytes(512)
+
+
+def test_operation_on_an_export_that_a_reload_opens_anew_waits_for_it(tmp_path: Path) -> None:
+    """The reload waits for a client that takes no reply."""
+    with Served(tmp_path) as server:
+        limits = "[limits]\ndrain_timeout = 1\n"
+        server.reload(server.text + limits)
+        with connect_negotiated(server.socket_path, "disk") as client:
+            client.send_requests(client.reads(40, MIB))
+            client.receive(1)
+            server.write(server.text.replace('"disk"\n', '"disk"\nmin_block_size = 512\n') + limits)
+            server.process.send_signal(signal.SIGHUP)
+            assert wait_until(lambda: "disk" not in server.names(), WAIT_S)
+            answer = server.api.ask("POST", "/v1/exports/{name}/resize", {"size": 2 * MIB}, name="disk")
+        assert (answer.status, answer.json().get("size")) == (200, 2 * MIB)
 
 
 def test_resize_shrinks_only_on_request(served: Served) -> None:
