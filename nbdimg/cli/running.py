@@ -84,7 +84,7 @@ async def serve_file(
                 _announce(service, notifier)
                 await stop.wait_and_drain(service, notifier)
             finally:
-                await reloader.close()
+                reloader.stop()
         service.server.estate.settle(notifier)
     finally:
         notifier.close()

@@ -107,13 +107,11 @@ class Reloader:
         """Reload soon. May be called from a signal's callback."""
         self._is_wanted.set()
 
-    async def close(self) -> None:
-        """Begin no further reload, and see one that is under way to its end, without waiting for clients that leave."""
+    def stop(self) -> None:
+        """Begin no further reload. The end of one that is under way is awaited by that of the server."""
         self._is_closing = True
         self._is_wanted.set()
-        self._service.server.hasten()
         self._watcher.cancel()
-        await asyncio.wait((self._worker, self._watcher))
 
     async def _serve_requests(self) -> None:
         while True:
@@ -312,6 +310,8 @@ class Reloader:
         for each in hidden:
             await server.dismiss(server.clients_of(each.exports))
             await asyncio.wait((each.closing,))
+        if self._service.registry.is_shutting_down:
+            return ()
         failures = {config: failure for config in prepared.later if (failure := await self._add_late(config))}
         if failures:
             await self._restore(failures, found)

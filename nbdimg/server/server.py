@@ -12,7 +12,7 @@ import logging
 import os
 import select
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from nbdimg.errors import NbdimgError, escaped
@@ -47,8 +47,8 @@ SWEEPS_PER_TIMEOUT = 20
 SWEEP_INTERVAL_MAX_S = 0.25
 
 CLOSE_EXPECTED_S = 3.0
-"""After this time the log names an image that is still being closed: behind a drain of 5 s, that is before the 10 s are
-over after which `docker stop` kills."""
+"""After this time the log names what is waited for at an image's end: behind a drain of 5 s, that is before the 10 s
+are over after which `docker stop` kills."""
 
 ABSENCE_MIN_S = 0.5
 """A sweep that comes so late finds clients that nobody looked after: the process was stopped (SIGSTOP, a paused
@@ -375,28 +375,35 @@ class Server:
 
     async def _close(self, export: Export, tasks: Collection[asyncio.Task[None]]) -> NbdimgError | None:
         """When what is at work on the image at large is done too. Returns what went wrong."""
-        late = self._loop.call_later(
-            CLOSE_EXPECTED_S,
-            logger.warning,
-            "export %s: %s is not closed after %g seconds: what was asked of its storage is not done",
-            escaped(export.name),
-            export.image.path,
-            CLOSE_EXPECTED_S,
-        )
-        if tasks:
-            await asyncio.wait(tasks)
         failure = None
-        async with export.upkeep:
-            has_failed = export.image.failure is not None
-            try:
-                await export.close()
-            except NbdimgError as error:
-                failure = error
-            finally:
-                late.cancel()
+        with telling_late(f"export {escaped(export.name)}: {export.image.path} is not closed"):
+            if tasks:
+                await asyncio.wait(tasks)
+            async with export.upkeep:
+                has_failed = export.image.failure is not None
+                try:
+                    await export.close()
+                except NbdimgError as error:
+                    failure = error
         if failure is not None or has_failed:
             self.estate.renounce()
         return failure
+
+
+@contextlib.contextmanager
+def telling_late(what: str) -> Iterator[None]:
+    """Around what waits for storage at the end: the log says `what` when it takes longer than CLOSE_EXPECTED_S."""
+    late = asyncio.get_running_loop().call_later(
+        CLOSE_EXPECTED_S,
+        logger.warning,
+        "%s after %g seconds: what was asked of its storage is not done",
+        what,
+        CLOSE_EXPECTED_S,
+    )
+    try:
+        yield
+    finally:
+        late.cancel()
 
 
 def _sweep_interval(limits: Limits) -> float:

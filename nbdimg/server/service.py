@@ -19,7 +19,7 @@ from nbdimg.server.checks import check_config, check_directories, check_identiti
 from nbdimg.server.handover import LeftClient, files_of
 from nbdimg.server.listen import address_of
 from nbdimg.server.opening import close_exports, open_exports, open_snapshot
-from nbdimg.server.server import Server
+from nbdimg.server.server import Server, telling_late
 from nbdimg.server.systemd import Inherited
 from nbdimg.server.terms import as_reached, exposed, terms_of
 from nbdimg.server.tls import Tls
@@ -81,9 +81,13 @@ class Service:
         ]
 
     async def open(self, config: ExportConfig) -> list[Export]:
-        """Open and register an export. Raises: as `open_exports` and `add`; then nothing is open."""
+        """Open and register an export. Raises: as `open_exports` and `add`, ConfigError: the server stops; then nothing
+        is open.
+        """
         exports = await open_exports(config, self.config.limits)
         try:
+            if self.registry.is_shutting_down:
+                raise ConfigError("the server stops")
             self.add(config, exports)
         except ConfigError:
             await close_exports(exports)
@@ -271,7 +275,11 @@ async def serving(
     finally:
         registry.is_shutting_down = True
         server.hasten()  # or who is asked to go meanwhile, by an operation that runs, is given drain_timeout_s anew
-        async with service.lock:
+        try:
             service.failures.extend(await server.close())
-        for leaving in list(service.leaving):
-            await leaving.closing
+        finally:
+            with telling_late("an image is not opened, or one that a reload takes away not closed,"):
+                async with service.lock:
+                    pass  # what runs under it closes what it has opened: nothing is exported any more
+            for leaving in list(service.leaving):
+                await leaving.closing

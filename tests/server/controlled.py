@@ -37,16 +37,12 @@ class ControlledServer(LiveServer):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close_reloader()
+        self.now(self._reloader.stop)
         super().__exit__(kind, error, trace)
 
     async def _controlled(self) -> Control:
         self._reloader = Reloader(self.service, lambda: (self.wanted, False), Notifier({}), self._file)
         return Control(self.service, self._reloader)
-
-    def close_reloader(self) -> None:
-        """As a process does before the server stops."""
-        self.ask(self._reloader.close())
 
     def look(self) -> dict[str, int]:
         """The exports' names, and how many clients each has."""

@@ -472,11 +472,11 @@ def test_stop_waits_for_no_client_of_a_snapshot_that_is_being_deleted(tmp_path: 
 def test_hidden_client_is_given_the_time_of_all_others_when_the_server_stops(
     served: ControlledServer, make: Make
 ) -> None:
-    """The end of reloading hurries those that were made to go; it was not."""
+    """The end hurries those that were made to go; it was not."""
     served.ask(served.control.add(make("disk")))
     with served.connect("disk") as client:
         served.ask(served.control.remove("disk", "hide"))
-        served.close_reloader()
+        served.now(served.service.server.hasten)
         assert_works(client)
         assert served.now(served.control.export, "disk").connections == 1
 

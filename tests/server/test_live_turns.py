@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ import pytest
 
 from nbdimg.config import AccessRule, ExportConfig
 from nbdimg.errors import ConfigError, NotThere
+from nbdimg.export.export import Export
 from nbdimg.formats import create_image
 from nbdimg.formats.qcow2.bitmap_edit import BitmapAction
 from nbdimg.formats.qcow2.snapshots import load_snapshots
-from nbdimg.server import live, opening, server, service
+from nbdimg.server import live, opening, reload, server, service
 from nbdimg.server.live import Control
+from nbdimg.server.service import open_exports
 from nbdimg.storage.posix import PosixFile
 from tests.server.controlled import AtWork, ControlledServer
 from tests.support.qcow2edit import qemu_img
@@ -76,6 +79,18 @@ class Gate:
             self._is_reached.set()
             await self._is_open.wait()
             return await function(*arguments, **more)
+
+        return held
+
+    def hold_opening(self, function: Callable[..., Awaitable[list[Export]]]) -> Callable[..., Awaitable[list[Export]]]:
+        """What opens images; not what tries them."""
+
+        async def held(*arguments: Any, is_trial: bool = False) -> list[Export]:
+            opened = await function(*arguments, is_trial=is_trial)
+            if not is_trial:
+                self._is_reached.set()
+                await self._is_open.wait()
+            return opened
 
         return held
 
@@ -158,6 +173,44 @@ def test_stop_closes_images_though_an_operation_on_another_hangs_and_names_that(
     assert making.result(WAIT_S).export is None
     assert running.has_logged("snapshot 's' of 'a' is not exported: the server stops")
     qemu_img("check", "-q", "-f", "qcow2", tmp_path / "a.img")
+
+
+@pytest.mark.parametrize("change", ["add", "reload", "reopen", "close"])
+def test_stop_closes_images_though_what_comes_or_goes_hangs_and_tells_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """An image is opened for an addition, for a reload, or anew by one, or it is closed by one; all are closed then."""
+    monkeypatch.setattr(server, "CLOSE_EXPECTED_S", 0.01)
+    is_closed_first: list[bool] = []
+    late = disk(tmp_path, "c")
+    with ControlledServer(tmp_path, disk(tmp_path, "a"), disk(tmp_path, "b")) as running:
+        image = running.service.exports["a"][0].image
+        other = running.service.exports["b"][0].image.driver.file
+        assert isinstance(other, PosixFile)
+        gate = Gate(running)
+        if change == "close":
+            monkeypatch.setattr(image, "flush", gate.hold(image.flush))
+        else:
+            for module in (reload, service):
+                monkeypatch.setattr(module, "open_exports", gate.hold_opening(open_exports))
+        first, second = running.wanted.exports
+        exports = (first, second, late) if change == "reload" else (replace(first, block_size_min=512), second)
+        running.wanted = replace(running.wanted, exports=exports)
+        control = running.control
+        changing = running.start(control.add(late) if change == "add" else control.reload())
+        gate.wait_reached()
+
+        def watch() -> None:
+            has_told = running.has_logged("an image is not opened, or one that a reload takes away not closed")
+            is_closed_first.append(wait_until(lambda: other.descriptor < 0, WAIT_S / 2) and has_told)
+            gate.open()
+
+        watching = Thread(target=watch)
+        watching.start()
+    watching.join(WAIT_S)
+    assert is_closed_first == [True]
+    assert changing.exception(WAIT_S) is None or change == "add"
+    assert not [each for each in map(os.path.realpath, Path("/proc/self/fd").iterdir()) if str(tmp_path) in each]
 
 
 def test_export_removed_under_an_operation_goes_at_once_and_is_closed_behind_it(

@@ -439,7 +439,7 @@ def test_reload_image_lost_to_another_process_meanwhile_restores_the_old_export(
             assert reloader.refusal is None
             assert running.config == new
             assert [export.image.is_writable for export in running.registry] == [False]
-            await reloader.close()
+            reloader.stop()
 
     asyncio.run(scenario())
     assert f"{name} could not be opened again" in caplog.text
@@ -484,7 +484,7 @@ def test_reload_that_swaps_images_and_loses_one_knows_what_is_exported(
             assert await reloader.reload()
             assert not control.unserved
             assert {export.name: export.image.path for export in running.registry} == {"one": b, "two": a}
-            await reloader.close()
+            reloader.stop()
 
     asyncio.run(scenario())
 
@@ -523,7 +523,7 @@ def test_listener_that_others_reach_in_plain_text_is_told_of_once(
             for _, count in wanted:
                 await reloader.reload()
                 assert exposures(caplog) == count
-            await reloader.close()
+            reloader.stop()
 
     asyncio.run(scenario())
 
@@ -633,7 +633,7 @@ def test_reload_listener_that_cannot_be_opened_again_keeps_no_other_closed(
             assert running.server.listeners == [other]
             assert await reloader.reload()
             assert set(running.server.listeners) == {lost, other}
-            await reloader.close()
+            reloader.stop()
 
     asyncio.run(scenario())
 
@@ -672,7 +672,7 @@ def test_reload_that_changes_the_logs_format_says_that_it_takes_a_restart(
             reloader = Reloader(running, lambda: (new, False), Notifier({}), str(tmp_path / "file"))
             assert await reloader.reload()
             assert running.config == old
-            await reloader.close()
+            reloader.stop()
 
     asyncio.run(scenario())
     assert "what is new in [admin], [metrics] and log_format takes a restart" in caplog.messages
@@ -702,7 +702,7 @@ def test_reload_waits_where_no_thread_can_be_started(
             assert await reloader.reload()
             assert refused
             assert running.config == new
-            await reloader.close()
+            reloader.stop()
 
     asyncio.run(scenario())
 
@@ -791,7 +791,7 @@ def test_reload_watches_a_file_that_is_still_being_written_until_it_is_quiet(
             watching = Reloader(running, load, Notifier({}), "file", is_watching=True, seen=seen, watch_interval_s=0.01)
             await asyncio.wait_for(is_loaded.wait(), 10)
             assert looks == sizes
-            await watching.close()
+            watching.stop()
 
     asyncio.run(scenario())
 
@@ -835,7 +835,7 @@ def test_reload_on_request_watches_what_it_has_read_from_then_on(
             is_loaded.clear()
             os.utime(identity.certificate_path, ns=(5, 5))
             await asyncio.wait_for(is_loaded.wait(), 10)
-            await watching.close()
+            watching.stop()
 
     asyncio.run(scenario())
 
