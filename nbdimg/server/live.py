@@ -195,8 +195,8 @@ class Control:
         return self._service.hide(name)
 
     async def _see_off(self, leaving: Leaving, *, is_hard: bool) -> None:
-        server = self._service.server
-        await server.dismiss(server.clients_of(leaving.exports), is_hard=is_hard)
+        service = self._service
+        await service.server.dismiss(service.clients_of(leaving), is_hard=is_hard)
         failures = await asyncio.shield(leaving.closing)
         if failures:
             raise failures[0]
@@ -285,10 +285,7 @@ class Control:
         driver = _qcow2_driver(export, "snapshots")
         service = self._service
         snapshot = find_snapshot(driver.file.path, await load_snapshots(driver.file, driver.header), tag)
-        exported = service.remove_snapshot(export, snapshot.id)
-        if exported is not None:
-            for failure in await service.server.retire([exported]):
-                logger.error("%s", failure)
+        exported = await service.retire_snapshot(export, snapshot.id)
         try:
             async with _overhaul(export):
                 await delete_snapshot(driver, snapshot.id)

@@ -308,7 +308,7 @@ class Reloader:
         for error in await server.retire(leaving):
             logger.error("%s", error)
         for each in hidden:
-            await server.dismiss(server.clients_of(each.exports))
+            await server.dismiss(self._service.clients_of(each))
             await asyncio.wait((each.closing,))
         if self._service.registry.is_shutting_down:
             return ()

@@ -16,6 +16,7 @@ from nbdimg.export.export import Export
 from nbdimg.export.registry import Registry
 from nbdimg.server import sandbox
 from nbdimg.server.checks import check_config, check_directories, check_identities, check_listener, named, with_names
+from nbdimg.server.connection import Connection
 from nbdimg.server.handover import LeftClient, files_of
 from nbdimg.server.listen import address_of
 from nbdimg.server.opening import close_exports, open_exports, open_snapshot
@@ -66,6 +67,8 @@ class Service:
     started_s: float = field(default_factory=time)
     reload_count: int = 0
     refused_reload_count: int = 0
+    _retiring: dict[Export, Export] = field(default_factory=dict)
+    """By the image's export that of its snapshot which is being deleted."""
 
     async def drain(self) -> None:
         """Stop accepting, and wait for clients to finish or the drain's deadline."""
@@ -180,14 +183,27 @@ class Service:
             raise
         self.family(base).append(export)
 
-    def remove_snapshot(self, base: Export, snapshot_id: str) -> Export | None:
-        """Take a snapshot's export, if it has one, out of sight; `Server.retire` must follow. Raises: `_config_of`."""
+    async def retire_snapshot(self, base: Export, snapshot_id: str) -> Export | None:
+        """Take a snapshot's export, if it has one, out of sight; its clients drain, and it is closed. What goes wrong
+        then is logged. Raises: `_config_of`.
+        """
         self._config_of(base)
         export = next((each for each in self.family(base) if each.snapshot_id == snapshot_id), None)
         if export is not None:
             self.family(base).remove(export)
             self.registry.remove(export.name)
+            self._retiring[base] = export
+            try:
+                for failure in await self.server.retire([export]):
+                    logger.error("%s", failure)
+            finally:
+                del self._retiring[base]
         return export
+
+    def clients_of(self, leaving: Leaving) -> list[Connection]:
+        """Also those of a snapshot that is being deleted, which the image is not closed before."""
+        retiring = [self._retiring[each] for each in leaving.exports if each in self._retiring]
+        return self.server.clients_of([*leaving.exports, *retiring])
 
     def _config_of(self, base: Export) -> ExportConfig:
         """Raises: ConfigError: it has left, or the server stops: whoever closes it closes its snapshots as they are."""

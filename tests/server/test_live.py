@@ -469,6 +469,21 @@ def test_stop_waits_for_no_client_of_a_snapshot_that_is_being_deleted(tmp_path: 
     deleting.result(WAIT_S)
 
 
+def test_hard_removal_waits_for_no_client_of_a_snapshot_that_is_being_deleted(tmp_path: Path, make: Make) -> None:
+    limits = Limits(drain_timeout_s=300)
+    with ControlledServer(tmp_path, make("disk", "qcow2"), limits=limits) as server:
+        with server.connect("disk") as client:
+            assert client.write(0, b"w" * SIZE).error == 0
+        server.ask(server.control.snapshot_create("disk", "old"))
+        with server.connect("disk@old") as client:
+            client.send_requests(client.reads(16, SIZE))
+            client.receive(1)
+            deleting = server.start(server.control.snapshot_delete("disk", "old"))
+            assert wait_until(lambda: "disk@old" not in server.look(), WAIT_S)
+            server.ask(server.control.remove("disk", "hard"))
+            deleting.result(WAIT_S)
+
+
 def test_hidden_client_is_given_the_time_of_all_others_when_the_server_stops(
     served: ControlledServer, make: Make
 ) -> None:
