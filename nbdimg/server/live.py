@@ -16,7 +16,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence, Set
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -380,10 +380,9 @@ class Control:
     async def _locked(self, work: Coroutine[Any, Any, T]) -> T:
         """Run what changes which exports there are when nothing else of the kind and no reload runs."""
         async with self._service.lock:
-            if self._service.registry.is_shutting_down:
-                work.close()
-                raise ConfigError("the server stops")
-            return await work
+            with closing(work):
+                self._service.check_serving()
+                return await work
 
     async def _on_image(self, name: str, work: Callable[[Export], Awaitable[T]]) -> T:
         """Run an operation on an export's image when no other one on that runs. Of one that a reload opens anew
@@ -396,8 +395,7 @@ class Control:
                 await self._see_back(name)
                 export = self._image_export(name)
                 async with export.upkeep:
-                    if service.registry.is_shutting_down:
-                        raise ConfigError("the server stops")
+                    service.check_serving()
                     if service.registry.lookup(name) is export:
                         return await work(export)
 

@@ -149,8 +149,9 @@ class Reloader:
             return await self._reload()
 
     async def _reload(self) -> bool:
-        self._notifier.reloading()
         try:
+            self._service.check_serving()
+            self._notifier.reloading()
             seen = await workers().run(stamp, self._path)
             config, is_watching = await workers().run(self._load)
             self._seen = {self._path: seen, **await workers().run(_stamps, _tls_files(config))}
@@ -199,8 +200,7 @@ class Reloader:
         prepared = await self._prepare(found, new.limits)
         with service.telling_exposed():
             try:
-                if service.registry.is_shutting_down:
-                    raise ConfigError("the server stops")
+                service.check_serving()
                 self._open_listeners(found)
             except (ConfigError, ListenError):
                 await _discard(prepared)
@@ -310,8 +310,6 @@ class Reloader:
         for each in hidden:
             await server.dismiss(self._service.clients_of(each))
             await asyncio.wait((each.closing,))
-        if self._service.registry.is_shutting_down:
-            return ()
         failures = {config: failure for config in prepared.later if (failure := await self._add_late(config))}
         if failures:
             await self._restore(failures, found)

@@ -83,14 +83,17 @@ class Service:
             for each in self.registry
         ]
 
+    def check_serving(self) -> None:
+        """Raises: ConfigError: the server stops: what is registered from then on would not be closed."""
+        if self.registry.is_shutting_down:
+            raise ConfigError("the server stops")
+
     async def open(self, config: ExportConfig) -> list[Export]:
-        """Open and register an export. Raises: as `open_exports` and `add`, ConfigError: the server stops; then nothing
-        is open.
-        """
+        """Open and register an export. Raises: as `open_exports`, `add` and `check_serving`; then nothing is open."""
+        self.check_serving()
         exports = await open_exports(config, self.config.limits)
         try:
-            if self.registry.is_shutting_down:
-                raise ConfigError("the server stops")
+            self.check_serving()
             self.add(config, exports)
         except ConfigError:
             await close_exports(exports)
@@ -207,8 +210,7 @@ class Service:
 
     def _config_of(self, base: Export) -> ExportConfig:
         """Raises: ConfigError: it has left, or the server stops: whoever closes it closes its snapshots as they are."""
-        if self.registry.is_shutting_down:
-            raise ConfigError("the server stops")
+        self.check_serving()
         if not self.family(base):
             raise ConfigError(f"the export {escaped(base.name)} was removed meanwhile")
         return self.live.get(base.name) or next(each for each in self.config.exports if each.name == base.name)

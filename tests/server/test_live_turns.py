@@ -179,7 +179,10 @@ def test_stop_closes_images_though_an_operation_on_another_hangs_and_names_that(
 def test_stop_closes_images_though_what_comes_or_goes_hangs_and_tells_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    """An image is opened for an addition, for a reload, or anew by one, or it is closed by one; all are closed then."""
+    """An image is opened for an addition, for a reload, or anew by one, or it is closed by one; all are closed then.
+
+    What waits behind that is refused.
+    """
     monkeypatch.setattr(server, "CLOSE_EXPECTED_S", 0.01)
     is_closed_first: list[bool] = []
     late = disk(tmp_path, "c")
@@ -199,6 +202,8 @@ def test_stop_closes_images_though_what_comes_or_goes_hangs_and_tells_of_it(
         control = running.control
         changing = running.start(control.add(late) if change == "add" else control.reload())
         gate.wait_reached()
+        running.wanted = replace(running.wanted, exports=(second,))
+        queued = running.start(control.reload())
 
         def watch() -> None:
             has_told = running.has_logged("an image is not opened, or one that a reload takes away not closed")
@@ -210,6 +215,7 @@ def test_stop_closes_images_though_what_comes_or_goes_hangs_and_tells_of_it(
     watching.join(WAIT_S)
     assert is_closed_first == [True]
     assert changing.exception(WAIT_S) is None or change == "add"
+    assert not queued.result(WAIT_S)
     assert not [each for each in map(os.path.realpath, Path("/proc/self/fd").iterdir()) if str(tmp_path) in each]
 
 
