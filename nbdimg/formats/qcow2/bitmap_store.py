@@ -256,9 +256,9 @@ class BitmapStore:
             if not is_full or not is_named or not await self._overwrite():
                 raise
             await self._unmark(self._marked.copy())
-            return
-        self._marked = set()
-        self.is_marked = False
+        else:
+            self._marked = set()
+            self.is_marked = False
         await settle(self._file, counts)
 
     async def replace(self, counts: Refcounts, changes: Sequence[Change]) -> None:

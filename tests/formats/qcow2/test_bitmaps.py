@@ -473,6 +473,29 @@ def test_bitmaps_closed_without_space_are_stored_in_the_place_that_they_have(tmp
     asyncio.run(run())
 
 
+def test_end_that_finds_no_space_at_one_call_and_says_nothing_leaks_nothing(tmp_path: Path) -> None:
+    """What was taken for new bits, and is counted on disk by then, is given back where they go over the old ones."""
+    content = made(tmp_path / "disk", "cluster_size=4k")
+
+    async def run(index: int) -> bool:
+        memory = MemoryFile(content)
+        file = FaultFile(memory, slow_only=True)
+        image = await opened(file)
+        await image.write(0, b"x" * 512)
+        await image.flush()
+        count = len(file.calls)
+        file.fail_at(index, errno.ENOSPC)
+        with suppress(OSError, ImageError):
+            await image.close()
+            assert await checked(memory) == 0, f"call {index}"
+        return len(file.calls) - count <= index
+
+    index = 0
+    while not asyncio.run(run(index)):
+        index += 1
+    assert index > 10
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_end_that_loses_a_bitmap_says_so_whichever_call_fails(tmp_path: Path, number: int) -> None:
     """A barrier, which some file systems let fail for space, leaves it open whether the header names a directory."""
