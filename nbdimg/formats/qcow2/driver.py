@@ -22,8 +22,8 @@ table has moved, and an image that is opened dirty is repaired first.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from nbdimg.errors import CorruptImage, ImageError, ImageFailed
 from nbdimg.formats.qcow2 import structs as s
@@ -35,7 +35,17 @@ from nbdimg.formats.qcow2.structs import Incompatible
 from nbdimg.image.driver import Allocation, Extent, Miss, Unmap
 from nbdimg.image.tables import TableCache
 from nbdimg.storage.file import BlockFile
-from nbdimg.storage.ordering import Plan, Stage, UnwrittenError, Write, leaves_no_doubt, merged, run, write_durably
+from nbdimg.storage.ordering import (
+    Plan,
+    Stage,
+    UnwrittenError,
+    Write,
+    leaves_no_doubt,
+    merged,
+    run,
+    space_may_wait,
+    write_durably,
+)
 
 
 class Qcow2Driver:
@@ -68,6 +78,8 @@ class Qcow2Driver:
         """Whether the last plan was made after corruption was found, without what waits to be written."""
         self._is_marking = False
         """The dirty bit is set here, and is not known to be on disk: the plan that holds it may fail."""
+        self._wants_repair = False
+        """A change of its tables has left leaks, or COPIED flags out: the dirty bit stays for the next opening."""
         self.map = mapping.map
 
     # Changes
@@ -241,7 +253,8 @@ class Qcow2Driver:
 
         Before it everything is durable; within it refcounts are not lazy, and in version 3 the dirty bit says on disk
         that COPIED flags and refcounts need not fit. If it fails the bit stays, so that the next opening repairs the
-        image, and this driver changes nothing any more.
+        image, and this driver changes nothing any more; `leaving_repair` is for what need not fail. The bit also stays
+        where there is no space to clear it: then the end does.
 
         Raises: ImageError: an earlier change failed, or this one's counts are corrupt. OSError: without space even for
             the bit, or where counts that are due to be lowered cannot be read, nothing has changed and the driver goes
@@ -256,10 +269,11 @@ class Qcow2Driver:
                 await self.set_dirty(True)
             has_begun = True
             yield
-            await self.settle()
-            self.check()
-            if self.header.version >= 3:
-                await self.set_dirty(False)
+            with space_may_wait():
+                await self.settle()
+                self.check()
+                if self.header.version >= 3 and not self._wants_repair:
+                    await self.set_dirty(False)
         except BaseException as error:
             if not has_begun and leaves_no_doubt(error):
                 self._is_closing = was_closing
@@ -268,14 +282,27 @@ class Qcow2Driver:
             raise
         self._is_closing = was_closing
 
+    @contextmanager
+    def leaving_repair(self) -> Iterator[None]:
+        """Around that part of an overhaul which a repair does as well. Where there is no space for it, or a table
+        cannot be read, it is left to the next opening: no count is too low, and no flag says "write in place" wrongly.
+
+        Raises: OSError: leaves a doubt, or the image is of version 2, which no opening repairs.
+        """
+        try:
+            yield
+        except OSError as error:
+            if self.header.version < 3 or not leaves_no_doubt(error):
+                raise
+            self._wants_repair = True
+
     async def close(self) -> None:
         """Raises: OSError, ImageError."""
-        was_lazy = self._is_lazy
         self._is_closing = True
         await self.settle()
         if self._fault is not None:
             await run(self.flush_plan())
-        if was_lazy and self._fault is None:
+        if self.header.is_dirty and self._fault is None and not self._wants_repair:
             await self.set_dirty(False)
         if self.bitmaps is not None and self.refcounts is not None and self._fault is None:
             await self.bitmaps.store(self.refcounts)

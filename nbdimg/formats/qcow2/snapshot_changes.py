@@ -20,8 +20,9 @@ reference. Neither harms a reader or a writer, but a check calls it corrupt; in 
 throughout, has it repaired at the next opening. Version 2 has no such bit; a check there repairs it when asked.
 
 Until the header is written a change that cannot be carried out, for counts that are too narrow, for lack of space or a
-table that cannot be read, is taken back and changes nothing. After a barrier that failed nothing is taken back: nobody
-knows what the disk has.
+table that cannot be read, is taken back and changes nothing. Where there is no space even for that, or for what follows
+the header, an image of version 3 goes on; leaks and missing flags are left to the next opening, for which the dirty
+bit stays. After a barrier that failed nothing is taken back: nobody knows what the disk has.
 
 Spec: qcow2.rst "Snapshots", "Cluster mapping".
 """
@@ -96,7 +97,7 @@ async def create_snapshot(driver: Qcow2Driver, name: str, *, now_ns: int, progre
     _check_table(driver, [*snapshots, made])
     change = _Change(driver, snapshots, progress, 3 * _tables(l1))
 
-    async def prepare() -> tuple[Snapshot, int]:
+    async def switch() -> Snapshot:
         change.trees.check_l1(driver.mapping.l1.entries)
         await change.trees.check(l1)
         await change.raise_tree(l1)
@@ -104,13 +105,10 @@ async def create_snapshot(driver: Qcow2Driver, name: str, *, now_ns: int, progre
         await change.fix_active_l1()
         plain = array("Q", [entry & ~COPIED for entry in l1])
         kept = replace(made, l1_offset=await change.place(encode_offsets(plain)))
-        return kept, await change.place(serialize([*snapshots, kept], driver.size))
+        await change.switch_table(len(snapshots) + 1, await change.place(serialize([*snapshots, kept], driver.size)))
+        return kept
 
-    async def switch(prepared: tuple[Snapshot, int]) -> Snapshot:
-        await change.switch_table(len(snapshots) + 1, prepared[1])
-        return prepared[0]
-
-    return await change.carry_out(prepare, switch)
+    return await change.carry_out(switch)
 
 
 async def apply_snapshot(driver: Qcow2Driver, wanted: str, *, progress: Progress | None = None) -> Snapshot:
@@ -141,7 +139,7 @@ async def apply_snapshot(driver: Qcow2Driver, wanted: str, *, progress: Progress
     former = driver.mapping.l1.entries[:]
     change = _Change(driver, snapshots, progress, 3 * _tables(l1) + 2 * _tables(former))
 
-    async def prepare() -> L1Table:
+    async def switch() -> None:
         await change.trees.check(l1)
         await change.trees.check(former)
         if size != driver.size and any(each.disk_size is None for each in snapshots):
@@ -149,14 +147,13 @@ async def apply_snapshot(driver: Qcow2Driver, wanted: str, *, progress: Progress
         await change.raise_tree(l1)
         await change.fix_flags(l1)
         entries = array("Q", [entry & ~COPIED for entry in l1] or [0])
-        return L1Table(driver.file, await change.place(encode_offsets(entries)), entries)
+        await change.switch_l1(L1Table(driver.file, await change.place(encode_offsets(entries)), entries), size)
 
-    async def switch(table: L1Table) -> Snapshot:
-        await change.switch_l1(table, size)
+    async def finish() -> None:
         await change.lower_tree(former)
-        return snapshot
 
-    return await change.carry_out(prepare, switch)
+    await change.carry_out(switch, finish)
+    return snapshot
 
 
 async def delete_snapshot(driver: Qcow2Driver, wanted: str, *, progress: Progress | None = None) -> Snapshot:
@@ -171,21 +168,20 @@ async def delete_snapshot(driver: Qcow2Driver, wanted: str, *, progress: Progres
     active = driver.mapping.l1
     change = _Change(driver, snapshots, progress, 2 * _tables(l1) + _tables(active.entries))
 
-    async def prepare() -> int:
+    async def switch() -> None:
         change.trees.check_l1(active.entries)
         await change.trees.check(l1)
-        return await change.place(serialize(rest, driver.size)) if rest else 0
+        await change.switch_table(len(rest), await change.place(serialize(rest, driver.size)) if rest else 0)
 
-    async def switch(table_offset: int) -> Snapshot:
-        await change.switch_table(len(rest), table_offset)
+    async def finish() -> None:
         await change.lower_tree(l1)
         change.free(snapshot.l1_offset, 8 * snapshot.l1_size)
         await change.settle()
         await change.fix_flags(active.entries)
         await change.fix_active_l1()
-        return snapshot
 
-    return await change.carry_out(prepare, switch)
+    await change.carry_out(switch, finish)
+    return snapshot
 
 
 async def _load(driver: Qcow2Driver) -> list[Snapshot]:
@@ -263,13 +259,13 @@ class _Change:
     # The order of a change
 
     async def carry_out(
-        self, prepare: Callable[[], Awaitable[T]], switch: Callable[[T], Awaitable[Snapshot]]
-    ) -> Snapshot:
-        """`prepare`, and take it back if it cannot be done; else `switch`, which begins with the header's write."""
+        self, switch: Callable[[], Awaitable[T]], finish: Callable[[], Awaitable[None]] | None = None
+    ) -> T:
+        """`switch`, which ends with the header's write, and take it back if it cannot be done; else `finish`."""
         refusal: ImageError | OSError
         async with self._driver.overhaul():
             try:
-                prepared = await prepare()
+                switched = await switch()
             except ImageError as error:
                 refusal = error
             except OSError as error:
@@ -277,8 +273,12 @@ class _Change:
                     raise
                 refusal = error
             else:
-                return await switch(prepared)
-            await self._take_back()
+                if finish is not None:
+                    with self._driver.leaving_repair():
+                        await finish()
+                return switched
+            with self._driver.leaving_repair():
+                await self._take_back()
         raise refusal
 
     async def _take_back(self) -> None:
