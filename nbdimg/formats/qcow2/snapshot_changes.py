@@ -55,7 +55,7 @@ from nbdimg.formats.qcow2.snapshots import (
 from nbdimg.formats.qcow2.structs import COPIED, OFFSET_MASK
 from nbdimg.formats.qcow2.trees import Trees, host_clusters
 from nbdimg.image.driver import Miss, answered
-from nbdimg.storage.ordering import Plan, Stage, Write, hindered, leaves_no_doubt, run, write_durably
+from nbdimg.storage.ordering import Plan, Stage, Write, hindered, leaves_no_doubt, merged, run, write_durably
 from nbdimg.units import div_ceil
 
 T = TypeVar("T")
@@ -385,19 +385,26 @@ class _Change:
     # COPIED
 
     async def fix_flags(self, l1: array[int]) -> None:
-        """Give the entries of a tree's L2 tables the flag that their counts ask for, durable."""
+        """Give the entries of a tree's L2 tables the flag that their counts ask for, durable. Slices in which nothing
+        changes are not written: they may be holes of the file, and there may be no space for them.
+        """
         self._has_reached_flags = True
+        per_slice = s.SLICE_SIZE // 8
         async for cluster, start, words in self.trees.pieces(l1):
-            if await self._fix_words(words):
-                write = Write(self._file, (cluster << self._bits) + start, encode_offsets(words))
-                await run(Plan((Stage((write,), ()),)))
+            writes = []
+            for number in {index // per_slice for index in await self._fix_words(words)}:
+                offset = (cluster << self._bits) + start + number * s.SLICE_SIZE
+                content = encode_offsets(words[number * per_slice : (number + 1) * per_slice])
+                writes.append(Write(self._file, offset, content))
+            if writes:
+                await run(Plan((Stage(merged(writes), ()),)))
         await self._file.fdatasync()
         mapping = self._driver.mapping
         mapping.switch(mapping.l1, mapping.size)
 
-    async def _fix_words(self, words: array[int]) -> bool:
-        """Whether a flag of these entries had to be changed; what is no plain entry has none."""
-        is_changed = False
+    async def _fix_words(self, words: array[int]) -> list[int]:
+        """Indexes of those entries whose flag had to be changed; what is no plain entry has none."""
+        changed = []
         base, counts = 0, array("Q")
         for index in range(0, len(words), self.trees.words):
             entry = words[index]
@@ -408,8 +415,8 @@ class _Change:
                 base, counts = await self._counts_from(cluster)
             if (counts[cluster - base] == 1) != (entry >= COPIED):
                 words[index] = entry ^ COPIED
-                is_changed = True
-        return is_changed
+                changed.append(index)
+        return changed
 
     async def _counts_from(self, cluster: int) -> tuple[int, array[int]]:
         return await hindered(answered(lambda: self._counts.counts_from(cluster)))

@@ -25,6 +25,7 @@ from nbdimg.formats.qcow2.structs import OFFSET_MASK
 from nbdimg.image.image import Image
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.units import KiB
+from tests.formats.qcow2.test_bitmaps import FullFile
 from tests.support.crash import (
     Built,
     Client,
@@ -155,6 +156,25 @@ def test_snapshot_change_on_a_disk_that_lets_nothing_be_written_for_a_while_leav
         count += 1
     left = "done" if verb == "delete" else "refused"
     assert outcomes == {("refused", False), ("done", False), (left, True)}
+
+
+def test_snapshot_deleted_on_a_full_disk_writes_no_holes_of_its_tables(tmp_path: Path) -> None:
+    """Fifteen of an L2 table's sixteen pages are holes here, as in any sparse copy of an image."""
+    disk = Disk.made(tmp_path / "image", "cluster_size=64k", 256 * KiB)
+    disk.write_qemu(1, 0, 200_000)
+    disk.create_qemu("one")
+    disk.write_qemu(2, 0, 512)
+
+    async def run() -> None:
+        memory = MemoryFile(disk.path.read_bytes())
+        file = FullFile(memory, slow_only=True)
+        driver = await opened(file)
+        file.space = 0
+        await delete_snapshot(driver, "one")
+        await end_whole(Image(driver, writable=True), disk, memory)
+        assert not (await read_header(memory)).is_dirty
+
+    asyncio.run(run())
 
 
 async def outcome_of(action: Awaitable[Snapshot], driver: Qcow2Driver, number: int) -> str:
