@@ -184,11 +184,14 @@ async def _zero_rest(image: Image, driver: Qcow2Driver, size: int, cut: list[tup
 
 async def _put_back(image: Image, cut: list[tuple[int, bytearray]]) -> None:
     """What was zeroed for a smaller disk that did not come to be. Where that fails the image does: a guest must not go
-    on with zeroes.
+    on with zeroes. What is there still, as the zeroes found no space, takes none.
     """
     for offset, content in cut:
+        found = bytearray(len(content))
         try:
-            await image.write(offset, content)
+            await image.read(offset, memoryview(found))
+            if found != content:
+                await image.write(offset, content)
         except (OSError, ImageError) as error:
             if image.gate.failure is None:
                 reason = error.strerror if isinstance(error, OSError) else error

@@ -646,6 +646,27 @@ def test_shrink_within_a_cluster_that_finds_no_space_leaves_what_lies_behind(tmp
     asyncio.run(run())
 
 
+def test_shrink_within_a_shared_cluster_that_finds_no_space_leaves_an_image_that_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "a.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    qemu_io(path, "write -q -P 7 0 1M")
+    qemu_img("snapshot", "-c", "one", path)
+    qemu_io(path, "write -q -P 7 0 512")
+
+    async def run() -> None:
+        file = FullFile(MemoryFile(path.read_bytes()), slow_only=True)
+        image = await open_file(file, "qcow2", OpenOptions(DenyGate(), writable=True))
+        file.capacity = file.size
+        with pytest.raises(OSError, match="No space"):
+            await resize_image(image, 700 * KiB, may_shrink=True)
+        await image.write(0, b"x" * 512)
+        assert await everything(image) == b"x" * 512 + b"\7" * (MiB - 512)
+        await image.close()
+        assert (await check(file, await read_header(file))).exit_status == 0
+
+    asyncio.run(run())
+
+
 def test_shrink_that_cannot_put_back_what_it_zeroed_fails_the_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
