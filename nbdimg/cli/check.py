@@ -90,9 +90,13 @@ async def _checked(
         format = format or await probed_format(file)
         if format == "vhdx":
             if repair is None:
-                return format, await check_vhdx(file, progress=report)
+                return format, await check_vhdx(file, is_device=file.is_block_device, progress=report)
             return format, await repair_vhdx(
-                file, leaks_only=repair == "leaks", accepts_lost_log=accepts_lost_log, progress=report
+                file,
+                leaks_only=repair == "leaks",
+                accepts_lost_log=accepts_lost_log,
+                is_device=file.is_block_device,
+                progress=report,
             )
         if accepts_lost_log:
             raise UnsupportedFeature(file.path, f"it is a {format} image, expected vhdx with --accept-lost-log")
@@ -128,10 +132,11 @@ def _print(path: str, result: CheckReport) -> None:
     said = [counted(count, one, more) for count, one, more in counts if count] or ["no errors found"]
     print(f"{shown(path)}: {', '.join(said)}")
     if isinstance(result, VhdxReport):
+        rest = f", and the device has {result.device_rest} more" if result.device_rest else ""
         print(
             f"{result.allocated_clusters} of {counted(result.total_clusters, 'block')} allocated, "
             f"{result.fragmented_clusters} fragmented; the log is {result.log}; "
-            f"in use up to byte {result.image_end_offset}"
+            f"in use up to byte {result.image_end_offset}{rest}"
         )
     elif result.total_clusters:
         share = 100 * result.allocated_clusters / result.total_clusters

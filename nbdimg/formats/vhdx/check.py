@@ -2,7 +2,8 @@
 
 Corruptions are what a reader would stumble over or what breaks the format. A leak is space that nothing refers to,
 counted in MiB; some MiB between the regions and the first block are how writers lay out a file, and no leak. Nor is a
-hole in the file, which takes no room, unless it is at the end. A log that is to be replayed is neither: everything is
+hole in the file, which takes no room, unless it is at the end; and what a block device has behind the image is no
+leak at all, for no device can be cut. A log that is to be replayed is neither: everything is
 looked at as it will be then.
 
     QEMU   looks for FULLY_PRESENT entries behind the file's end and for regions that overlap, nothing else
@@ -48,11 +49,16 @@ class VhdxReport(CheckReport):
     """`log` says whether it is clean. Clusters are blocks."""
 
     log: str = ""
+    device_rest: int = 0
+    """Bytes that a block device has behind all that is in use: nothing to give back."""
 
 
-async def check(file: BlockFile, *, progress: Progress | None = None) -> VhdxReport:
-    """Look at everything and change nothing. What cannot be checked is a finding of kind "error". Raises: OSError."""
-    survey = Survey(file)
+async def check(file: BlockFile, *, is_device: bool = False, progress: Progress | None = None) -> VhdxReport:
+    """Look at everything and change nothing. What cannot be checked is a finding of kind "error". Raises: OSError.
+
+    Args: is_device: whether it is a block device, whose end stays where it is.
+    """
+    survey = Survey(file, is_device=is_device)
     await survey.run(progress)
     return survey.report
 
@@ -77,8 +83,9 @@ class Survey:
     `parts` is None when they cannot be read. `used` has a byte for each MiB of the file, 1 if something is there.
     """
 
-    def __init__(self, file: BlockFile) -> None:
+    def __init__(self, file: BlockFile, *, is_device: bool = False) -> None:
         self._file = file
+        self._is_device = is_device
         self.report = VhdxReport()
         self.parts: Parts | None = None
         self.used = zeroed_bytes(0)
@@ -286,6 +293,9 @@ class Survey:
         slack = {stop // MiB for _, stop, _ in self.parts.structures()}
         for start, stop in unused(self.used):
             length = (stop - start) * MiB
+            if self._is_device and stop == len(self.used):
+                self.report.device_rest = length
+                continue
             if start in slack and length < LAYOUT_SLACK:
                 continue
             if stop < len(self.used) and self._is_hole(start * MiB, stop * MiB):

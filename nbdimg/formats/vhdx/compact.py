@@ -24,7 +24,7 @@ from nbdimg.formats.vhdx import structs as s
 from nbdimg.formats.vhdx.check import Survey, unused
 from nbdimg.formats.vhdx.geometry import BITMAP_SIZE, State
 from nbdimg.formats.vhdx.header import load_headers
-from nbdimg.formats.vhdx.offline import Session, bat_pieces, region_pages, touch
+from nbdimg.formats.vhdx.offline import Session, bat_pieces, region_pages, touch, try_cut
 from nbdimg.formats.vhdx.parts import Parts
 from nbdimg.formats.vhdx.replay import replay_to_file
 from nbdimg.formats.zeroed import zeroed
@@ -265,7 +265,7 @@ class _Compaction:
         if self._session is None and end < self._file.size:
             await touch(self._file)
         if end < self._file.size:
-            await self._file.truncate(end)
+            await try_cut(self._file, end)
         for start, stop in unused(self._used[: end // MiB]):
             await self._file.punch(start * MiB, (stop - start) * MiB)
         await self._file.fdatasync()

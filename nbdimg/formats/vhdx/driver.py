@@ -8,10 +8,9 @@ Nothing is written before the first change of a session, not even a header.
 
 from __future__ import annotations
 
-import errno
-
 from nbdimg.formats.vhdx.bat import Bat
 from nbdimg.formats.vhdx.journal import Journal
+from nbdimg.formats.vhdx.offline import try_cut
 from nbdimg.formats.vhdx.parts import Parts
 from nbdimg.formats.vhdx.space import Space
 from nbdimg.formats.vhdx.structs import PAGE_SIZE
@@ -84,11 +83,7 @@ class VhdxDriver:
             await self._journal.end()
         end = self._space.shorten()
         if self._space.grown > end:
-            try:
-                await self.file.truncate(end)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # a block device's end stays where it is
-                    raise
+            await try_cut(self.file, end)
 
     async def abandon(self) -> None:
         await self.file.close()

@@ -6,6 +6,7 @@ compacted still fit.
 
 from __future__ import annotations
 
+import errno
 from array import array
 from collections.abc import AsyncIterator, Mapping, Sequence
 from uuid import uuid4
@@ -109,6 +110,17 @@ class Session:
     async def end(self) -> None:
         """Declare the log empty: everything is in place. Raises: OSError."""
         await self._journal.end()
+
+
+async def try_cut(file: BlockFile, size: int) -> bool:
+    """Make the file end at `size` bytes. False: a block device, whose end stays where it is. Raises: OSError."""
+    try:
+        await file.truncate(size)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return True
 
 
 async def touch(file: BlockFile) -> None:

@@ -30,17 +30,22 @@ _LOST = "clean: what it held was lost, and it has been declared empty"
 
 
 async def repair(
-    file: BlockFile, *, leaks_only: bool, accepts_lost_log: bool = False, progress: Progress | None = None
+    file: BlockFile,
+    *,
+    leaks_only: bool,
+    accepts_lost_log: bool = False,
+    is_device: bool = False,
+    progress: Progress | None = None,
 ) -> VhdxReport:
     """Check and mend; the report is of the image afterwards. Nobody else may use the file.
 
     Args: leaks_only: leave headers and region tables alone. accepts_lost_log: declare a log empty that is in use and
-    holds no valid entry.
+    holds no valid entry. is_device: as `check`.
 
     Raises: OSError: the image can still be opened, and the repair be repeated.
     """
     log = await _replay(file, accepts_lost_log=accepts_lost_log)
-    before = await _surveyed(file, progress)
+    before = await _surveyed(file, is_device, progress)
     if before.parts is None or before.report.check_errors:
         return before.report
     mended = 0
@@ -51,7 +56,7 @@ async def repair(
         leaks_fixed = await _clear_entries(file, before) + await _give_back(file, before)
     after = before
     if mended or leaks_fixed:
-        after = await _surveyed(file, progress)
+        after = await _surveyed(file, is_device, progress)
     after.report.corruptions_fixed = mended + (log == _LOST)
     after.report.leaks_fixed = leaks_fixed
     if log is not None and after.report.log == "clean":
@@ -59,8 +64,8 @@ async def repair(
     return after.report
 
 
-async def _surveyed(file: BlockFile, progress: Progress | None) -> Survey:
-    survey = Survey(file)
+async def _surveyed(file: BlockFile, is_device: bool, progress: Progress | None) -> Survey:
+    survey = Survey(file, is_device=is_device)
     await survey.run(progress)
     return survey
 

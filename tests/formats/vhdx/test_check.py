@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import struct
 import time
@@ -324,6 +325,22 @@ def test_check_of_unused_space_finds_no_leak_in_a_hole_that_a_repair_has_punched
 
     assert asyncio.run(checked_and_repaired()) == [(2, 0), (0, 2)]
     assert path.read_bytes()[4 * MiB :] == content[4 * MiB : 5 * MiB] + bytes(MiB) + content[6 * MiB : 7 * MiB]
+
+
+class DeviceFile(MemoryFile):
+    """A block device: it cannot be cut."""
+
+    async def truncate(self, size: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+
+def test_check_and_repair_of_a_larger_block_device_take_its_rest_for_no_leak() -> None:
+    content = plain().content + bytes(2 * MiB)
+    assert asyncio.run(check(DeviceFile(content))).leaks == 2
+    report = asyncio.run(check(DeviceFile(content), is_device=True))
+    assert (report.is_clean, report.device_rest) == (True, 2 * MiB)
+    report = asyncio.run(repair(DeviceFile(content), leaks_only=True, is_device=True))
+    assert (report.is_clean, report.leaks_fixed, report.device_rest) == (True, 0, 2 * MiB)
 
 
 def test_repair_with_a_wrong_entry_cuts_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import struct
@@ -100,6 +101,13 @@ def test_compact_of_what_is_compact_changes_nothing() -> None:
 def test_compact_cuts_trailing_space() -> None:
     content = dynamic(b"\1" * MiB)
     assert compacted(content + bytes(7 * MiB))[0][2 * MiB :] == content[2 * MiB :]
+
+
+def test_compact_on_a_block_device_leaves_its_end_where_it_is() -> None:
+    file = FaultFile(MemoryFile(dynamic(b"\1" * MiB) + bytes(2 * MiB)))
+    file.fail("truncate", errno.EINVAL)
+    done = asyncio.run(compact(file))
+    assert done.size == done.old_size == file.size
 
 
 def test_compact_is_durable_when_it_returns() -> None:
