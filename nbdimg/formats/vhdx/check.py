@@ -13,6 +13,7 @@ A sector bitmap's content cannot be wrong: any bit may be set. Spec: [MS-VHDX] 2
 
 from __future__ import annotations
 
+import asyncio
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ Progress = Callable[[int, int], None]
 LAYOUT_SLACK = 5 * MiB
 """Unused space behind a structure up to which it is layout: QEMU leaves 4 MiB."""
 
+_TURN_ENTRIES = 4096
+"""Entries that are looked at before the loop gets its turn: a resize checks an image that is served."""
 _PIECE_ENTRIES = 512
 """Entries that are looked at as one if they can be."""
 _ZEROES = array("Q", [State.ZERO]) * _PIECE_ENTRIES
@@ -143,6 +146,16 @@ class Survey:
         if first < last:
             self.used[first:last] = b"\1" * (last - first)
 
+    @property
+    def knows_unused(self) -> bool:
+        """Whether what is not `used` belongs to nobody: all of the BAT was read and is sound, and no log changes it."""
+        return (
+            self.parts is not None
+            and self.has_sound_bat
+            and not self.report.check_errors
+            and self.report.log == "clean"
+        )
+
     # The BAT
 
     async def _check_bat(self, progress: Progress | None) -> None:
@@ -152,7 +165,9 @@ class Survey:
         count = geometry.entry_count
         self.parts.check_bat_length(self._file.path)
         async for first, entries in bat_pieces(self._file, regions.bat_offset, 0, count):
-            self._check_piece(first, entries)
+            for start in range(0, len(entries), _TURN_ENTRIES):
+                self._check_piece(first + start, entries[start : start + _TURN_ENTRIES])
+                await asyncio.sleep(0)
             if progress is not None:
                 progress(first + len(entries), count)
         self._settle(count)

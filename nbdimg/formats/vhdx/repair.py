@@ -19,10 +19,11 @@ from nbdimg.formats.vhdx import structs as s
 from nbdimg.formats.vhdx.check import Progress, Survey, VhdxReport
 from nbdimg.formats.vhdx.header import load_headers
 from nbdimg.formats.vhdx.log import load_active
-from nbdimg.formats.vhdx.offline import Session, touch
+from nbdimg.formats.vhdx.offline import Session, touch, try_cut
 from nbdimg.formats.vhdx.parts import Parts
 from nbdimg.formats.vhdx.replay import replay_to_file
 from nbdimg.storage.file import BlockFile
+from nbdimg.storage.ordering import hindered
 from nbdimg.units import MiB
 
 _REPLAYED = "clean: it has been replayed"
@@ -52,8 +53,8 @@ async def repair(
     if not leaks_only and before.report.log == "clean":
         mended = await _mend(file, before.parts)
     leaks_fixed = 0
-    if before.has_sound_bat and before.report.log == "clean":
-        leaks_fixed = await _clear_entries(file, before) + await _give_back(file, before)
+    if before.knows_unused:
+        leaks_fixed = await _clear_entries(file, before) + await give_back(file, before)
     after = before
     if mended or leaks_fixed:
         after = await _surveyed(file, is_device, progress)
@@ -113,17 +114,20 @@ async def _clear_entries(file: BlockFile, survey: Survey) -> int:
     return len(survey.stray_entries)
 
 
-async def _give_back(file: BlockFile, survey: Survey) -> int:
-    """Space that is a leak; returns MiB. The log is empty, so none speaks of a larger file, or puts back who had it."""
-    if not survey.leaks:
+async def give_back(file: BlockFile, survey: Survey) -> int:
+    """Space that is a leak; returns MiB. The log is empty, so none speaks of a larger file, or puts back who had it.
+
+    Raises: Hindrance: some of it could not be given back. OSError.
+    """
+    if not (survey.leaks and survey.knows_unused):
         return 0
     await touch(file)
     count = 0
     for start, stop in survey.leaks:
         if stop == len(survey.used):
-            await file.truncate(start * MiB)
-        elif not await file.punch(start * MiB, (stop - start) * MiB):
-            continue
-        count += stop - start
+            is_given = await hindered(try_cut(file, start * MiB))
+        else:
+            is_given = await hindered(file.punch(start * MiB, (stop - start) * MiB))
+        count += is_given * (stop - start)
     await file.fdatasync()
     return count

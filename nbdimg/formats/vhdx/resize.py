@@ -7,7 +7,8 @@
 
 Before 2 is durable nothing that was changed belongs to the disk, after it all of it does: a crash leaves the old size
 or the new one. What a smaller disk lost is let go afterwards, through the log; a crash before that leaves blocks behind
-the end, which every reader ignores, which a later growth clears, and whose space `compact` gives back.
+the end, which every reader ignores, which a later growth clears, and whose space `compact` gives back. In the end what
+belongs to nothing any more is given back, as a repair of leaks does it.
 
 Size and children: DataWriteGuid changes between 1 and 2, so children of this image no longer fit. A growth that
 finds no space for 1 leaves them as they were.
@@ -24,6 +25,7 @@ from nbdimg.errors import ConfigError, CorruptImage, UnsupportedFeature
 from nbdimg.formats.gate import DenyGate
 from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.vhdx import structs as s
+from nbdimg.formats.vhdx.check import Survey
 from nbdimg.formats.vhdx.create import RESERVE_SIZE
 from nbdimg.formats.vhdx.driver import VhdxDriver
 from nbdimg.formats.vhdx.geometry import Geometry, State
@@ -32,6 +34,7 @@ from nbdimg.formats.vhdx.offline import PIECE_SIZE, Session, bat_pieces, region_
 from nbdimg.formats.vhdx.open import load_driver
 from nbdimg.formats.vhdx.parts import Parts, load_parts
 from nbdimg.formats.vhdx.region import RegionEntry
+from nbdimg.formats.vhdx.repair import give_back
 from nbdimg.formats.vhdx.replay import replay_to_file
 from nbdimg.image.image import Image
 from nbdimg.storage.file import BlockFile, read
@@ -59,14 +62,17 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
     refusal: OSError | None = None
     try:
         await former.close()
+        file_size = file.size
         parts = await load_parts(file, await replay_to_file(file, await load_headers(file)))
         session = Session(file, parts.headers)
         try:
             await _Resize(file, parts, size, session, progress).run()
+            await _give_back(file)
         except OSError as error:
             if not leaves_no_doubt(error):
                 raise
             refusal = error
+            await _cut_back(file, size, file_size)
         driver, _ = await load_driver(file, OpenOptions(DenyGate(), writable=True))
     except BaseException:
         image.gate.failure = "a resize was not finished: open it anew"
@@ -93,6 +99,21 @@ def _check_size(image: Image, driver: VhdxDriver, size: int) -> None:
         )
 
 
+async def _give_back(file: BlockFile) -> None:
+    """Space that is nobody's now. Raises: Hindrance: some is still taken. OSError."""
+    survey = Survey(file)
+    await survey.run()
+    await give_back(file, survey)
+
+
+async def _cut_back(file: BlockFile, size: int, file_size: int) -> None:
+    """Cut off what was taken for a disk of `size` bytes, unless the log says that it came to be."""
+    parts = await load_parts(file, await replay_to_file(file, await load_headers(file)))
+    if parts.geometry.size != size and file.size > file_size:
+        with suppress(OSError):
+            await file.truncate(file_size)
+
+
 class _Resize:
     def __init__(self, file: BlockFile, parts: Parts, size: int, session: Session, progress: Progress | None) -> None:
         self._file = file
@@ -106,22 +127,12 @@ class _Resize:
     async def run(self) -> None:
         await self._session.begin()
         is_larger = self._new.size > self._old.size
-        bat = await self._prepared() if is_larger else self._bat
+        bat = await hindered(self._prepare()) if is_larger else self._bat
         await self._session.change_data()
         await self._session.change(await self._pages(bat))
         if not is_larger:
             await self._forget()
         await self._session.end()
-
-    async def _prepared(self) -> RegionEntry:
-        """As `_prepare`; the file is as long as before where that fails."""
-        size = self._file.size
-        try:
-            return await hindered(self._prepare())
-        except OSError:
-            with suppress(OSError):
-                await self._file.truncate(size)
-            raise
 
     async def _prepare(self) -> RegionEntry:
         """What nothing refers to yet. Returns where the BAT will be."""

@@ -14,6 +14,7 @@ import pytest
 
 from nbdimg.errors import ConfigError, ImageFailed, UnsupportedFeature
 from nbdimg.formats import open_file, open_image, resize_image
+from nbdimg.formats.findings import CheckReport
 from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.vhdx.check import check
 from nbdimg.formats.vhdx.driver import VhdxDriver
@@ -22,6 +23,7 @@ from nbdimg.image.gate import Reference
 from nbdimg.image.image import Image
 from nbdimg.storage.file import Buffer
 from nbdimg.storage.memory import MemoryFile
+from nbdimg.storage.posix import PosixFile
 from nbdimg.units import GiB, KiB, MiB, TiB
 from tests.formats.vhdx import craft
 from tests.support.crash import RecordingFile
@@ -185,6 +187,29 @@ def test_resize_that_shrinks_lets_blocks_behind_the_end_go() -> None:
     assert guest == b"\1" * (MiB + 512)
     assert entries(content, 4) == (4 * MiB | FULL, 5 * MiB | FULL, 0, 0)
     assert resized(content, 4 * MiB)[1] == b"\1" * (MiB + 512) + bytes(3 * MiB - 512)
+
+
+def test_resize_that_shrinks_gives_back_the_space_of_what_it_lets_go(tmp_path: Path) -> None:
+    """At the end of the file, and before what the disk still has."""
+    path = tmp_path / "x.vhdx"
+    builder = Builder(8 * MiB)
+    for block in (7, 0, 6, 5, 1, 4):
+        builder.add_full(block, b"\1" * MiB)
+    path.write_bytes(builder.content)
+
+    async def work() -> CheckReport:
+        image = await open_image(path)
+        await resize_image(image, 2 * MiB, may_shrink=True)
+        await image.close()
+        file = PosixFile(path, writable=False)
+        report = await check(file)
+        await file.close()
+        return report
+
+    report = asyncio.run(work())
+    assert (report.corruptions, report.leaks, report.allocated_clusters) == (0, 0, 2)
+    assert path.stat().st_size == len(builder.content) - MiB
+    judge(path, b"\1" * (2 * MiB))
 
 
 def test_resize_down_and_up_in_one_session_shows_zeroes() -> None:
@@ -366,7 +391,7 @@ def test_growth_that_finds_no_space_keeps_the_size_and_the_image_goes_on(content
     asyncio.run(work())
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 4), (6, 2)])
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (6, 2), (1, 512 * KiB)])
 def test_resize_that_finds_no_space_tells_the_size_that_the_disk_has(before: int, after: int) -> None:
     went_on_count = 0
 
@@ -374,6 +399,7 @@ def test_resize_that_finds_no_space_tells_the_size_that_the_disk_has(before: int
         nonlocal went_on_count
         file = FaultFile(MemoryFile(dynamic(b"\1" * (before * MiB))), slow_only=True)
         image = await opened(file)
+        file_size = file.size
         file.fail_at(index, errno.ENOSPC)
         is_refused = False
         try:
@@ -382,6 +408,7 @@ def test_resize_that_finds_no_space_tells_the_size_that_the_disk_has(before: int
             is_refused = True
         if image.failure is None:
             assert image.size == (before if is_refused else after) * MiB, f"call {index}"
+            assert not is_refused or file.size == file_size, f"call {index}"
             went_on_count += is_refused
         return file.is_reached
 
