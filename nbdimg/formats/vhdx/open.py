@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from nbdimg.errors import ConfigError, CorruptImage, ImageError
+from nbdimg.errors import ConfigError, CorruptImage, ImageError, UnsupportedFeature
 from nbdimg.formats.options import Backing, OpenOptions
 from nbdimg.formats.vhdx.driver import VhdxDriver
 from nbdimg.formats.vhdx.header import Headers, load_headers
@@ -27,20 +27,40 @@ logger = logging.getLogger("nbdimg")
 async def open_driver(file: BlockFile, options: OpenOptions) -> VhdxDriver:
     """Open the image in `file`, which stays the caller's until this returns.
 
-    A read-write open replays the log into the file; a read-only one replays it in memory.
+    A read-write open replays the log into the file; a read-only one replays it in memory. An image whose parent cannot
+    be opened is left as it is.
 
     Raises: CorruptImage, UnsupportedFeature: what the image is not or has not. ConfigError: a snapshot was asked for,
     or a parent is given to an image without one. What `options.open_backing` raises.
     """
     if options.snapshot is not None:
         raise ConfigError(f"{file.path}: a vhdx image has no internal snapshots")
+    logged = await _logged_metadata(file, options) if options.writable else None
+    if logged is not None:
+        await options.open_backing(_parent(file, logged, options.parent_path))
     driver, metadata = await load_driver(file, options)
-    try:
-        await options.open_backing(_parent(driver.file, metadata, options.parent_path))
-    except BaseException:
-        await driver.abandon()
-        raise
+    if logged is None:
+        try:
+            await options.open_backing(_parent(driver.file, metadata, options.parent_path))
+        except BaseException:
+            await driver.abandon()
+            raise
     return driver
+
+
+async def _logged_metadata(file: BlockFile, options: OpenOptions) -> Metadata | None:
+    """As they will be when the log has been replayed; None: it is empty, or changes more than fits into memory.
+
+    Raises: as `open_driver`.
+    """
+    headers = await load_headers(file)
+    if not headers.current.has_log:
+        return None
+    try:
+        file = await open_replayed(file, headers.current, ignore_log=options.accepts_lost_log)
+    except UnsupportedFeature:
+        return None
+    return (await load_parts(file, headers)).metadata
 
 
 async def load_driver(file: BlockFile, options: OpenOptions) -> tuple[VhdxDriver, Metadata]:

@@ -13,12 +13,13 @@ import pytest
 
 from nbdimg.errors import ConfigError, CorruptImage, ImageError
 from nbdimg.formats import open_image
+from nbdimg.formats.vhdx import structs as s
 from nbdimg.storage.memory import MemoryFile
 from tests.formats.vhdx import craft
 from tests.formats.vhdx.craft import DATA_WRITE_GUID, LOG_GUID, M
 from tests.formats.vhdx.test_bat import opened
 from tests.support.reading import bytes_of
-from tests.support.vhdximages import BAT_OFFSET, FULL, Builder, flattened
+from tests.support.vhdximages import BAT_OFFSET, FULL, ZERO, Builder, flattened
 
 OTHER = UUID("dddddddd-0000-0000-0000-00000000000d")
 
@@ -111,6 +112,50 @@ def test_parent_whose_log_is_in_use_is_replayed_in_memory(tmp_path: Path) -> Non
     write(tmp_path / "child.vhdx", Builder(4 * M, parent=".\\parent.vhdx"))
     assert asyncio.run(read(tmp_path / "child.vhdx", 0, 3 * M)) == b"\x01" * M + b"\x05" * M + b"\x01" * M
     assert (tmp_path / "parent.vhdx").read_bytes() == before
+
+
+def logged_child() -> bytes:
+    """Its log says that block 1 is zero."""
+    builder = Builder(4 * M, parent=".\\parent.vhdx")
+    page = bytearray(builder.content[BAT_OFFSET : BAT_OFFSET + 4096])
+    struct.pack_into("<Q", page, 8, ZERO)
+    size = len(builder.content)
+    entry = craft.entry(9, 0, (BAT_OFFSET, bytes(page)), flushed=size, last=size)
+    builder.content[M : M + len(entry)] = entry
+    builder.content[131072 : 131072 + 4096] = craft.header(3, log_guid=LOG_GUID)
+    return bytes(builder.content)
+
+
+def test_child_whose_parent_does_not_open_keeps_its_log(tmp_path: Path) -> None:
+    content = logged_child()
+    (tmp_path / "child.vhdx").write_bytes(content)
+    with pytest.raises(ImageError, match=r"parent\.vhdx.*No such file"):
+        asyncio.run(open_image(tmp_path / "child.vhdx"))
+    write(tmp_path / "parent.vhdx", filled(4 * M, b"\x01", data_write_guid=OTHER))
+    with pytest.raises(ImageError, match=str(OTHER)):
+        asyncio.run(open_image(tmp_path / "child.vhdx"))
+    assert (tmp_path / "child.vhdx").read_bytes() == content
+
+
+@pytest.mark.parametrize("pages_max", [1, 1000])
+def test_child_whose_log_is_in_use_is_replayed_when_its_parent_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pages_max: int
+) -> None:
+    """Also where the log changes more than fits into memory."""
+    monkeypatch.setattr(s, "REPLAY_PAGES_MAX", pages_max)
+    (tmp_path / "child.vhdx").write_bytes(logged_child())
+    write(tmp_path / "parent.vhdx", filled(4 * M, b"\x01"))
+
+    async def main() -> bytes:
+        image = await open_image(tmp_path / "child.vhdx")
+        guest = await bytes_of(image, 0, 3 * M)
+        await image.close()
+        return guest
+
+    assert asyncio.run(main()) == b"\x01" * M + bytes(M) + b"\x01" * M
+    content = (tmp_path / "child.vhdx").read_bytes()
+    assert content[BAT_OFFSET + 8] == ZERO
+    assert [content[at + 48 : at + 64] for at in (65536, 131072)] == [bytes(16)] * 2
 
 
 def test_parent_of_another_format_is_refused(tmp_path: Path) -> None:
