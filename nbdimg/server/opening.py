@@ -58,7 +58,8 @@ async def _opener(config: ExportConfig) -> Opener:
 
 
 def _unopened(config: ExportConfig, error: OSError) -> ImageError:
-    return ImageError(str(error.filename or config.path), sandbox.reason(error))
+    path = str(error.filename or config.path)
+    return ImageError(path, sandbox.reason(error, path, for_writing=not config.only_reads_image))
 
 
 async def close_exports(exports: Sequence[Export]) -> None:

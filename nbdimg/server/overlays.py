@@ -59,7 +59,8 @@ async def lend_overlays(base: Export, config: ExportConfig) -> None:
             golden.close()
             raise
     except OSError as error:
-        raise ImageError(directory, f"no overlay can be made in it: {sandbox.reason(error)}") from None
+        reason = sandbox.reason(error, directory, for_writing=True)
+        raise ImageError(directory, f"no overlay can be made in it: {reason}") from None
     base.lend(GoldenOverlays(base, golden, is_kept=config.overlay == "kept"))
 
 

@@ -200,11 +200,18 @@ def check_export(config: ExportConfig) -> None:
         _current.check(Allowance(_merged(_export_needs(config)), frozenset()))
 
 
-def reason(error: OSError) -> str:
-    """Why a file cannot be opened. A directory that has taken the place of one of the start has no rule."""
+def reason(error: OSError, path: str, *, for_writing: bool) -> str:
+    """Why the file or directory at `path` cannot be opened. The sandbox is the reason where modes are none: a directory
+    that has taken the place of one of the start has no rule.
+    """
     found = error.strerror or str(error)
-    if error.errno == errno.EACCES and _current is not None and _current.version:
-        return f"{found}, by its mode, or by the sandbox if its directory was exchanged since the start: then restart"
+    if error.errno != errno.EACCES:
+        return found
+    if not os.access(path, os.R_OK | (os.W_OK if for_writing else 0), effective_ids=True):
+        may_read = for_writing and os.access(path, os.R_OK, effective_ids=True)
+        return f"{found} to {'write to' if may_read else 'read'} it as user {os.geteuid()}"
+    if _current is not None and _current.version:
+        return f"{found} by the sandbox, since its directory was exchanged after the start: restart nbdimg"
     return found
 
 

@@ -453,6 +453,27 @@ def test_serve_runs_as_a_plain_user_who_owns_nothing_but_the_image() -> None:
         assert not (sockets / "s").exists()
 
 
+@needs_landlock
+@pytest.mark.parametrize(
+    ("mode", "options", "reason"),
+    [(0o600, [], "read it"), (0o600, ["--read-only"], "read it"), (0o644, [], "write to it")],
+)
+@pytest.mark.skipif(os.geteuid() != 0, reason="it takes a file of another user")
+def test_serve_as_a_user_whom_the_mode_refuses_does_not_blame_the_sandbox(
+    mode: int, options: list[str], reason: str
+) -> None:
+    with public_directory() as directory:
+        image = directory / "a.img"
+        image.write_bytes(bytes(65536))
+        image.chmod(mode)
+        os.chown(directory, NOBODY, NOBODY)
+        options = [f"--listen=nbd+unix:///?socket={directory}/s", *options]
+        command = [sys.executable, "-c", PLAIN_USER, "serve", *options, str(image)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        said = f"nbdimg: {image}: Permission denied to {reason} as user {NOBODY}\n"
+        assert (done.returncode, done.stderr) == (3, said)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="this is not root")
 def test_serve_as_root_says_that_it_need_not_be(tmp_path: Path) -> None:
     (tmp_path / "a.img").write_bytes(b"a" * 4096)
@@ -644,7 +665,7 @@ def test_reload_from_an_image_directory_is_applied(tmp_path: Path) -> None:
 
 @needs_landlock
 @pytest.mark.skipif(os.geteuid() != 0, reason="root is refused by the sandbox alone")
-def test_reload_from_a_directory_that_was_exchanged_says_what_may_be_the_reason(tmp_path: Path) -> None:
+def test_reload_from_a_directory_that_was_exchanged_says_so(tmp_path: Path) -> None:
     """By its name it is one of the start; by its inode, which is what counts, it is not."""
     served, images = tmp_path / "served", tmp_path / "images"
     for each in (served, images):
@@ -656,7 +677,7 @@ def test_reload_from_a_directory_that_was_exchanged_says_what_may_be_the_reason(
         images.mkdir()
         (images / "b.img").write_bytes(b"b" * 4096)
         said = server.reload(first + export("b", images / "b.img"))
-        assert "b.img: Permission denied, by its mode, or by the sandbox if its directory was exchanged since" in said
+        assert "b.img: Permission denied by the sandbox, since its directory was exchanged after the start" in said
         (tmp_path / "parked" / "b.img").write_bytes(b"b" * 4096)
         images.rename(tmp_path / "new")
         (tmp_path / "parked").rename(images)
