@@ -16,6 +16,7 @@ from urllib.parse import quote, unquote, urlsplit
 from nbdimg.errors import ConfigError, with_user_hidden
 
 DEFAULT_PORT = 10809
+_EXAMPLES = f"nbd://127.0.0.1:{DEFAULT_PORT} or nbd+unix:///?socket=PATH"
 _PARAMETERS = ("socket", "tls-type", "tls-hostname", "tls-verify-peer")
 
 
@@ -43,7 +44,7 @@ class NbdUri:
             raise ConfigError(f"{shown!r} is not an NBD URI: {reason}") from None
         scheme, plus, transport = parts.scheme.partition("+")
         if scheme not in ("nbd", "nbds") or (plus and transport != "unix"):
-            raise ConfigError(f"{shown!r}: the scheme must be nbd, nbds, nbd+unix or nbds+unix")
+            raise ConfigError(f"{shown!r}: the scheme must be nbd, nbds, nbd+unix or nbds+unix, as in {_EXAMPLES}")
         if parts.fragment:
             raise ConfigError(f"{shown!r}: an NBD URI has no fragment")
         if parts.username is not None:

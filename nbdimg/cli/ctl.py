@@ -25,7 +25,11 @@ Url = Annotated[str | None, typer.Option("--url", metavar="URL", help="The serve
 TokenFile = Annotated[str | None, typer.Option("--token-file", metavar="FILE", help="The token that goes with --url.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="An export's name.")]
 
-ctl = typer.Typer(name="ctl", help="Look at and change a running server.", no_args_is_help=True)
+ctl = typer.Typer(
+    name="ctl",
+    help="Look at and change a running server.\n\nEach command takes --socket, or --url and --token-file, behind it.",
+    no_args_is_help=True,
+)
 snapshot = typer.Typer(name="snapshot", help="Make, list and delete snapshots of an export.", no_args_is_help=True)
 ctl.add_typer(snapshot)
 

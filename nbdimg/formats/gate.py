@@ -193,7 +193,9 @@ class ConfinedGate:
 
     def _refusal(self, reference: Reference, found: str) -> ImageError:
         places = " or ".join(dict.fromkeys(root.path for root in self._roots))
-        return _refusal(reference, f"{found}, allowed is a regular file beneath {places}")
+        return _refusal(
+            reference, f"{found}, allowed is a regular file beneath {places} or a directory of --allow-references"
+        )
 
 
 def _below(path: str, directory: str) -> str | None:

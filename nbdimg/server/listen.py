@@ -17,7 +17,7 @@ from typing import Any
 from nbdimg.config import ServerConfig, TcpAddress
 from nbdimg.errors import ListenError
 from nbdimg.export.access import Client
-from nbdimg.uri import NbdUri
+from nbdimg.uri import DEFAULT_PORT, NbdUri
 
 BACKLOG = 1024
 """Connections that the kernel queues; it cuts this to net.core.somaxconn."""
@@ -119,7 +119,8 @@ def listen(uri: NbdUri) -> tuple[list[socket.socket], NbdUri]:
 
     Raises: ListenError: naming the address and the reason.
     """
-    with _named(str(uri)):
+    what = f"{uri} (port {DEFAULT_PORT})" if uri.socket is None and uri.port == DEFAULT_PORT else str(uri)
+    with _named(what):
         if uri.socket is not None:
             return [_listen_unix(uri.socket)], uri
         assert uri.host is not None
@@ -183,6 +184,9 @@ def _listen_unix(path: str, *, is_private: bool = False) -> socket.socket:
             sock.bind(path)
         sock.listen(BACKLOG)
         sock.setblocking(False)
+    except FileNotFoundError as error:
+        sock.close()
+        raise FileNotFoundError(error.errno, f"there is no directory {os.path.dirname(path)}") from None
     except OSError:
         sock.close()
         raise

@@ -241,7 +241,7 @@ def test_create_on_a_terminal_shows_progress_and_then_the_line() -> None:
         (["a.qcow2", "1M", "--refcount-bits", "3"], "refcount bits are 3, expected .*"),
         (["a.qcow2", "1M", "--compression-type", "lz4"], "compression type is 'lz4', expected zlib or zstd"),
         (["a.qcow2", "1M", "--preallocation", "some"], "preallocation is 'some', expected one of .*"),
-        (["a.qcow2", "--backing", "b"], "the backing file's format is not given, and it is never guessed"),
+        (["a.qcow2", "--backing", "b"], "the backing file's format is not given, .* guessed: --backing-format"),
         (["a.qcow2", "--backing", "b", "--backing-format", "vmdk"], "the backing format is 'vmdk', .*: give SIZE"),
         (["a.qcow2", "--backing", "nbd://h/x", "--backing-format", "raw"], ".* is not a path, give SIZE"),
         (["a.raw", "8E"], "a.raw: it cannot have 9223372036854775808 bytes: .*"),

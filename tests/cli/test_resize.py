@@ -94,7 +94,7 @@ def test_resize_json_is_one_object(said: Any) -> None:
 
 def test_resize_encrypted_takes_a_key_file_where_zeroes_must_be_written(said: Any, refused: Any) -> None:
     make_luks("a.qcow2", 100 * KiB, "write -q -P 1 0 100k", options="cluster_size=64k")
-    refused(["a.qcow2", "1M"], USAGE, "a.qcow2: it is encrypted, and no key file was given for it")
+    refused(["a.qcow2", "1M"], USAGE, "a.qcow2: it is encrypted, and no key file was given for it \\(--key-file\\)")
     Path("key").write_text("key\n")
     said("a.qcow2", "1M", "--key-file", "key")
     said("a.qcow2", "2M")
@@ -107,11 +107,15 @@ def test_resize_over_an_encrypted_backing_file_takes_a_key_file_where_that_must_
     qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", "base", "-F", "qcow2", "a.qcow2", "256k")
     said("a.qcow2", "1M")
     said("a.qcow2", "128k", "--shrink")
-    refused(["a.qcow2", "100k", "--shrink"], USAGE, ".*base: it is encrypted, and no key file was given for it")
+    refused(
+        ["a.qcow2", "100k", "--shrink"],
+        USAGE,
+        ".*base: it is encrypted, and no key file was given for it \\(--key-file\\)",
+    )
     assert size("a.qcow2") == 128 * KiB
     Path("key").write_text("key\n")
     said("a.qcow2", "100k", "--shrink", "--key-file", "key")
-    refused(["a.qcow2", "1M"], USAGE, ".*base: it is encrypted, and no key file was given for it")
+    refused(["a.qcow2", "1M"], USAGE, ".*base: it is encrypted, and no key file was given for it \\(--key-file\\)")
     assert size("a.qcow2") == 100 * KiB
     said("a.qcow2", "1M", "--key-file", "key")
     assert size("a.qcow2") == MiB

@@ -120,7 +120,7 @@ def test_option_that_names_a_file_takes_no_empty_name(
         (["--listen"], "--listen"),
         (["--listen", ""], "scheme must be"),
         (["--listen", "http://127.0.0.1"], "scheme must be"),
-        (["--listen", "127.0.0.1:10809"], "scheme must be|not an NBD URI"),
+        (["--listen", "127.0.0.1:10809"], r"scheme must be .*, as in nbd://127\.0\.0\.1:10809 or nbd\+unix:///"),
         (["--listen", "nbd://127.0.0.1:99999"], "not an NBD URI"),
         (["--listen", "nbd://127.0.0.1:port"], "not an NBD URI"),
         (["--listen", "nbd://[::1"], "not an NBD URI"),
@@ -296,9 +296,22 @@ def test_serve_socket_path_that_is_a_file_exits_4_and_keeps_it(
     assert precious.read_text() == "data"
 
 
-@pytest.mark.parametrize("path", ["/nonexistent/directory/s", "/tmp/" + "s" * 200])
-def test_serve_socket_path_that_cannot_be_exits_4(capfd: pytest.CaptureFixture[str], image: Path, path: str) -> None:
-    refuse(capfd, ["--listen", f"nbd+unix:///?socket={path}", str(image)], LISTEN, "cannot listen on")
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/nonexistent/directory/s", r"there is no directory /nonexistent/directory$"),
+        ("/tmp/" + "s" * 200, "the path has 205 bytes"),
+    ],
+)
+def test_serve_socket_path_that_cannot_be_exits_4(
+    capfd: pytest.CaptureFixture[str], image: Path, path: str, reason: str
+) -> None:
+    refuse(capfd, ["--listen", f"nbd+unix:///?socket={path}", str(image)], LISTEN, f"cannot listen on .*: {reason}")
+
+
+def test_serve_default_port_that_cannot_be_had_is_named(capfd: pytest.CaptureFixture[str], image: Path) -> None:
+    arguments = ["--insecure-plaintext", "--listen", "nbd://192.0.2.1", str(image)]
+    refuse(capfd, arguments, LISTEN, r"cannot listen on nbd://192\.0\.2\.1/ \(port 10809\): Cannot assign")
 
 
 def test_serve_second_listener_fails_and_the_first_ones_socket_is_removed(

@@ -218,7 +218,7 @@ def test_gate_allowed_directories_are_all_named_in_a_refusal(images: Images) -> 
     gate = images.gate(top, roots=(base.parent, top.parent))
     assert str(refusal(gate, named(top, "../other/base"))) == (
         f"{top}: backing file '../other/base' leads outside, allowed is a regular file beneath {top.parent} or "
-        f"{base.parent} (offset 512)"
+        f"{base.parent} or a directory of --allow-references (offset 512)"
     )
 
 
@@ -262,7 +262,9 @@ def test_gate_name_is_refused_with_a_sentence(images: Images, name: str, found: 
     message = str(refusal(images.gate(top), named(top, name)))
     assert message.startswith(f"{top}: backing file ")
     assert f" {found}" in message
-    assert message.endswith(f", allowed is a regular file beneath {images.directory} (offset 512)")
+    assert message.endswith(
+        f", allowed is a regular file beneath {images.directory} or a directory of --allow-references (offset 512)"
+    )
     assert message.isprintable()
     assert len(message) < 1000
 
@@ -467,7 +469,8 @@ def test_gate_given_file_allows_nothing_beside_it(images: Images) -> None:
     file = images.file_of(gate, given(top, base))
     message = str(refusal(gate, named(file.path, "beside")))
     assert message == (
-        f"{base}: backing file 'beside' leads outside, allowed is a regular file beneath {top.parent} (offset 512)"
+        f"{base}: backing file 'beside' leads outside, allowed is a regular file beneath {top.parent} or a directory "
+        "of --allow-references (offset 512)"
     )
     gate = images.gate(top, roots=(base.parent,))
     file = images.file_of(gate, given(top, base))

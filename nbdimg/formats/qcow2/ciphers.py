@@ -57,7 +57,7 @@ class _Aes:
         try:
             from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
         except ImportError:
-            message = "is encrypted, which needs the package cryptography: pip install nbdimg[crypto]"
+            message = "is encrypted, which needs the package cryptography: pip install cryptography"
             raise UnsupportedFeature(path, message) from None
         self._cipher, self._modes = Cipher, modes
         self._algorithm = algorithms.AES(key)

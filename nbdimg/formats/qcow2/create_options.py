@@ -87,7 +87,7 @@ def _check_names(options: CreateOptions) -> None:
     if options.backing_name is not None:
         _check_text("backing file name", options.backing_name, s.BACKING_NAME_MAX)
         if options.backing_format is None:
-            raise ConfigError("the backing file's format is not given, and it is never guessed")
+            raise ConfigError("the backing file's format is not given, and it is never guessed: --backing-format")
         _check_text("backing format", options.backing_format, s.BACKING_FORMAT_MAX)
     elif options.backing_format is not None:
         raise ConfigError("a backing format is given, and no backing file")

@@ -28,7 +28,7 @@ class NoKey:
         self._path = path
 
     def error(self) -> ConfigError:
-        return ConfigError(f"{os.fspath(self._path)}: it is encrypted, and no key file was given for it")
+        return ConfigError(f"{os.fspath(self._path)}: it is encrypted, and no key file was given for it (--key-file)")
 
     def encrypt(self, sector: int, data: Buffer) -> bytes:
         raise self.error()

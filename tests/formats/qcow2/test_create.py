@@ -463,7 +463,10 @@ REFUSED: list[tuple[CreateOptions, str]] = [
         CreateOptions(has_extended_l2=True, cluster_size=8192),
         "cluster size is 8192, expected at least 16384 with extended L2 entries",
     ),
-    (CreateOptions(backing_name="b"), "the backing file's format is not given, and it is never guessed"),
+    (
+        CreateOptions(backing_name="b"),
+        "the backing file's format is not given, and it is never guessed: --backing-format",
+    ),
     (CreateOptions(backing_format="raw"), "a backing format is given, and no backing file"),
     (replace(BACKED, backing_name=""), "the backing file name has 0 bytes, expected 1 to 1023"),
     (replace(BACKED, backing_name="ü" * 512), "the backing file name has 1024 bytes, expected 1 to 1023"),
