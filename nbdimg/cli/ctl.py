@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nbdimg.cli.healthcheck import DEFAULT_SOCKET, SOCKET_VARIABLE
-from nbdimg.cli.options import AsJson, BackingKeyFile, key_paths, name_and_image, parsed
+from nbdimg.cli.options import (
+    AcceptLostLog,
+    AllowReferences,
+    AsJson,
+    BackingKeyFile,
+    KeepOverlays,
+    Overlay,
+    OverlayDir,
+    Parent,
+    key_paths,
+    name_and_image,
+    overlay_mode,
+    parsed,
+)
 from nbdimg.cli.output import dated, print_json, print_table, shown, sized
 from nbdimg.errors import ConfigError
 from nbdimg.formats import DRIVERS
@@ -116,9 +129,12 @@ def add(
         str | None, typer.Option(metavar="FILE", help="The passphrase of an encrypted image, from a file.")
     ] = None,
     backing_key_file: BackingKeyFile = None,
-    allow_references: Annotated[
-        list[str] | None, typer.Option(metavar="DIR", help="Backing and data files may lie in DIR too; repeatable.")
-    ] = None,
+    allow_references: AllowReferences = None,
+    overlay: Overlay = False,
+    keep_overlays: KeepOverlays = False,
+    overlay_dir: OverlayDir = None,
+    parent: Parent = None,
+    accept_lost_log: AcceptLostLog = False,
     socket: SocketPath = DEFAULT_SOCKET,
     url: Url = None,
     token_file: TokenFile = None,
@@ -138,9 +154,13 @@ def add(
         "read_only": read_only or None,
         "description": description,
         "min_block_size": parsed("--min-block-size", parse_size, min_block_size),
-        "key_file": None if key_file is None else whole(key_file),
+        "key_file": parsed("--key-file", whole, key_file),
         "key_files": dict(key_paths(backing_key_file, whole)) or None,
         "allow_references": None if allow_references is None else [whole(each) for each in allow_references],
+        "overlay": overlay_mode(overlay, keep_overlays),
+        "overlay_dir": parsed("--overlay-dir", whole, overlay_dir),
+        "parent": parsed("--parent", whole, parent),
+        "accept_lost_log": accept_lost_log or None,
     }
     body = {key: value for key, value in given.items() if value is not None}
     added = api.change("POST", "/v1/exports", body)["exports"]

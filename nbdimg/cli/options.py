@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Annotated, TypeVar, overload
+from typing import Annotated, Literal, TypeVar, overload
 
 import typer
 
@@ -33,6 +33,32 @@ BackingKeyFile = Annotated[
         metavar="IMAGE=FILE",
         help="The passphrase, from a file, of one image of a chain that has its own; repeatable.",
     ),
+]
+AcceptLostLog = Annotated[
+    bool,
+    typer.Option(
+        "--accept-lost-log",
+        help="Open a vhdx image whose log is in use and holds nothing valid, as if it were empty: what it held is "
+        "lost.",
+    ),
+]
+Overlay = Annotated[
+    bool,
+    typer.Option(
+        "--overlay", help="Never write to the image: give each connection an overlay, thrown away when it ends."
+    ),
+]
+KeepOverlays = Annotated[
+    bool,
+    typer.Option(
+        "--keep-overlays",
+        help="Never write to the image: what clients write is kept in --overlay-dir, in the overlay that they ask for "
+        "as EXPORT@OVERLAY, or in that of their certificate.",
+    ),
+]
+OverlayDir = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Where overlays lie (default, unless they are kept: $TMPDIR or /var/tmp)."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -74,6 +100,13 @@ def key_paths(options: list[str] | None, whole: Callable[[str], str] = str) -> t
             raise ConfigError(f"--backing-key-file: {escaped(image)} is given twice")
         found[image] = whole(path)
     return tuple(found.items())
+
+
+def overlay_mode(overlay: bool, keep_overlays: bool) -> Literal["per-client", "kept"] | None:
+    """What --overlay and --keep-overlays say of an export. Raises: ConfigError: they exclude each other."""
+    if overlay and keep_overlays:
+        raise ConfigError("--overlay throws overlays away and --keep-overlays does not, expected one of them")
+    return "kept" if keep_overlays else "per-client" if overlay else None
 
 
 def name_and_image(argument: str, *, is_here: bool = True) -> tuple[str | None, str]:

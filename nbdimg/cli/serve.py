@@ -8,7 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-from nbdimg.cli.options import AllowReferences, BackingKeyFile, key_paths, name_and_image, parsed
+from nbdimg.cli.options import (
+    AcceptLostLog,
+    AllowReferences,
+    BackingKeyFile,
+    KeepOverlays,
+    Overlay,
+    OverlayDir,
+    Parent,
+    key_paths,
+    name_and_image,
+    overlay_mode,
+    parsed,
+)
 from nbdimg.cli.running import serve_file, serve_images
 from nbdimg.config import DEFAULT_LISTENER, LOG_FORMATS, SANDBOX_MODES, TLS_MODES, TLS_VERSIONS, ExportConfig
 from nbdimg.configfile import Overrides, config_without_file
@@ -65,28 +77,11 @@ def serve(
     ] = None,
     backing_key_file: BackingKeyFile = None,
     allow_references: AllowReferences = None,
-    overlay: Annotated[
-        bool,
-        typer.Option(
-            "--overlay", help="Never write to the images: give each connection an overlay, thrown away when it ends."
-        ),
-    ] = False,
-    overlay_dir: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Where overlays lie while they are open (default: $TMPDIR or /var/tmp)."),
-    ] = None,
-    parent: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="The parent of differencing vhdx images, in place of the one they name."),
-    ] = None,
-    accept_lost_log: Annotated[
-        bool,
-        typer.Option(
-            "--accept-lost-log",
-            help="Open vhdx images whose log is in use and holds nothing valid, as if it were empty: what it held "
-            "is lost.",
-        ),
-    ] = False,
+    overlay: Overlay = False,
+    keep_overlays: KeepOverlays = False,
+    overlay_dir: OverlayDir = None,
+    parent: Parent = None,
+    accept_lost_log: AcceptLostLog = False,
     connections_max: Annotated[
         int | None, typer.Option(metavar="N", min=1, help=f"Clients at once (default: {_DEFAULTS.connections}).")
     ] = None,
@@ -220,7 +215,7 @@ def serve(
     if config is not None:
         images_own = (
             *(images, format, read_only, description, key_file, allow_references, min_block_size != "1"),
-            *(backing_key_file, parent, accept_lost_log, overlay, overlay_dir),
+            *(backing_key_file, parent, accept_lost_log, overlay, keep_overlays, overlay_dir),
         )
         if any(images_own):
             raise ConfigError(f"with --config images and their options stand in {config}, not on the command line")
@@ -239,7 +234,7 @@ def serve(
             roots=tuple(allow_references or ()),
             parent_path=parent,
             accepts_lost_log=accept_lost_log,
-            overlay="per-client" if overlay else None,
+            overlay=overlay_mode(overlay, keep_overlays),
             overlay_directory=overlay_dir,
         )
         for argument in images or [_demo()]

@@ -23,9 +23,12 @@ from nbdimg.config import AdminConfig, ServerConfig, TcpAddress
 from nbdimg.errors import NbdimgError
 from tests.admin.fake import FakeServer
 from tests.admin.served import Served, make_qcow2
+from tests.formats.vhdx import craft
 from tests.support.httpclient import http_address
 from tests.support.rawclient import connect_negotiated
-from tests.support.rawprotocol import MIB, ConnectionClosed
+from tests.support.rawprotocol import KIB, MIB, ConnectionClosed
+from tests.support.server import NbdimgServer
+from tests.support.vhdximages import Builder, dynamic
 
 DONE, FAILED, USAGE, IMAGE = 0, 1, 2, 3
 TOKEN = "s3cret-token.0123456789"
@@ -131,6 +134,55 @@ def test_add_key_files_of_a_chain_are_meant_from_here(
     assert said == f"key file {served.images}/none: No such file or directory"
     said = ctl("add", "plain.img", "--backing-key-file=base=k", "--backing-key-file=./base=k", status=USAGE)
     assert said == f"--backing-key-file: '{served.images}/base' is given twice"
+
+
+def test_add_vhdx_takes_a_parent_that_is_meant_from_here_and_a_lost_log(
+    ctl: Ctl, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(served.images)
+    Path("moved.vhdx").write_bytes(dynamic(b"\1" * MIB))
+    Path("child.vhdx").write_bytes(Builder(MIB, parent=".\\parent.vhdx").content)
+    ctl("add", "child.vhdx", status=IMAGE)
+    ctl("add", "child.vhdx", "--parent=moved.vhdx")
+    with connect_negotiated(served.socket_path, "child") as client:
+        assert client.read(0, 4096).data == b"\1" * 4096
+    ctl("remove", "child")
+    content = bytearray(dynamic(b"\2" * MIB))
+    content[128 * KIB : 132 * KIB] = craft.header(3, log_guid=craft.LOG_GUID)
+    Path("lost.vhdx").write_bytes(content)
+    ctl("add", "lost.vhdx", status=IMAGE)
+    assert ctl("add", "lost.vhdx", "--accept-lost-log") == "lost: 1 MiB (1048576 bytes), vhdx\n"
+    ctl("remove", "lost")
+
+
+def test_add_gives_each_client_an_overlay_or_keeps_those_that_have_names(
+    ctl: Ctl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where overlays of the start lie: the sandbox lets no others be made."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("first.img", "golden.img"):
+        Path(name).write_bytes(b"\xa5" * MIB)
+    Path("overlays").mkdir()
+    shared = ["--format=raw", "--overlay-dir=overlays"]
+    with NbdimgServer("first.img", options=["--keep-overlays", "--admin-socket=a", *shared]) as server:
+        monkeypatch.setenv(SOCKET_VARIABLE, "a")
+        said = ctl("add", "golden.img", "--overlay", "--keep-overlays", status=USAGE)
+        assert said == "--overlay throws overlays away and --keep-overlays does not, expected one of them"
+        assert "need a directory of their own" in ctl("add", "golden.img", "--keep-overlays", status=USAGE)
+        for mode, name, found in (
+            ("--overlay", "golden", b"\xa5"),
+            ("--keep-overlays", "golden@vm42", b"\x17"),
+        ):
+            ctl("add", "golden.img", mode, *shared)
+            for content in (b"\xa5", found):
+                with connect_negotiated(server.socket_path, name) as client:
+                    assert client.read(0, 512).data == content * 512
+                    assert client.write(0, b"\x17" * 512).error == 0
+            ctl("remove", "golden")
+        with connect_negotiated(server.socket_path, "first@vm42") as client:
+            assert client.read(0, 512).data == b"\xa5" * 512
+    assert Path("golden.img").read_bytes() == Path("first.img").read_bytes() == b"\xa5" * MIB
+    assert sorted(os.listdir("overlays")) == ["first@vm42.qcow2", "golden@vm42.qcow2"]
 
 
 @pytest.mark.parametrize("image", ["", "new=", "=new.img"])

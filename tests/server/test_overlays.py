@@ -874,6 +874,8 @@ def run_serve(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--overlay", "--read-only"], 2, "overlays are there to be written"),
         (["--overlay-dir=/tmp"], 2, "a directory for overlays is given, and no overlays are asked for"),
         (["--overlay", "--overlay-dir=/absent"], 3, "/absent: no overlay can be made in it: No such file or directory"),
+        (["--keep-overlays"], 2, "overlays that are kept need a directory of their own"),
+        (["--overlay", "--keep-overlays"], 2, "expected one of them"),
         (["--overlay", "--overlay-dir=/proc"], 3, "/proc: no overlay can be made in it: "),
     ],
 )
