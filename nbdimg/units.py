@@ -57,3 +57,13 @@ def parse_size(text: str) -> int:
     if match is None:
         raise ConfigError(f"{escaped(text)} is not a size: expected a whole number with an optional K, M, G, T, P or E")
     return int(match[1]) * _SUFFIXES[(match[2] or "").upper()]
+
+
+def parse_new_size(text: str) -> tuple[int, bool]:
+    """What a size is to become, and whether that is a change of the one there is: `3M` is (3 * MiB, False), `-1M` is
+    (-MiB, True).
+
+    Raises: ConfigError: as `parse_size`.
+    """
+    sign = {"+": 1, "-": -1}.get(text[:1])
+    return (parse_size(text), False) if sign is None else (sign * parse_size(text[1:]), True)

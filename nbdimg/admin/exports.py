@@ -52,12 +52,19 @@ async def remove_export(request: web.Request) -> web.Response:
 async def resize_export(request: web.Request) -> web.Response:
     control, state = await _found(request)
     table, reader = await table_body(request, ("size", "shrink"))
-    size = table.get("size", size_in_bytes(1), 0)
+    size, is_change = table.get("size", _new_size, (0, False))
     may_shrink = table.get("shrink", boolean, False)
     if "size" not in table:
         table.report("size is missing, expected bytes")
     checked(reader)
-    return web.json_response(fields_of(await control.resize(state.name, size, shrink=may_shrink)))
+    return web.json_response(fields_of(await control.resize(state.name, size, is_change=is_change, shrink=may_shrink)))
+
+
+def _new_size(value: object) -> tuple[int, bool]:
+    """A size, or with a sign in front of it a change of the one there is; which of them."""
+    text = value if isinstance(value, str) else ""
+    sign = {"+": 1, "-": -1}.get(text[:1])
+    return (size_in_bytes(1)(value), False) if sign is None else (sign * size_in_bytes(0)(text[1:]), True)
 
 
 async def list_snapshots(request: web.Request) -> web.Response:

@@ -139,7 +139,11 @@ def _export_paths() -> Json:
         "drain: requests in flight are answered; hide: who is connected goes on, nobody else comes; "
         "hard: connections are cut. All return when that is done, hide at once."
     )
-    resize = _object({"size": _SIZE}, {"shrink": {**_BOOLEAN, "default": False}})
+    size = {
+        **_SIZE,
+        "description": 'bytes, or a string as "10GiB"; as "+1GiB" or "-1GiB", more or fewer than there are',
+    }
+    resize = _object({"size": size}, {"shrink": {**_BOOLEAN, "default": False}})
     return {
         "/v1/exports": {
             "get": _operation(

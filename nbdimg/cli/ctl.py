@@ -15,6 +15,7 @@ from nbdimg.cli.options import (
     AsJson,
     BackingKeyFile,
     KeepOverlays,
+    NewSize,
     Overlay,
     OverlayDir,
     Parent,
@@ -26,7 +27,7 @@ from nbdimg.cli.options import (
 from nbdimg.cli.output import dated, print_json, print_table, shown, sized
 from nbdimg.errors import ConfigError
 from nbdimg.formats import DRIVERS
-from nbdimg.units import counted, parse_size
+from nbdimg.units import counted, parse_new_size, parse_size
 
 if TYPE_CHECKING:
     from nbdimg.cli.http import Api
@@ -192,10 +193,10 @@ def remove(
     report(f"{shown(name)}: removed", as_json, name=name, mode=mode)
 
 
-@ctl.command()
+@ctl.command(context_settings={"ignore_unknown_options": True})  # -1M is a size
 def resize(
     name: Name,
-    size: Annotated[str, typer.Argument(metavar="SIZE", help="Bytes, or a number with K, M, G, T, P or E.")],
+    size: NewSize,
     shrink: Annotated[
         bool, typer.Option("--shrink", help="Let the disk become smaller; what is behind is lost.")
     ] = False,
@@ -204,16 +205,23 @@ def resize(
     token_file: TokenFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Give a disk another size, which clients that connect see and those that are connected may use."""
+    """Give a disk another size, which clients that connect see and those that are connected may use.
+
+    SIZE is rounded up to whole sectors, as by nbdimg resize. With a sign it is added to the size that the disk has when
+    the server's turn to resize it comes: two +1G at a time make 2G.
+    """
     api = server_api(socket, url, token_file)
-    wanted = parse_size(size)
-    old = 0 if shrink else api.get(path_of(name))["size"]
-    if wanted < old:
-        raise ConfigError(
-            f"{shown(name)}: the size would go from {old} to {wanted} bytes and lose what lies behind, which takes "
-            "--shrink"
-        )
-    export = api.change("POST", path_of(name, "resize"), {"size": wanted, "shrink": shrink})
+    count, is_change = parse_new_size(size)
+    if not shrink and (count < 0 or not is_change):
+        old = api.get(path_of(name))["size"]
+        new = old + count if is_change else count
+        if new < old:
+            raise ConfigError(
+                f"{shown(name)}: the size would go from {old} to {new} bytes and lose what lies behind, which takes "
+                "--shrink"
+            )
+    body = {"size": f"{count:+d}" if is_change else count, "shrink": shrink}
+    export = api.change("POST", path_of(name, "resize"), body)
     report(f"{shown(name)}: {sized(export['size'])}", as_json, export=export)
 
 

@@ -60,6 +60,10 @@ OverlayDir = Annotated[
     str | None,
     typer.Option(metavar="DIR", help="Where overlays lie (default, unless they are kept: $TMPDIR or /var/tmp)."),
 ]
+NewSize = Annotated[
+    str,
+    typer.Argument(metavar="[+|-]SIZE", help="Bytes, or with K, M, G, T, P, E; with a sign, more or less of them."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

@@ -11,25 +11,19 @@ import typer
 
 from nbdimg.cli.interrupt import interrupted_between
 from nbdimg.cli.opened import opening
-from nbdimg.cli.options import AllowReferences, AsJson, BackingKeyFile, Format, Parent, key_paths
+from nbdimg.cli.options import AllowReferences, AsJson, BackingKeyFile, Format, NewSize, Parent, key_paths
 from nbdimg.cli.output import ProgressReport, print_json, progress, shown, sized
-from nbdimg.errors import ConfigError, ImageFailed, escaped
-from nbdimg.formats import open_image, read_key_file, resize_image
+from nbdimg.errors import ImageFailed
+from nbdimg.formats import open_image, read_key_file, resize_image, size_asked
 from nbdimg.formats.newfile import naming
-from nbdimg.formats.vhdx.driver import VhdxDriver
 from nbdimg.image.image import Image
 from nbdimg.server.loop import run_loop
-from nbdimg.units import align_up, parse_size
-
-_SECTOR_SIZE = 512
+from nbdimg.units import parse_new_size
 
 
 def resize(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="An image that no other program has open.")],
-    size: Annotated[
-        str,
-        typer.Argument(metavar="[+|-]SIZE", help="Bytes, or with K, M, G, T, P, E; with a sign, more or less of them."),
-    ],
+    size: NewSize,
     shrink: Annotated[bool, typer.Option("--shrink", help="Lose what lies behind a smaller size.")] = False,
     format: Format = None,
     key_file: Annotated[
@@ -76,17 +70,12 @@ async def _resized(
     report: ProgressReport | None,
 ) -> tuple[str, int, int]:
     """The image's format, old and new size."""
-    wanted(text, 0)
+    size, is_change = parse_new_size(text)
     with opening(path):
         image = await opener()
     try:
         old = image.size
-        size = wanted(text, old)
-        if size < 0:
-            raise ConfigError(f"{path}: the image has {old} bytes, which {escaped(text)} would make {size}")
-        if image.driver.name != "raw":
-            driver = image.driver
-            size = align_up(size, driver.sector_size if isinstance(driver, VhdxDriver) else _SECTOR_SIZE)
+        size = size_asked(image, size, is_change=is_change)
         with naming(path):
             await resize_image(image, size, may_shrink=may_shrink, progress=report)
     except BaseException:
@@ -95,12 +84,3 @@ async def _resized(
         raise
     await image.close()
     return image.driver.name, old, size
-
-
-def wanted(text: str, size: int) -> int:
-    """What an image of `size` bytes is asked to have; may be negative. Raises: ConfigError: it is no size."""
-    if text.startswith("+"):
-        return size + parse_size(text[1:])
-    if text.startswith("-"):
-        return size - parse_size(text[1:])
-    return parse_size(text)

@@ -19,6 +19,7 @@ from nbdimg.formats.qcow2.open import open_driver as qcow2_open
 from nbdimg.formats.qcow2.resize import resize as qcow2_resize
 from nbdimg.formats.qcow2.snapshots import labels, load_snapshots, mapped_l1_size
 from nbdimg.formats.vhdx.create import create as vhdx_create
+from nbdimg.formats.vhdx.driver import VhdxDriver
 from nbdimg.formats.vhdx.open import open_driver as vhdx_open
 from nbdimg.formats.vhdx.resize import resize as vhdx_resize
 from nbdimg.image.driver import FormatDriver
@@ -27,6 +28,7 @@ from nbdimg.image.image import HeadGuard, Image
 from nbdimg.storage.file import BlockFile, read
 from nbdimg.storage.locks import lock_image
 from nbdimg.storage.posix import PosixFile
+from nbdimg.units import align_up
 
 F = TypeVar("F", bound=BlockFile)
 
@@ -50,6 +52,8 @@ class Resizer(Protocol):
     ) -> None: ...
 
 
+_SECTOR_SIZE = 512
+
 RESIZERS: dict[str, Resizer] = {"raw": raw.resize, "qcow2": qcow2_resize, "vhdx": vhdx_resize}
 
 
@@ -64,6 +68,7 @@ __all__ = [
     "probed_format",
     "read_key_file",
     "resize_image",
+    "size_asked",
     "snapshot_labels",
 ]
 
@@ -238,6 +243,22 @@ def create_image(path: str | os.PathLike[str], size: int, *, format: str = "raw"
     """
     check_format(format)
     CREATORS[format](os.fspath(path), size)
+
+
+def size_asked(image: Image, size: int, *, is_change: bool) -> int:
+    """What an image is to have that is asked for `size` bytes or, with `is_change`, for so many more (fewer, if
+    negative) than it has: whole sectors, but for raw images. May be too large.
+
+    Raises: ConfigError: it has fewer.
+    """
+    if is_change:
+        if image.size + size < 0:
+            raise ConfigError(f"{image.path}: the image has {image.size} bytes, of which {-size} cannot be taken away")
+        size += image.size
+    driver = image.driver
+    if driver.name == "raw":
+        return size
+    return align_up(size, driver.sector_size if isinstance(driver, VhdxDriver) else _SECTOR_SIZE)
 
 
 async def resize_image(

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 from nbdimg.config import ExportConfig
 from nbdimg.errors import ConfigError, ImageFailed, ImageLocked, NbdimgError, NotThere, UnsupportedFeature, escaped
 from nbdimg.export.export import Export, default_name
-from nbdimg.formats import resize_image
+from nbdimg.formats import resize_image, size_asked
 from nbdimg.formats.newfile import naming
 from nbdimg.formats.qcow2.bitmap_edit import BitmapAction
 from nbdimg.formats.qcow2.bitmap_live import change_bitmaps, prepare
@@ -215,8 +215,9 @@ class Control:
 
     # An image changes
 
-    async def resize(self, name: str, size: int, *, shrink: bool = False) -> ExportState:
-        """Give an export's disk another size in bytes, durably. Requests wait meanwhile.
+    async def resize(self, name: str, size: int, *, is_change: bool = False, shrink: bool = False) -> ExportState:
+        """Give an export's disk another size in bytes, durably; with `is_change`, so many bytes more than it has when
+        its turn comes, or fewer. Rounded up to whole sectors, but for raw images. Requests wait meanwhile.
 
         NBD has no word for it: clients that connect see the new size, those that are connected may use it from now on.
         Behind a smaller end writes get ENOSPC, other requests EINVAL, also those that waited.
@@ -224,12 +225,15 @@ class Control:
         Raises: ConfigError: it is smaller and `shrink` is not given, it cannot be, the export is read-only or a
             snapshot. UnsupportedFeature, ImageError, OSError: the size is the old one, unless the message says another.
         """
-        return await self._on_image(name, partial(self._resize, size=size, shrink=shrink))
+        return await self._on_image(name, partial(self._resize, size=size, is_change=is_change, shrink=shrink))
 
-    async def _resize(self, export: Export, *, size: int, shrink: bool) -> ExportState:
+    async def _resize(self, export: Export, *, size: int, is_change: bool, shrink: bool) -> ExportState:
         _check_changeable(export)
         name = export.name
         old = export.image.size
+        size = size_asked(export.image, size, is_change=is_change)
+        if size == 0:
+            raise ConfigError(f"{escaped(name)}: the size would go from {old} to 0 bytes, expected some to be left")
         if size < old and not shrink:
             raise ConfigError(
                 f"{escaped(name)}: the size would go from {old} to {size} bytes and lose what lies behind, which takes "

@@ -282,6 +282,9 @@ def test_resize_shrinks_only_on_request(served: Served) -> None:
     assert "from 1048576 to 524288 bytes" in answer.detail
     answer = served.api.ask("POST", "/v1/exports/{name}/resize", {"size": MIB // 2, "shrink": True}, name="shrunk")
     assert answer.json()["size"] == MIB // 2
+    for change, size in (("+1MiB", MIB + MIB // 2), ("-512K", MIB)):
+        answer = served.api.ask("POST", "/v1/exports/{name}/resize", {"size": change, "shrink": True}, name="shrunk")
+        assert answer.json()["size"] == size
 
 
 @pytest.mark.parametrize(
@@ -292,6 +295,15 @@ def test_resize_shrinks_only_on_request(served: Served) -> None:
         ("disk", {"size": 0}, 422, "request body: size: 0 is not allowed, expected a size from 1 to 922337203685"),
         ("disk", {"size": 1 << 63}, 422, "request body: size: 9223372036854775808 is not allowed"),
         ("disk", {"size": "2 bananas"}, 422, "request body: size: '2 bananas' is not a size"),
+        ("disk", {"size": "+bananas"}, 422, "request body: size: 'bananas' is not a size"),
+        (
+            "disk",
+            {"size": "+8E"},
+            422,
+            "request body: size: '8E' is not allowed, expected a size from 0 to 922337203685",
+        ),
+        ("disk", {"size": "-1M", "shrink": True}, 409, "'disk': the size would go from 1048576 to 0 bytes"),
+        ("disk", {"size": -1, "shrink": True}, 422, "request body: size: -1 is not allowed"),
         ("disk", {"size": True}, 422, "request body: size: true is not allowed"),
         ("disk", {"size": 1.5}, 422, "request body: size: 1.5 is not allowed"),
         ("disk", {"size": 1, "shrink": "yes"}, 422, "request body: shrink: 'yes' is not allowed, expected true or"),

@@ -199,6 +199,13 @@ def test_resize_and_shrink(ctl: Ctl, served: Served) -> None:
     said = ctl("resize", "sized", "1M", status=USAGE)
     assert said.endswith("from 3145728 to 1048576 bytes and lose what lies behind, which takes --shrink")
     assert ctl.json("resize", "sized", "1M", "--shrink")["export"]["size"] == MIB
+    assert ctl("resize", "sized", "+2M") == "sized: 3 MiB (3145728 bytes)\n"
+    said = ctl("resize", "sized", "-1M", status=USAGE)
+    assert said.endswith("from 3145728 to 2097152 bytes and lose what lies behind, which takes --shrink")
+    assert ctl("resize", "sized", "-1M", "--shrink") == "sized: 2 MiB (2097152 bytes)\n"
+    said = ctl("resize", "sized", "-4M", "--shrink", status=USAGE)
+    assert said.endswith("the image has 2097152 bytes, of which 4194304 cannot be taken away")
+    assert ctl("resize", "sized", "--shirnk", "1M", status=USAGE).startswith("Got unexpected extra argument")
 
 
 def test_snapshot_create_list_delete(ctl: Ctl, served: Served) -> None:

@@ -145,7 +145,7 @@ def test_resize_key_file_of_an_image_that_cannot_be_is_refused(refused: Any, opt
         (
             ["a.qcow2", "-2M", "--shrink"],
             USAGE,
-            "a.qcow2: the image has 1048576 bytes, which '-2M' would make -1048576",
+            "a.qcow2: the image has 1048576 bytes, of which 2097152 cannot be taken away",
         ),
         (["a.qcow2", "8E"], USAGE, r"a.qcow2: size is \d+, expected 0 to \d+ with clusters of 65536"),
         (["a.qcow2", "big"], USAGE, "'big' is not a size: .*"),

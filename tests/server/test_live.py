@@ -581,6 +581,24 @@ def test_shrinking_takes_leave_and_running_connections_lose_what_is_behind(
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_changes_of_a_size_that_are_asked_for_at_once_add_up(served: ControlledServer, make: Make, format: str) -> None:
+    served.ask(served.control.add(make("disk", format)))
+
+    async def both() -> list[int]:
+        grow = [served.control.resize("disk", MIB, is_change=True) for _ in range(2)]
+        return [each.size for each in await asyncio.gather(*grow)]
+
+    assert sorted(served.ask(both())) == [SIZE + MIB, SIZE + 2 * MIB]
+    with pytest.raises(ConfigError, match="takes shrink"):
+        served.ask(served.control.resize("disk", -MIB, is_change=True))
+    assert served.ask(served.control.resize("disk", -3 * MIB, is_change=True, shrink=True)).size == SIZE - MIB
+    for fewer, reason in ((SIZE, f"of which {SIZE} cannot be taken away"), (SIZE - MIB, "to 0 bytes")):
+        with pytest.raises(ConfigError, match=reason):
+            served.ask(served.control.resize("disk", -fewer, is_change=True, shrink=True))
+    assert served.ask(served.control.resize("disk", 1, is_change=True)).size == SIZE - MIB + (1, 512)[format != "raw"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_size_that_cannot_be_is_refused_and_clients_go_on(served: ControlledServer, make: Make, format: str) -> None:
     served.ask(served.control.add(make("disk", format)))
     with AtWork(served, "keep", "disk"):
