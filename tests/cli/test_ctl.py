@@ -389,11 +389,14 @@ def test_change_is_waited_for_longer_than_an_answer_that_waits_for_nothing(
                 time.sleep(0.5)
                 with suppress(BrokenPipeError):
                     sock.sendall(b"HTTP/1.0 200 OK\r\n\r\n{}")
+                    sock.shutdown(socket.SHUT_WR)
+                while sock.recv(65536):  # a body may come behind its header; closing before it resets the connection
+                    pass
 
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s"))
         listener.listen()
-        thread = threading.Thread(target=answer)
+        thread = threading.Thread(target=answer, daemon=True)
         thread.start()
         api = Api(str(tmp_path / "s"))
         assert api.change("POST", "/v1/reload") == {}
