@@ -17,15 +17,9 @@ from aiohttp import web
 
 from nbdimg.admin.problems import Handler, Refusal
 from nbdimg.errors import ConfigError
-from nbdimg.server.credentials import check_secret
+from nbdimg.server.credentials import read_token
 from nbdimg.server.log import LimitedLog
 from nbdimg.server.reload import Stamp, stamp
-
-TOKEN_SIZE_MIN, TOKEN_SIZE_MAX = 16, 4096
-"""Characters: less could be guessed, more would be another file."""
-
-_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
-"""Spec: RFC 6750 2.1, b64token."""
 
 logger = logging.getLogger("nbdimg")
 
@@ -40,7 +34,7 @@ class TokenFile:
     def __init__(self, path: str) -> None:
         self._path = path
         self._seen: Stamp | None = stamp(path)
-        self._token = _read_token(path)
+        self._token = read_token(path)
 
     def accepts(self, token: str) -> bool:
         """In a time that does not tell how much of `token` was right."""
@@ -52,24 +46,10 @@ class TokenFile:
 
     def _read_again(self) -> bytes:
         try:
-            return _read_token(self._path)
+            return read_token(self._path)
         except ConfigError as error:
             logger.error("no token is accepted any more: %s", error)
             return b""
-
-
-def _read_token(path: str) -> bytes:
-    check_secret(path, "token file")
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            token = file.read(TOKEN_SIZE_MAX + 1).strip()
-    except OSError as error:
-        raise ConfigError(f"token file {path}: {error.strerror}") from None
-    if not (TOKEN_SIZE_MIN <= len(token) <= TOKEN_SIZE_MAX and _TOKEN.fullmatch(token)):
-        raise ConfigError(
-            f"token file {path}: expected one line of {TOKEN_SIZE_MIN} to {TOKEN_SIZE_MAX} letters, digits and -._~+/="
-        )
-    return token.encode()
 
 
 class Guard:

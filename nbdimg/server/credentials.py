@@ -1,4 +1,5 @@
-"""What the server proves itself with, and how it learns who its clients are: certificates, pre-shared keys.
+"""What the server proves itself with, and how it learns who its clients are: certificates, pre-shared keys, the admin
+API's token.
 
 A `Credentials` is made whole from its files and never changes; new files make a new one, and connections that are up
 keep theirs.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import ssl
 import stat
 from typing import Any
@@ -21,6 +23,12 @@ PSK_SIZE_MIN = 16
 """Bytes of a pre-shared key: less could be guessed."""
 
 PSK_FILE_SIZE_MAX = 1 << 20
+
+TOKEN_SIZE_MIN, TOKEN_SIZE_MAX = 16, 4096
+"""Characters: less could be guessed, more would be another file."""
+
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
+"""Spec: RFC 6750 2.1, b64token."""
 
 _VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 _ALTERNATIVE_NAMES = {"DNS": "dns", "URI": "uri", "email": "email"}
@@ -149,6 +157,21 @@ def check_secret(path: str, what: str) -> None:
     """Only what the world may read is refused: to share a key with a service through a group is common practice."""
     if _check_file(path, what).st_mode & stat.S_IROTH:
         raise ConfigError(f"{what} {path} can be read by everybody on this machine: chmod 0600, or 0640 with a group")
+
+
+def read_token(path: str) -> bytes:
+    """The admin API's token. Raises: ConfigError: it cannot be read, is open to everybody, or holds no token."""
+    check_secret(path, "token file")
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            token = file.read(TOKEN_SIZE_MAX + 1).strip()
+    except OSError as error:
+        raise ConfigError(f"token file {path}: {error.strerror}") from None
+    if not (TOKEN_SIZE_MIN <= len(token) <= TOKEN_SIZE_MAX and _TOKEN.fullmatch(token)):
+        raise ConfigError(
+            f"token file {path}: expected one line of {TOKEN_SIZE_MIN} to {TOKEN_SIZE_MAX} letters, digits and -._~+/="
+        )
+    return token.encode()
 
 
 def _read_keys(path: str) -> dict[str, bytes]:

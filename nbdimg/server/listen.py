@@ -134,6 +134,12 @@ def listen_private(path: str) -> socket.socket:
         return _listen_unix(path, is_private=True)
 
 
+def check_socket_directory(path: str) -> None:
+    """Raises: ListenError: what `listen_private` says where the directory of `path` is not there."""
+    with _named(path):
+        os.stat(os.path.join(os.path.dirname(os.path.abspath(path)), ""))
+
+
 def listen_tcp(address: TcpAddress) -> tuple[list[socket.socket], TcpAddress]:
     """As `listen`; returns the address with the real port."""
     with _named(str(address)):

@@ -28,14 +28,15 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from nbdimg.config import ExportConfig, ServerConfig
+from nbdimg.config import AdminConfig, ExportConfig, ServerConfig
 from nbdimg.errors import ConfigError, ImageError, ListenError, NbdimgError
 from nbdimg.export.export import Export
 from nbdimg.limits import Limits
 from nbdimg.server import sandbox
 from nbdimg.server.checks import image_of, named, with_names
+from nbdimg.server.credentials import read_token
 from nbdimg.server.difference import Difference, adjusted_to, difference
-from nbdimg.server.listen import address_of
+from nbdimg.server.listen import address_of, check_socket_directory
 from nbdimg.server.opening import close_exports, open_exports
 from nbdimg.server.service import Service
 from nbdimg.server.systemd import Notifier
@@ -192,6 +193,8 @@ class Reloader:
             if each.name in service.live:
                 raise ConfigError(f"export {each.name} was added live: remove that one, or give this one another name")
         service.check(new)
+        if new.admin not in (None, service.config.admin):
+            _check_admin_files(new.admin)
         lasting: dict[str, Any] = {name: getattr(service.config, name) for name in LASTING}
         asked, new = new, replace(new, **lasting)
         sandbox.check(new)
@@ -341,6 +344,21 @@ class Reloader:
             logger.error("%s could not be opened again: %s", named(config), error)
             return error
         return None
+
+
+def _check_admin_files(admin: AdminConfig) -> None:
+    """For the next start, which is not in the sandbox of this one.
+
+    Raises: ConfigError, ListenError: as that would, for a token file or a socket's directory.
+    """
+    if admin.socket_path is not None:
+        check_socket_directory(admin.socket_path)
+    if admin.token_path is not None:
+        try:
+            read_token(admin.token_path)
+        except ConfigError:
+            if sandbox.may_read(admin.token_path) or not os.access(admin.token_path, os.R_OK):
+                raise
 
 
 def _reason(error: NbdimgError | OSError) -> str:

@@ -200,6 +200,16 @@ def check_export(config: ExportConfig) -> None:
         _current.check(Allowance(_merged(_export_needs(config)), frozenset()))
 
 
+def may_read(path: str) -> bool:
+    """Whether the sandbox leaves a file to be read; what its mode says is another matter."""
+    try:
+        if _current is not None:
+            _current.check(Allowance(_merged(_around(path, READ)), frozenset()))
+    except ConfigError:
+        return False
+    return True
+
+
 def reason(error: OSError, path: str, *, for_writing: bool) -> str:
     """Why the file or directory at `path` cannot be opened. The sandbox is the reason where modes are none: a directory
     that has taken the place of one of the start has no rule.
@@ -208,8 +218,8 @@ def reason(error: OSError, path: str, *, for_writing: bool) -> str:
     if error.errno != errno.EACCES:
         return found
     if not os.access(path, os.R_OK | (os.W_OK if for_writing else 0), effective_ids=True):
-        may_read = for_writing and os.access(path, os.R_OK, effective_ids=True)
-        return f"{found} to {'write to' if may_read else 'read'} it as user {os.geteuid()}"
+        reads = for_writing and os.access(path, os.R_OK, effective_ids=True)
+        return f"{found} to {'write to' if reads else 'read'} it as user {os.geteuid()}"
     if _current is not None and _current.version:
         return f"{found} by the sandbox, since its directory was exchanged after the start: restart nbdimg"
     return found

@@ -22,7 +22,7 @@ from nbdimg.formats.qcow2.bitmap_edit import BitmapAction
 from nbdimg.formats.qcow2.snapshots import load_snapshots
 from nbdimg.server import live, opening, reload, server, service
 from nbdimg.server.live import Control
-from nbdimg.server.service import open_exports
+from nbdimg.server.opening import open_exports
 from nbdimg.storage.posix import PosixFile
 from tests.server.controlled import AtWork, ControlledServer
 from tests.support.qcow2edit import qemu_img

@@ -328,6 +328,9 @@ def test_reload_of_what_takes_tls_from_then_on_ends_its_plain_clients_alone(
         ('listen = ["nbd://192.0.2.1:0"]', "nbd://192.0.2.1:0/ is reachable from other machines"),
         ('listen = ["nbd+unix:///?socket=b.img"]', "b.img: Address already in use"),
         ('[tls]\ncertificate_file = "missing.pem"\n', "missing.pem"),
+        ('[admin]\nsocket = "missing/a"\n', "missing/a: No such file or directory"),
+        ('[admin]\nlisten = "127.0.0.1:0"\ntoken_file = "missing"\n', "missing: No such file or directory"),
+        ('[admin]\nlisten = "127.0.0.1:0"\ntoken_file = "a.img"\n', "a.img can be read by everybody"),
         ('image_directories = ["missing"]', "missing: there is none, expected one at the start"),
     ],
 )
@@ -337,7 +340,7 @@ def test_reload_of_what_cannot_be_changes_nothing_and_says_so(
     server, keep = served
     images("b")
     good = export("good", images("a"))
-    wrong = text + "\n" + good if "[[" in text or "[tls]" in text else text + "\n" + keep + good
+    wrong = text + "\n" + good if text.startswith("[") else text + "\n" + keep + good
     with connect_negotiated(server.socket_path, "keep") as client:
         said = server.reload(wrong)
         assert "ERROR: nothing was reloaded: " in said

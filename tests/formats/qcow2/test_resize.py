@@ -660,7 +660,7 @@ def test_shrink_within_a_shared_cluster_that_finds_no_space_leaves_an_image_that
         with pytest.raises(OSError, match="No space"):
             await resize_image(image, 700 * KiB, may_shrink=True)
         await image.write(0, b"x" * 512)
-        assert await everything(image) == b"x" * 512 + b"\7" * (MiB - 512)
+        assert await read_all(image) == b"x" * 512 + b"\7" * (MiB - 512)
         await image.close()
         assert (await check(file, await read_header(file))).exit_status == 0
 

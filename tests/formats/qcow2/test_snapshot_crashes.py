@@ -135,7 +135,7 @@ def test_snapshot_change_on_a_disk_that_lets_nothing_be_written_for_a_while_leav
             disk.active[:] = one
         image = Image(driver, writable=True)
         await disk.guest(image, random.Random(count), 8)
-        assert await content_of(image) == disk.active
+        assert await read_all(image) == disk.active
         await image.close()
         disk.path.write_bytes(memory.content)
         is_dirty = (await read_header(memory)).is_dirty
@@ -148,7 +148,7 @@ def test_snapshot_change_on_a_disk_that_lets_nothing_be_written_for_a_while_leav
         assert names == (expected[verb] if outcome == "done" else ["one"]), count
         for name in names:
             past = await open_file(MemoryFile(memory.content), "qcow2", OpenOptions(DenyGate(), snapshot=name))
-            assert await content_of(past) == (one if name == "one" else start), (count, name)
+            assert await read_all(past) == (one if name == "one" else start), (count, name)
         return is_over
 
     count = 0
