@@ -352,7 +352,7 @@ def _server_schemas() -> Json:
                     "description": "those that take no writes, and those that a reload could not open again",
                 },
                 "connections": _COUNT,
-                "uris": _STRINGS,
+                "uris": {**_STRINGS, "description": "of each export at each listener; of kept overlays with @NAME"},
             }
         ),
         "Stats": _object({"time": _SECONDS, "exports": {"type": "array", "items": _reference("Counters")}}),

@@ -169,7 +169,8 @@ def add(
         print_json(exports=added)
         return
     for each in added:
-        print(f"{shown(each['name'])}: {sized(each['size'])}, {each['format']}")
+        asked = f"; clients ask for {shown(each['name'])}@NAME" if keep_overlays else ""
+        print(f"{shown(each['name'])}: {sized(each['size'])}, {each['format']}{asked}")
 
 
 @ctl.command()

@@ -15,6 +15,7 @@ from functools import partial
 from nbdimg.cli.streams import flush, take_no_wait_at_stderr
 from nbdimg.config import ServerConfig
 from nbdimg.configfile import FileConfig, Overrides, load_config
+from nbdimg.errors import escaped
 from nbdimg.server import handover, sandbox
 from nbdimg.server.live import Control
 from nbdimg.server.log import start_logging
@@ -188,6 +189,11 @@ def _announce(service: Service, notifier: Notifier) -> None:
     if not service.config.exports:
         logging.getLogger("nbdimg").warning("nothing is exported: the configuration has no [[exports]]")
     _print_uris(service)
+    for export in (each for each in service.registry if each.keeps_overlays):
+        name, asked = escaped(export.name), escaped(export.asked_as)
+        logging.getLogger("nbdimg").info(
+            "overlays of %s are kept: a client asks for %s, with a NAME of its own", name, asked
+        )
     notifier.ready(status(service))
 
 

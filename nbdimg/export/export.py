@@ -170,6 +170,11 @@ class Export:
         return self.overlays is not None and self.overlays.is_kept
 
     @property
+    def asked_as(self) -> str:
+        """A name that it can be opened by. Kept overlays have one each: clients put their own in the place of NAME."""
+        return f"{self.name}@NAME" if self.keeps_overlays else self.name
+
+    @property
     def is_snapshot(self) -> bool:
         return self.snapshot_id is not None
 

@@ -129,8 +129,8 @@ class View:
             return Wanted(export, export.name)
         proven = proven_name(self.client.identities)
         if proven is None:
-            name = escaped(export.name + "@NAME")
-            self._on_refused(export, f"its overlays have names: ask for {name}, or show a certificate")
+            asked = escaped(export.asked_as)
+            self._on_refused(export, f"its overlays have names: ask for {asked}, or show a certificate")
             return None
         return Wanted(export, export.name, proven)
 

@@ -76,9 +76,9 @@ class Service:
 
     @property
     def uris(self) -> list[NbdUri]:
-        """Each export at each listener."""
+        """Each export at each listener, as `Export.asked_as`."""
         return [
-            as_reached(uri, self.config, self.registry.terms(each.name), each.name)
+            as_reached(uri, self.config, self.registry.terms(each.name), each.asked_as)
             for uri in self.server.listeners
             for each in self.registry
         ]

@@ -21,6 +21,7 @@ from nbdimg.cli.http import Api
 from nbdimg.cli.main import run
 from nbdimg.config import AdminConfig, ServerConfig, TcpAddress
 from nbdimg.errors import NbdimgError
+from nbdimg.uri import NbdUri
 from tests.admin.fake import FakeServer
 from tests.admin.served import Served, make_qcow2
 from tests.formats.vhdx import craft
@@ -165,6 +166,8 @@ def test_add_gives_each_client_an_overlay_or_keeps_those_that_have_names(
     Path("overlays").mkdir()
     shared = ["--format=raw", "--overlay-dir=overlays"]
     with NbdimgServer("first.img", options=["--keep-overlays", "--admin-socket=a", *shared]) as server:
+        assert NbdUri.parse(server.uri).name == "first@NAME"
+        assert "overlays of 'first' are kept: a client asks for 'first@NAME', with a NAME of its own" in server.stderr()
         monkeypatch.setenv(SOCKET_VARIABLE, "a")
         said = ctl("add", "golden.img", "--overlay", "--keep-overlays", status=USAGE)
         assert said == "--overlay throws overlays away and --keep-overlays does not, expected one of them"
@@ -173,7 +176,7 @@ def test_add_gives_each_client_an_overlay_or_keeps_those_that_have_names(
             ("--overlay", "golden", b"\xa5"),
             ("--keep-overlays", "golden@vm42", b"\x17"),
         ):
-            ctl("add", "golden.img", mode, *shared)
+            assert ctl("add", "golden.img", mode, *shared).endswith("NAME\n") == (name != "golden")
             for content in (b"\xa5", found):
                 with connect_negotiated(server.socket_path, name) as client:
                     assert client.read(0, 512).data == content * 512
