@@ -15,6 +15,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from nbdimg.errors import ConfigError, ImageError, NbdimgError, with_user_hidden
 from nbdimg.storage.short import read_short
+from nbdimg.version import own_version
 
 CONNECT_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 30.0
@@ -36,6 +37,15 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)
+
+
+class _Answer(dict[str, Any]):
+    """What a server has answered. What a later one has more is passed over; without what is asked for here, it is of
+    another version.
+    """
+
+    def __missing__(self, key: str) -> Any:
+        raise NbdimgError(f"the server's answer has no {key!r}: is it of another version than {own_version()}?")
 
 
 class Api:
@@ -80,18 +90,20 @@ class Api:
         connection = self._connection()
         is_post = method == "POST"
         headers = {**self._headers, "Content-Type": "application/json"} if is_post else self._headers
+        limit_s = None
         target = f"{path}?{urlencode(query, errors='surrogateescape')}" if query else path
         try:
             connection.connect()
             if connection.sock is not None:
-                connection.sock.settimeout(ANSWER_TIMEOUT_S if method == "GET" else None)
+                limit_s = ANSWER_TIMEOUT_S if method == "GET" else None
+                connection.sock.settimeout(limit_s)
             connection.request(method, target, json.dumps(body).encode() if is_post else None, headers)
             response = connection.getresponse()
             answer = response.read()
         except (OSError, UnicodeError) as error:
-            raise NbdimgError(self._unreachable(getattr(error, "strerror", None) or str(error))) from None
+            raise NbdimgError(self._unreachable(error, limit_s)) from None
         except http.client.HTTPException as error:
-            raise NbdimgError(self._unreachable(f"no HTTP server ({error!r})")) from None
+            raise NbdimgError(self._is_no_server(f"no HTTP server ({error!r})")) from None
         finally:
             connection.close()
         return self._answer(response.status, answer)
@@ -104,17 +116,26 @@ class Api:
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         return kind(parts.hostname, parts.port, timeout=CONNECT_TIMEOUT_S)
 
-    def _unreachable(self, reason: str) -> str:
+    def _unreachable(self, error: OSError | UnicodeError, limit_s: float | None) -> str:
+        """Args: limit_s: how long an answer was waited for, if it was."""
+        if isinstance(error, TimeoutError) and error.errno is None and limit_s is not None:
+            return f"the server at {self._url or self._socket_path} is there and has not answered within {limit_s:g} s"
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, PermissionError) and self._url is None:
+            return f"cannot reach the server at {self._socket_path}: {reason}; its socket is for its own user, and root"
+        return self._is_no_server(reason)
+
+    def _is_no_server(self, reason: str) -> str:
         hint = "; is a server running, with --admin-socket?" if self._url is None else ""
         return f"cannot reach the server at {self._url or self._socket_path}: {reason}{hint}"
 
     def _answer(self, status: int, text: bytes) -> dict[str, Any]:
         try:
-            answer = json.loads(text) if text else {}
+            answer = json.loads(text, object_hook=_Answer) if text else _Answer()
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise NbdimgError(self._unreachable(f"status {status} and no JSON: not an admin API of nbdimg"))
+            raise NbdimgError(self._is_no_server(f"status {status} and no JSON: not an admin API of nbdimg"))
         if status < http.client.BAD_REQUEST:
             return answer
         detail = str(answer.get("detail", f"the server answered with status {status}"))

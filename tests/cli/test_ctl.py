@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -354,6 +355,34 @@ def test_what_is_no_admin_api_exits_1(ctl: Ctl, tmp_path: Path, raw: bytes, reas
         thread.join(30)
 
 
+@pytest.mark.parametrize(
+    ("answer", "arguments", "missing"),
+    [
+        (b'{"exports": [{"name": "a", "path": "/a"}]}', ["exports"], "is_read_only"),
+        (b'{"clients": [{"id": 1, "peer": "p"}]}', ["clients"], "export"),
+        (b"{}", ["status"], "state"),
+        (b"{}", ["resize", "a", "1M"], "size"),
+    ],
+)
+def test_answer_without_what_is_asked_for_is_of_another_version(
+    ctl: Ctl, monkeypatch: pytest.MonkeyPatch, answer: bytes, arguments: list[str], missing: str
+) -> None:
+    monkeypatch.setattr(Api, "_request", lambda api, *request: api._answer(200, answer))
+    said = ctl(*arguments, status=FAILED)
+    assert said.startswith(f"the server's answer has no '{missing}': is it of another version than ")
+
+
+def test_socket_of_another_user_is_told_from_one_where_nobody_listens(
+    ctl: Ctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(http._UnixConnection, "connect", connect)
+    said = ctl("exports", "--socket=/s", status=FAILED)
+    assert said == "cannot reach the server at /s: Permission denied; its socket is for its own user, and root"
+
+
 @pytest.mark.parametrize(("code", "status"), [(499, USAGE), (500, FAILED)])
 def test_what_the_server_failed_at_exits_1_and_what_it_refused_2(
     ctl: Ctl, monkeypatch: pytest.MonkeyPatch, code: int, status: int
@@ -403,7 +432,7 @@ def test_change_is_waited_for_longer_than_an_answer_that_waits_for_nothing(
         thread.start()
         api = Api(str(tmp_path / "s"))
         assert api.change("POST", "/v1/reload") == {}
-        with pytest.raises(NbdimgError, match="timed out"):
+        with pytest.raises(NbdimgError, match="is there and has not answered within 0"):
             api.get("/v1/status")
         thread.join(10)
 
