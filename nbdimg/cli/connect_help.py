@@ -21,7 +21,7 @@ import typer
 from nbdimg.cli.output import print_json
 from nbdimg.config import DEFAULT_LISTENER
 from nbdimg.configfile.values import export_name, listener_uri
-from nbdimg.errors import ConfigError
+from nbdimg.errors import ConfigError, escaped
 from nbdimg.uri import DEFAULT_PORT, NbdUri
 
 RECONNECT_DELAY_S = 60
@@ -39,6 +39,10 @@ AUTHORITY, CERTIFICATE, KEY = "ca-cert.pem", "client-cert.pem", "client-key.pem"
 """The names of files that QEMU, libvirt and libnbd look for in a directory."""
 
 
+KEYS = "keys.psk"
+"""The file of pre-shared keys that QEMU looks for in a directory."""
+
+_NO_KEYS = "it knows certificates and no pre-shared keys"
 _TLS_NOTE = ' (with min_version = "1.2" at the server: version 3.24 does not speak TLS 1.3)'
 _LOSS_NOTE = (
     "a restart of the server is an I/O error for it, whatever -persist says, unless systemd keeps the connection"
@@ -58,12 +62,19 @@ class Entry:
 @dataclass(frozen=True, slots=True)
 class Target:
     """An export as a client reaches it. `directory`: the client's files for TLS; `hostname`: the one in the server's
-    certificate, if it is not the URI's.
+    certificate, if it is not the URI's. `key_name`: which of the pre-shared keys in the directory the client shows, in
+    place of certificates.
     """
 
     uri: NbdUri
     directory: str | None = None
     hostname: str | None = None
+    key_name: str | None = None
+
+    @property
+    def keys(self) -> str:
+        """The client's file of pre-shared keys; empty: it has certificates, or no TLS."""
+        return "" if self.key_name is None else os.path.join(self.directory or "", KEYS)
 
 
 def connect_help(
@@ -87,13 +98,24 @@ def connect_help(
     tls_hostname: Annotated[
         str | None, typer.Option(metavar="NAME", help="The name in the server's certificate, if it is not the host's.")
     ] = None,
+    tls_psk: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help=f"For nbds:, in place of certificates: the directory at the client with {KEYS}, lines of NAME:HEX.",
+        ),
+    ] = None,
+    tls_psk_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which of the pre-shared keys is the client's.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The lines as JSON.")] = False,
 ) -> int:
     """Print the lines with which QEMU, libvirt, nbd-client, libnbd's tools and early boot use an export.
 
     Asks no server.
     """
-    target = Target(_reachable(export, uri), tls_certificates, tls_hostname)
+    _check_keys(tls_psk, tls_psk_name, tls_certificates or tls_hostname)
+    target = Target(_reachable(export, uri), tls_psk or tls_certificates, tls_hostname, tls_psk_name)
     _check_tls(target)
     found = entries(target)
     if as_json:
@@ -144,13 +166,24 @@ def _is_any_address(host: str) -> bool:
         return False
 
 
+def _check_keys(directory: str | None, name: str | None, other: str | None) -> None:
+    """Raises: ConfigError: half of what a pre-shared key takes, or certificates beside it."""
+    if (directory is None) != (name is None):
+        raise ConfigError("a pre-shared key takes --tls-psk DIR and --tls-psk-name NAME")
+    if name is not None and (":" in name or not name.isprintable() or not name):
+        raise ConfigError(f"{escaped(name)} is not allowed, expected the name of a pre-shared key")
+    if directory is not None and other is not None:
+        raise ConfigError("--tls-psk takes the place of certificates and their names, expected one or the other")
+
+
 def _check_tls(target: Target) -> None:
     """Raises: ConfigError: the files of TLS without TLS, or TLS without them."""
     given = target.directory or target.hostname
     if target.uri.is_tls and target.directory is None:
-        raise ConfigError(f"{target.uri} needs --tls-certificates DIR with {AUTHORITY}")
+        raise ConfigError(f"{target.uri} needs --tls-certificates DIR with {AUTHORITY}, or --tls-psk DIR with {KEYS}")
     if not target.uri.is_tls and given:
-        raise ConfigError(f"{target.uri} is without TLS, expected nbds: for --tls-certificates and --tls-hostname")
+        options = "--tls-psk" if target.keys else "--tls-certificates and --tls-hostname"
+        raise ConfigError(f"{target.uri} is without TLS, expected nbds: for {options}")
     if target.directory is not None and not os.path.isabs(target.directory):
         raise ConfigError(f"{target.directory}: expected the whole name of the directory, from / on")
 
@@ -188,7 +221,10 @@ def _qemu_tls(target: Target) -> dict[str, str]:
 def _qemu_credentials(target: Target) -> list[str]:
     if target.directory is None:
         return []
-    return ["-object", _listed({"id": CREDENTIALS, "endpoint": "client", "dir": target.directory}, "tls-creds-x509")]
+    options = {"id": CREDENTIALS, "endpoint": "client", "dir": target.directory}
+    if target.key_name is not None:
+        return ["-object", _listed({**options, "username": target.key_name}, "tls-creds-psk")]
+    return ["-object", _listed(options, "tls-creds-x509")]
 
 
 def _listed(options: dict[str, str], *first: str) -> str:
@@ -201,6 +237,8 @@ def _libvirt(target: Target) -> Entry:
     from xml.etree import ElementTree as Xml
 
     uri = target.uri
+    if target.keys:
+        return Entry("libvirt", reason=_NO_KEYS)
     disk = Xml.Element("disk", type="network", device="disk")
     Xml.SubElement(disk, "driver", name="qemu", type="raw")
     tls = {"tls": "yes", **({"tlsHostname": target.hostname} if target.hostname else {})} if uri.is_tls else {}
@@ -218,6 +256,8 @@ def _libvirt(target: Target) -> Entry:
 
 def _nbd_client(target: Target) -> Entry:
     uri = target.uri
+    if target.keys:
+        return Entry("nbd-client", reason=_NO_KEYS)
     place = ["-unix", uri.socket] if uri.socket is not None else [uri.host or "", str(uri.port)]
     settings = ["-block-size", str(BLOCK_SIZE), "-connections", str(CONNECTIONS), "-persist"]
     tls = [word for key, value in _nbd_client_tls(target).items() for word in (f"-{key}", value)]
@@ -229,6 +269,8 @@ def _nbdtab(target: Target) -> Entry:
     """Nothing can be quoted there. Version 3.24 accepts `port=`, and connects to the default port all the same."""
     uri = target.uri
     tool = f"/etc/nbdtab{_TLS_NOTE if uri.is_tls else ''}"
+    if target.keys:
+        return Entry("/etc/nbdtab", reason=_NO_KEYS)
     if uri.socket is None and uri.port != DEFAULT_PORT:
         return Entry(tool, reason=f"nbd-client takes no other port than {DEFAULT_PORT} from there")
     place = uri.socket or uri.host or ""
@@ -293,8 +335,11 @@ def _bracketed(uri: NbdUri) -> str:
 
 
 def _libnbd(target: Target) -> Entry:
-    parameters = {"tls-certificates": target.directory, "tls-hostname": target.hostname}
+    certificates = None if target.keys else target.directory
+    parameters = {"tls-certificates": certificates, "tls-hostname": target.hostname, "tls-psk-file": target.keys}
     query = "&".join(f"{key}={quote(value)}" for key, value in parameters.items() if value)
     uri = str(target.uri)
+    if target.key_name is not None:
+        uri = uri.replace("://", f"://{quote(target.key_name, safe='')}@", 1)
     uri += ("&" if "?" in uri else "?") + query if query else ""
     return Entry("libnbd", (shlex.join(["nbdinfo", uri]), shlex.join(["nbdcopy", uri, f"{DEVICE}.img"])))

@@ -275,6 +275,25 @@ def test_tls_names_the_client_certificate_where_there_is_one(
     )
 
 
+def test_pre_shared_key_is_named_to_the_tools_that_know_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = [f"--tls-psk={tmp_path}", "--tls-psk-name=a b"]
+    entries = ask(capsys, "vm1", "--uri=nbds://h", *keys)
+    for tool in (QEMU, DRIVE):
+        assert f"tls-creds-psk,id=tls0,endpoint=client,dir={tmp_path},username=a b" in words(entries[tool])
+        assert "tls-creds=tls0" in entries[tool]["lines"][0]
+    assert words({"lines": entries[LIBNBD]["lines"][:1]}) == [
+        "nbdinfo",
+        f"nbds://a%20b@h/vm1?tls-psk-file={tmp_path}/keys.psk",
+    ]
+    (tmp_path / "keys.psk").write_text("a b:00112233445566778899aabbccddeeff\n")
+    done = machine([*words(entries[QEMU])[:2]])
+    assert done.returncode == 0, done.stderr
+    on_unix = ask(capsys, "vm1", "--uri=nbds+unix:///?socket=/s", *keys)[LIBNBD]["lines"][0]
+    assert on_unix == f"nbdinfo 'nbds+unix://a%20b@/vm1?socket=/s&tls-psk-file={tmp_path}/keys.psk'"
+
+
 @pytest.mark.parametrize(
     ("arguments", "tool", "reason"),
     [
@@ -288,6 +307,14 @@ def test_tls_names_the_client_certificate_where_there_is_one(
         (("a", "--uri=nbd://h:99"), DRACUT, "it knows names only at port 10809"),
         (("a", "--uri=nbd+unix:///?socket=/s"), DRACUT, "early boot reaches no Unix socket"),
         (("a", "--uri=nbd+unix:///?socket=/s"), INITRAMFS, "early boot reaches no Unix socket"),
+        *(
+            (
+                ("a", "--uri=nbds://h", "--tls-psk=/c", "--tls-psk-name=n"),
+                tool,
+                "it knows certificates and no pre-shared keys",
+            )
+            for tool in (LIBVIRT, CLIENT, NBDTAB)
+        ),
         (("a", "--uri=nbds://h", "--tls-certificates=/c"), DRACUT, "early boot has no TLS"),
         (("a", "--uri=nbds://h", "--tls-certificates=/c"), INITRAMFS, "early boot has no TLS"),
     ],
@@ -318,6 +345,13 @@ def test_tool_that_cannot_be_told_has_a_reason_and_no_lines(
         (("a", "--uri=nbds://h"), "needs --tls-certificates DIR with ca-cert.pem"),
         (("a", "--uri=nbds://h", "--tls-certificates=c"), "c: expected the whole name of the directory, from / on"),
         (("a", "--tls-certificates=/c"), "is without TLS, expected nbds: for --tls-certificates"),
+        (("a", "--uri=nbds://h", "--tls-psk=/c"), "a pre-shared key takes --tls-psk DIR and --tls-psk-name NAME"),
+        (("a", "--uri=nbds://h", "--tls-psk=/c", "--tls-psk-name=a:b"), "'a:b' is not allowed, expected the name of"),
+        (("a", "--tls-psk=/c", "--tls-psk-name=n"), "is without TLS, expected nbds: for --tls-psk"),
+        (
+            ("a", "--uri=nbds://h", "--tls-psk=/c", "--tls-psk-name=n", "--tls-hostname=h"),
+            "--tls-psk takes the place of certificates",
+        ),
         (("a", "--tls-hostname=h"), "is without TLS, expected nbds: for --tls-certificates"),
     ],
 )
