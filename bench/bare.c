@@ -3,7 +3,8 @@
  *
  * It has one thread and two commands, READ and WRITE, and takes its clients at their word: never serve anyone else with
  * it. A turn receives once for each connection that has sent something, moves data between the file and the buffers in
- * place, and sends the replies together. For POLL_US behind a request it polls its sockets instead of sleeping.
+ * place, and sends the replies together; long data is sent from the mapped file as it lies there, as nbdimg does. For
+ * POLL_US behind a request it polls its sockets instead of sleeping.
  *
  * Spec: proto.md "Fixed newstyle negotiation", "Request message", "Simple reply message".
  */
@@ -17,6 +18,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -30,6 +32,7 @@ enum {
     RECEIVE_MAX = 256 * KIB,    /* in one call, if no long payload is under way: stays in the processor's cache */
     CARRIED_MAX = 16 * KIB,     /* of a payload that is received together with what follows it, as nbdimg's */
     SEND_MAX = 256 * KIB,       /* of gathered replies; a longer one goes alone */
+    MAPPED_FROM = 64 * KIB,     /* of data that is sent from the file as it lies in memory, as nbdimg's */
     WRITE_BURST = 8,            /* replies to writes that are gathered, as nbdimg's: the client goes on meanwhile */
     SOCKET_BUFFER = 1024 * KIB, /* as nbdimg's */
 };
@@ -51,11 +54,16 @@ struct request { uint32_t magic; uint16_t flags, command; uint64_t cookie, offse
 struct reply { uint32_t magic, error; uint64_t cookie; };
 #pragma pack(pop)
 
-/* From start to end: what was received and not answered, or answered and not sent. */
-struct buffer { size_t start, end; char data[sizeof(struct request) + PAYLOAD_MAX + RECEIVE_MAX]; };
+/* From start to end: what was received and not answered, or answered and not sent; what is mapped comes behind it. */
+struct buffer {
+    size_t start, end;
+    struct iovec mapped;
+    char data[sizeof(struct request) + PAYLOAD_MAX + RECEIVE_MAX];
+};
 struct connection { bool is_behind; struct buffer in, out; }; /* behind: requests wait until `out` is sent */
 
 static int image;
+static char *map; /* of it */
 
 static bool receive_all(int fd, void *data, size_t length)
 {
@@ -129,17 +137,23 @@ static bool answer(struct connection *client)
         *(command == CMD_WRITE ? &taken : &given) += length;
         if (in->end - in->start < taken)
             break;
-        client->is_behind = burst == WRITE_BURST || (out->end && out->end + given > SEND_MAX);
+        bool is_mapped = command == CMD_READ && length >= MAPPED_FROM;
+        client->is_behind = burst == WRITE_BURST || out->mapped.iov_len || (out->end && out->end + given > SEND_MAX);
         if (client->is_behind)
             break;
-        ssize_t moved = command == CMD_READ ? pread(image, reply + 1, length, be64toh(request->offset))
-                                            : pwrite(image, request + 1, length, be64toh(request->offset));
+        ssize_t moved = length;
+        if (is_mapped)
+            out->mapped = (struct iovec) { map + be64toh(request->offset), length };
+        else if (command == CMD_READ)
+            moved = pread(image, reply + 1, length, be64toh(request->offset));
+        else
+            moved = pwrite(image, request + 1, length, be64toh(request->offset));
         reply->magic = htobe32(SIMPLE_REPLY_MAGIC);
         reply->error = moved == (ssize_t)length ? 0 : htobe32(NBD_EIO);
         reply->cookie = request->cookie;
         burst += command == CMD_WRITE;
         in->start += taken;
-        out->end += reply->error ? sizeof *reply : given;
+        out->end += reply->error || is_mapped ? sizeof *reply : given;
     }
     return true;
 }
@@ -147,12 +161,18 @@ static bool answer(struct connection *client)
 /* Sends what the socket takes. False: something is left. */
 static bool send_replies(struct buffer *out, int fd)
 {
-    if (out->start < out->end) {
-        ssize_t count = send(fd, out->data + out->start, out->end - out->start, MSG_DONTWAIT | MSG_NOSIGNAL);
-        if (count < 0 && errno != EAGAIN)
-            count = out->end - out->start; /* the client is gone, as `receive` will tell */
-        out->start += count > 0 ? count : 0;
-        if (out->start < out->end)
+    size_t length = out->end - out->start;
+    if (length + out->mapped.iov_len) {
+        struct iovec parts[] = { { out->data + out->start, length }, out->mapped };
+        const struct msghdr message = { .msg_iov = parts, .msg_iovlen = 2 };
+        ssize_t count = sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (count < 0)
+            count = errno == EAGAIN ? 0 : length + out->mapped.iov_len; /* it is gone, as `receive` will tell */
+        size_t first = (size_t)count < length ? (size_t)count : length;
+        out->start += first;
+        out->mapped.iov_base = (char *)out->mapped.iov_base + (count - first);
+        out->mapped.iov_len -= count - first;
+        if (out->start < out->end || out->mapped.iov_len)
             return false;
     }
     out->start = out->end = 0;
@@ -180,6 +200,7 @@ static void welcome(struct pollfd *slot, struct connection *client, int fd)
     setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof size); /* beyond net.core.wmem_max, where it is allowed */
     *slot = (struct pollfd) { fd, POLLIN, 0 };
     client->in.start = client->in.end = client->out.start = client->out.end = client->is_behind = 0;
+    client->out.mapped.iov_len = 0;
     if (!shake_hands(fd)) {
         close(fd);
         slot->fd = -1;
@@ -201,6 +222,9 @@ int main(int argc, char **argv)
     for (int index = 0; index <= CONNECTIONS_MAX; index++)
         polls[index] = (struct pollfd) { -1, POLLIN, 0 };
     if (argc != 4 || strlen(argv[1]) >= sizeof address.sun_path || (image = open(argv[2], O_RDWR)) < 0)
+        return 2;
+    map = mmap(NULL, lseek(image, 0, SEEK_END), PROT_READ, MAP_SHARED, image, 0);
+    if (map == MAP_FAILED)
         return 2;
     strcpy(address.sun_path, argv[1]);
     polls[0].fd = socket(AF_UNIX, SOCK_STREAM, 0);
