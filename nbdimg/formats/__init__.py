@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol, TypeVar
 
 from nbdimg.errors import ConfigError, ImageError, ImageLocked, UnrecognizedFormat, UnsupportedFeature
@@ -28,6 +29,7 @@ from nbdimg.image.image import HeadGuard, Image
 from nbdimg.storage.file import BlockFile, read
 from nbdimg.storage.locks import lock_image
 from nbdimg.storage.posix import PosixFile
+from nbdimg.storage.workers import workers
 from nbdimg.units import align_up
 
 F = TypeVar("F", bound=BlockFile)
@@ -113,7 +115,7 @@ async def open_image(
     """
     check_format(format)
     keys = Keys(key, own_keys)
-    file = PosixFile(path, writable=writable)
+    file = await workers().run(partial(PosixFile, path, writable=writable))
     try:
         if lock:
             lock_image(file.descriptor, file.path, writable=writable)

@@ -46,6 +46,7 @@ from nbdimg.server.states import (
     export_state,
     snapshot_state,
 )
+from nbdimg.storage.workers import workers
 from nbdimg.wire.constants import DIRTY_BITMAP
 
 T = TypeVar("T")
@@ -139,7 +140,7 @@ class Control:
         name = config.name or default_name(config.path, service.exports)
         self._check_free(name)
         config = replace(config, name=name)
-        service.check_added(config)
+        await workers().run(service.check_added, config)
         try:
             exports = await service.open(config)
         except ImageLocked:

@@ -153,8 +153,8 @@ class Service:
             check_listener(uri, whole)
 
     def check_added(self, config: ExportConfig) -> None:
-        """Raises: ConfigError: a rule needs TLS that is not there, plain text would reach it without leave, or it lies
-        where the sandbox does not let it be opened.
+        """On a worker, for it follows paths. Raises: ConfigError: a rule needs TLS that is not there, plain text would
+        reach it without leave, or it lies where the sandbox does not let it be opened.
         """
         sandbox.check_export(config)
         alone = replace(self.config, exports=(config,))

@@ -10,15 +10,18 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
+from nbdimg import formats
 from nbdimg.config import AccessRule, ExportConfig, ServerConfig, TlsConfig
 from nbdimg.errors import ConfigError, ImageError, ImageFailed, ImageLocked, NotThere, UnsupportedFeature
 from nbdimg.formats import create_image, keys
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.limits import Limits
-from nbdimg.server import live
+from nbdimg.server import live, sandbox
 from nbdimg.server.checks import check_config, named
 from nbdimg.server.live import RemoveMode
 from nbdimg.storage.posix import PosixFile
@@ -205,6 +208,29 @@ def test_key_file_that_nobody_writes_holds_up_no_client_and_the_operation_not_fo
         assert not added.done()
     with pytest.raises(ConfigError, match="it is a FIFO"):
         added.result(WAIT_S)
+
+
+@pytest.mark.parametrize(("module", "name"), [(sandbox, "check_export"), (formats, "PosixFile")])
+def test_path_that_hangs_holds_up_no_client(
+    served: ControlledServer, make: Make, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
+) -> None:
+    """As on a network file system without its server: the addition waits where links are followed, and at the open."""
+    config, is_back = make("disk"), threading.Event()
+    follow = getattr(module, name)
+
+    def hang(*arguments: Any, **more: Any) -> object:
+        assert is_back.wait(WAIT_S)
+        return follow(*arguments, **more)
+
+    monkeypatch.setattr(module, name, hang)
+    added = served.start(served.control.add(config))
+    try:
+        with served.connect("keep") as client:
+            assert client.read(0, 512).error == 0
+            assert not added.done()
+    finally:
+        is_back.set()
+    assert added.result(WAIT_S) == ["disk"]
 
 
 def test_hidden_export_serves_its_clients_until_they_leave(served: ControlledServer, make: Make) -> None:

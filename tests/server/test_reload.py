@@ -693,17 +693,18 @@ def test_reload_waits_where_no_thread_can_be_started(
     refused: list[threading.Thread] = []
 
     def scarce(thread: threading.Thread) -> None:
-        if not refused:
+        if len(refused) < 2:
             refused.append(thread)
             raise RuntimeError("can't start new thread")
         start(thread)
 
     async def scenario() -> None:
+        monkeypatch.setattr(threading.Thread, "start", scarce)
         async with serving(old) as running:
+            assert len(refused) == 1
             reloader = Reloader(running, lambda: (new, False), Notifier({}), str(tmp_path / "file"))
-            monkeypatch.setattr(threading.Thread, "start", scarce)
             assert await reloader.reload()
-            assert refused
+            assert len(refused) == 2
             assert running.config == new
             reloader.stop()
 
