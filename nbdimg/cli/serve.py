@@ -24,7 +24,8 @@ from nbdimg.cli.options import (
 from nbdimg.cli.running import serve_file, serve_images
 from nbdimg.config import DEFAULT_LISTENER, LOG_FORMATS, SANDBOX_MODES, TLS_MODES, TLS_VERSIONS, ExportConfig
 from nbdimg.configfile import Overrides, config_without_file
-from nbdimg.configfile.values import listener_uri, one_of, tcp_address
+from nbdimg.configfile.limits import LIMITS
+from nbdimg.configfile.values import EnvironmentText, listener_uri, one_of, tcp_address
 from nbdimg.errors import ConfigError
 from nbdimg.formats import DRIVERS, check_format, create_image
 from nbdimg.limits import Limits
@@ -83,35 +84,30 @@ def serve(
     parent: Parent = None,
     accept_lost_log: AcceptLostLog = False,
     connections_max: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help=f"Clients at once (default: {_DEFAULTS.connections}).")
+        str | None, typer.Option(metavar="N", help=f"Clients at once (default: {_DEFAULTS.connections}).")
     ] = None,
     handshake_timeout: Annotated[
-        float | None,
-        typer.Option(
-            metavar="S", min=0.1, help=f"Seconds for a handshake (default: {_DEFAULTS.handshake_timeout_s:g})."
-        ),
+        str | None,
+        typer.Option(metavar="S", help=f"Seconds for a handshake (default: {_DEFAULTS.handshake_timeout_s:g})."),
     ] = None,
     request_timeout: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             metavar="S",
-            min=0.1,
             help=f"Seconds for the rest of a request that has begun (default: {_DEFAULTS.request_timeout_s:g}).",
         ),
     ] = None,
     stall_timeout: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             metavar="S",
-            min=0.1,
             help=f"Seconds without taking a reply that waits (default: {_DEFAULTS.stall_timeout_s:g}).",
         ),
     ] = None,
     drain_timeout: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             metavar="S",
-            min=0,
             help=f"Seconds for clients to finish after SIGTERM (default: {_DEFAULTS.drain_timeout_s:g}).",
         ),
     ] = None,
@@ -192,11 +188,11 @@ def serve(
     overrides = Overrides(
         listeners=tuple(listener_uri(text) for text in listen) if listen else None,
         limits=_given(
-            connections=connections_max,
-            handshake_timeout_s=handshake_timeout,
-            request_timeout_s=request_timeout,
-            stall_timeout_s=stall_timeout,
-            drain_timeout_s=drain_timeout,
+            connections=_limit("--connections-max", "connections", connections_max),
+            handshake_timeout_s=_limit("--handshake-timeout", "handshake_timeout", handshake_timeout),
+            request_timeout_s=_limit("--request-timeout", "request_timeout", request_timeout),
+            stall_timeout_s=_limit("--stall-timeout", "stall_timeout", stall_timeout),
+            drain_timeout_s=_limit("--drain-timeout", "drain_timeout", drain_timeout),
         ),
         allows_plaintext=insecure_plaintext or None,
         tls=tls,
@@ -246,6 +242,11 @@ def serve(
 def _given(**options: object) -> dict[str, Any]:
     """Those that the command line has."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _limit(option: str, key: str, text: str | None) -> Any:
+    """The value of an option that stands for a key of `[limits]`, and has its range."""
+    return parsed(option, lambda value: LIMITS[key](EnvironmentText(value)), text)
 
 
 def _export(argument: str) -> ExportConfig:

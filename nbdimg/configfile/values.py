@@ -82,7 +82,7 @@ def seconds(least: float) -> Parse[float]:
 
 
 class EnvironmentText(str):
-    """A value from the environment: numbers come as text there, which a file does not allow."""
+    """A value from the environment or the command line: numbers come as text there, which a file does not allow."""
 
 
 def _number(value: object, kind: Callable[[str], float]) -> object:
