@@ -95,7 +95,7 @@ def ask_before_listening(config: ServerConfig, inherited: Collection[NbdUri]) ->
     taken = {address_of(each) for each in inherited}
     for uri in config.listeners:
         if address_of(uri) not in taken:
-            with _named(str(uri)):
+            with _named(_with_port(uri)):
                 _ask(uri.socket, uri.host)
     if config.admin is not None and config.admin.socket_path is not None:
         with _named(config.admin.socket_path):
@@ -119,13 +119,17 @@ def listen(uri: NbdUri) -> tuple[list[socket.socket], NbdUri]:
 
     Raises: ListenError: naming the address and the reason.
     """
-    what = f"{uri} (port {DEFAULT_PORT})" if uri.socket is None and uri.port == DEFAULT_PORT else str(uri)
-    with _named(what):
+    with _named(_with_port(uri)):
         if uri.socket is not None:
             return [_listen_unix(uri.socket)], uri
         assert uri.host is not None
         sockets = _listen_tcp(uri.host, uri.port)
         return sockets, replace(uri, port=sockets[0].getsockname()[1])
+
+
+def _with_port(uri: NbdUri) -> str:
+    """A URI leaves the default port out."""
+    return f"{uri} (port {DEFAULT_PORT})" if uri.socket is None and uri.port == DEFAULT_PORT else str(uri)
 
 
 def listen_private(path: str) -> socket.socket:
