@@ -140,8 +140,16 @@ def listen_private(path: str) -> socket.socket:
 
 def check_socket_directory(path: str) -> None:
     """Raises: ListenError: what `listen_private` says where the directory of `path` is not there."""
-    with _named(path):
+    with _named(path), _directory_named(path):
         os.stat(os.path.join(os.path.dirname(os.path.abspath(path)), ""))
+
+
+@contextlib.contextmanager
+def _directory_named(path: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(error.errno, f"there is no directory {os.path.dirname(path)}") from None
 
 
 def listen_tcp(address: TcpAddress) -> tuple[list[socket.socket], TcpAddress]:
@@ -184,23 +192,23 @@ def _listen_unix(path: str, *, is_private: bool = False) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _remove_left_over(path)
-        if is_private:
-            mask = os.umask(0o177)
-            try:
-                sock.bind(path)
-            finally:
-                os.umask(mask)
-        else:
+        with _directory_named(path), _umask(0o177) if is_private else contextlib.nullcontext():
             sock.bind(path)
         sock.listen(BACKLOG)
         sock.setblocking(False)
-    except FileNotFoundError as error:
-        sock.close()
-        raise FileNotFoundError(error.errno, f"there is no directory {os.path.dirname(path)}") from None
     except OSError:
         sock.close()
         raise
     return sock
+
+
+@contextlib.contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def _remove_left_over(path: str) -> None:

@@ -328,7 +328,7 @@ def test_reload_of_what_takes_tls_from_then_on_ends_its_plain_clients_alone(
         ('listen = ["nbd://192.0.2.1:0"]', "nbd://192.0.2.1:0/ is reachable from other machines"),
         ('listen = ["nbd+unix:///?socket=b.img"]', "b.img: Address already in use"),
         ('[tls]\ncertificate_file = "missing.pem"\n', "missing.pem"),
-        ('[admin]\nsocket = "missing/a"\n', "missing/a: No such file or directory"),
+        ('[admin]\nsocket = "missing/a"\n', "missing/a: there is no directory "),
         ('[admin]\nlisten = "127.0.0.1:0"\ntoken_file = "missing"\n', "missing: No such file or directory"),
         ('[admin]\nlisten = "127.0.0.1:0"\ntoken_file = "a.img"\n', "a.img can be read by everybody"),
         ('image_directories = ["missing"]', "missing: there is none, expected one at the start"),
