@@ -31,10 +31,10 @@ from nbdimg.formats.qcow2.bitmap_live import change_bitmaps, prepare
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.snapshot_changes import create_snapshot, delete_snapshot
 from nbdimg.formats.qcow2.snapshots import Snapshot, find_snapshot, load_snapshots
-from nbdimg.server.checks import image_of, named
+from nbdimg.server.checks import named
 from nbdimg.server.connection import Connection
 from nbdimg.server.opening import SNAPSHOT_EXPORTS_MAX
-from nbdimg.server.reload import Reloader
+from nbdimg.server.reload import Reloader, images_of
 from nbdimg.server.service import Leaving, Service
 from nbdimg.server.states import (
     BitmapState,
@@ -144,7 +144,8 @@ class Control:
         try:
             exports = await service.open(config)
         except ImageLocked:
-            holder = next((each for each in service.leaving if image_of(each.config) == image_of(config)), None)
+            images = await images_of((config, *(each.config for each in service.leaving)))
+            holder = next((each for each in service.leaving if images[each.config] == images[config]), None)
             if holder is None:
                 raise
             raise ConfigError(

@@ -24,7 +24,7 @@ import asyncio
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -60,12 +60,13 @@ logger = logging.getLogger("nbdimg")
 @dataclass(slots=True)
 class _Prepared:
     """What is open and not yet to be seen: `ready` now, `later` when the images that leave have been given back.
-    `later_names`: of all that these export, their snapshots too.
+    `later_names`: of all that these export, their snapshots too. `images`: as `images_of`, of what comes and leaves.
     """
 
     ready: list[tuple[ExportConfig, list[Export]]]
     later: list[ExportConfig]
     later_names: list[str]
+    images: dict[ExportConfig, str]
 
 
 class Reloader:
@@ -192,13 +193,9 @@ class Reloader:
         for each in new.exports:
             if each.name in service.live:
                 raise ConfigError(f"export {each.name} was added live: remove that one, or give this one another name")
-        service.check(new)
-        if new.admin not in (None, service.config.admin):
-            _check_admin_files(new.admin)
         lasting: dict[str, Any] = {name: getattr(service.config, name) for name in LASTING}
         asked, new = new, replace(new, **lasting)
-        sandbox.check(new)
-        tls = None if new.tls is None else Tls(new.tls)
+        tls = await workers().run(self._check, asked, new)
         found = difference(service.config, new)
         prepared = await self._prepare(found, new.limits)
         with service.telling_exposed():
@@ -214,14 +211,30 @@ class Reloader:
         service.server.set_tls(tls)
         return found, await self._settle(found, prepared, leaving)
 
+    def _check(self, asked: ServerConfig, new: ServerConfig) -> Tls | None:
+        """On a worker, for it follows paths: what is asked for, and what of that is to be. Returns its TLS.
+
+        Raises: ConfigError, ListenError, OSError.
+        """
+        self._service.check(asked)
+        if asked.admin not in (None, new.admin):
+            _check_admin_files(asked.admin)
+        sandbox.check(new)
+        return None if new.tls is None else Tls(new.tls)
+
     async def _prepare(self, found: Difference, limits: Limits) -> _Prepared:
-        prepared = _Prepared([], [], [])
-        held = {image_of(each.config): each.exports for each in self._service.leaving}
-        held |= {image_of(each): self._service.exports[named(each)] for each in found.leaving}
+        prepared = _Prepared([], [], [], {})
+        wanted = (*found.added, *(new for _, new in found.reopened))
+        if not wanted:
+            return prepared
+        hidden = {each.config: each.exports for each in self._service.leaving}
+        prepared.images = images = await images_of((*wanted, *hidden, *found.leaving))
+        held = {images[config]: exports for config, exports in hidden.items()}
+        held |= {images[each]: self._service.exports[named(each)] for each in found.leaving}
         try:
-            for each in (*found.added, *(new for _, new in found.reopened)):
-                if image_of(each) in held:
-                    async with held[image_of(each)][0].upkeep:
+            for each in wanted:
+                if images[each] in held:
+                    async with held[images[each]][0].upkeep:
                         trial = await open_exports(each, limits, is_trial=True)
                     await close_exports(trial)
                     prepared.later.append(each)
@@ -306,8 +319,8 @@ class Reloader:
         server = self._service.server
         adjusted = [export for _, new in found.adjusted for export in self._service.exports[named(new)]]
         await server.dismiss_unwelcome(adjusted)
-        wanted = {image_of(each) for each in prepared.later}
-        hidden = [each for each in self._service.leaving if image_of(each.config) in wanted]
+        wanted = {prepared.images[each] for each in prepared.later}
+        hidden = [each for each in self._service.leaving if prepared.images.get(each.config) in wanted]
         for error in await server.retire(leaving):
             logger.error("%s", error)
         for each in hidden:
@@ -315,21 +328,23 @@ class Reloader:
             await asyncio.wait((each.closing,))
         failures = {config: failure for config in prepared.later if (failure := await self._add_late(config))}
         if failures:
-            await self._restore(failures, found)
+            await self._restore(failures, found, prepared.images)
         unserved = {named(each): _reason(why) for each, why in failures.items()}
         self._service.unserved = {name: why for name, why in unserved.items() if name not in self._service.exports}
         return list(failures.values())
 
-    async def _restore(self, failed: Collection[ExportConfig], found: Difference) -> None:
+    async def _restore(
+        self, failed: Collection[ExportConfig], found: Difference, images: Mapping[ExportConfig, str]
+    ) -> None:
         """The exports that had the images of those that `failed`, as they were but for who may open them, which is as
         it was to be for the image, where nothing took their names.
         """
         service = self._service
         served = tuple(each for each in service.config.exports if each not in failed)
         service.config = replace(service.config, exports=served)
-        heirs = {image_of(each): each for each in failed}
+        heirs = {images[each]: each for each in failed}
         for old in found.leaving:
-            heir = heirs.get(image_of(old))
+            heir = heirs.get(images[old])
             if heir is None or named(old) in service.exports:
                 continue
             restored = adjusted_to(old, heir)
@@ -344,6 +359,11 @@ class Reloader:
             logger.error("%s could not be opened again: %s", named(config), error)
             return error
         return None
+
+
+async def images_of(configs: Collection[ExportConfig]) -> dict[ExportConfig, str]:
+    """`image_of` each, on a worker, for it follows paths."""
+    return await workers().run(lambda: {each: image_of(each) for each in configs})
 
 
 def _check_admin_files(admin: AdminConfig) -> None:

@@ -21,7 +21,7 @@ from nbdimg.errors import ConfigError, ImageError, ImageFailed, ImageLocked, Not
 from nbdimg.formats import create_image, keys
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.limits import Limits
-from nbdimg.server import live, sandbox
+from nbdimg.server import checks, live, reload, sandbox
 from nbdimg.server.checks import check_config, named
 from nbdimg.server.live import RemoveMode
 from nbdimg.storage.posix import PosixFile
@@ -210,27 +210,53 @@ def test_key_file_that_nobody_writes_holds_up_no_client_and_the_operation_not_fo
         added.result(WAIT_S)
 
 
+def hanging(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> tuple[threading.Event, threading.Event]:
+    """Have a function wait from now on. Returns what is set when it is called, and what lets it go on."""
+    is_called, is_back, follow = threading.Event(), threading.Event(), getattr(module, name)
+
+    def hang(*arguments: Any, **more: Any) -> object:
+        is_called.set()
+        assert is_back.wait(WAIT_S)
+        return follow(*arguments, **more)
+
+    monkeypatch.setattr(module, name, hang)
+    return is_called, is_back
+
+
 @pytest.mark.parametrize(("module", "name"), [(sandbox, "check_export"), (formats, "PosixFile")])
 def test_path_that_hangs_holds_up_no_client(
     served: ControlledServer, make: Make, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
 ) -> None:
     """As on a network file system without its server: the addition waits where links are followed, and at the open."""
-    config, is_back = make("disk"), threading.Event()
-    follow = getattr(module, name)
-
-    def hang(*arguments: Any, **more: Any) -> object:
-        assert is_back.wait(WAIT_S)
-        return follow(*arguments, **more)
-
-    monkeypatch.setattr(module, name, hang)
+    config = make("disk")
+    is_called, is_back = hanging(monkeypatch, module, name)
     added = served.start(served.control.add(config))
     try:
+        assert is_called.wait(WAIT_S)
         with served.connect("keep") as client:
             assert client.read(0, 512).error == 0
             assert not added.done()
     finally:
         is_back.set()
     assert added.result(WAIT_S) == ["disk"]
+
+
+@pytest.mark.parametrize(("module", "name"), [(checks, "image_of"), (sandbox, "check"), (reload, "image_of")])
+def test_reload_of_a_path_that_hangs_holds_up_no_client(
+    served: ControlledServer, make: Make, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
+) -> None:
+    is_called, is_back = hanging(monkeypatch, module, name)
+    served.wanted = replace(served.wanted, exports=(*served.wanted.exports, make("disk")))
+    reloaded = served.start(served.control.reload())
+    try:
+        assert is_called.wait(WAIT_S)
+        with served.connect("keep") as client:
+            assert client.read(0, 512).error == 0
+            assert not reloaded.done()
+    finally:
+        is_back.set()
+    assert reloaded.result(WAIT_S)
+    assert set(served.look()) == {"keep", "disk"}
 
 
 def test_hidden_export_serves_its_clients_until_they_leave(served: ControlledServer, make: Make) -> None:
