@@ -321,8 +321,7 @@ class Reloader:
         await server.dismiss_unwelcome(adjusted)
         wanted = {prepared.images[each] for each in prepared.later}
         hidden = [each for each in self._service.leaving if prepared.images.get(each.config) in wanted]
-        for error in await server.retire(leaving):
-            logger.error("%s", error)
+        self._service.tell_failures(await server.retire(leaving))
         for each in hidden:
             await server.dismiss(self._service.clients_of(each))
             await asyncio.wait((each.closing,))

@@ -197,8 +197,7 @@ class Service:
             self.registry.remove(export.name)
             self._retiring[base] = export
             try:
-                for failure in await self.server.retire([export]):
-                    logger.error("%s", failure)
+                self.tell_failures(await self.server.retire([export]))
             finally:
                 del self._retiring[base]
         return export
@@ -244,12 +243,16 @@ class Service:
 
     async def _outlast(self, exports: Collection[Export]) -> Sequence[NbdimgError]:
         failures = await self.server.outlast(exports)
+        self.tell_failures(failures)
+        return failures
+
+    def tell_failures(self, failures: Collection[NbdimgError]) -> None:
+        """What went wrong with images that were closed: for the log or, once the server stops, part of how it ends."""
         if self.registry.is_shutting_down:
             self.failures.extend(failures)
         else:
             for failure in failures:
                 logger.error("%s", failure)
-        return failures
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
@@ -217,6 +218,26 @@ def test_stop_closes_images_though_what_comes_or_goes_hangs_and_tells_of_it(
     assert changing.exception(WAIT_S) is None or change == "add"
     assert not queued.result(WAIT_S)
     assert not [each for each in map(os.path.realpath, Path("/proc/self/fd").iterdir()) if str(tmp_path) in each]
+
+
+def test_stop_counts_an_image_that_a_reload_takes_away_meanwhile_and_that_cannot_be_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ControlledServer(tmp_path, disk(tmp_path, "a"), disk(tmp_path, "b")) as running:
+        service, image = running.service, running.service.exports["a"][0].image
+        gate = Gate(running)
+
+        async def failing() -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(image, "flush", gate.hold(failing))
+        running.wanted = replace(running.wanted, exports=running.wanted.exports[1:])
+        reloading = running.start(running.control.reload())
+        gate.wait_reached()
+        running.ask(service.drain())
+        gate.open()
+    assert reloading.result(WAIT_S)
+    assert [str(each) for each in service.failures] == [f"{image.path}: {os.strerror(errno.EIO)}"]
 
 
 def test_export_removed_under_an_operation_goes_at_once_and_is_closed_behind_it(
