@@ -51,7 +51,7 @@ async def lend_overlays(base: Export, config: ExportConfig) -> None:
     """
     directory = config.overlays_in
     try:
-        golden = Golden(base.image, config.path, directory)
+        golden = await workers().run(Golden, base.image, config.path, directory)
         try:
             trial = await golden.open_unnamed(size_max=Limits().overlay_size)
             await trial.discard()

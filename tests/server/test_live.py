@@ -21,7 +21,7 @@ from nbdimg.errors import ConfigError, ImageError, ImageFailed, ImageLocked, Not
 from nbdimg.formats import create_image, keys
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.limits import Limits
-from nbdimg.server import checks, live, reload, sandbox
+from nbdimg.server import checks, live, overlays, reload, sandbox
 from nbdimg.server.checks import check_config, named
 from nbdimg.server.live import RemoveMode
 from nbdimg.storage.posix import PosixFile
@@ -223,12 +223,12 @@ def hanging(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> t
     return is_called, is_back
 
 
-@pytest.mark.parametrize(("module", "name"), [(sandbox, "check_export"), (formats, "PosixFile")])
+@pytest.mark.parametrize(("module", "name"), [(sandbox, "check_export"), (formats, "PosixFile"), (overlays, "Golden")])
 def test_path_that_hangs_holds_up_no_client(
     served: ControlledServer, make: Make, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
 ) -> None:
-    """As on a network file system without its server: the addition waits where links are followed, and at the open."""
-    config = make("disk")
+    """As on a network file system without its server: the addition waits where links are followed, and at the opens."""
+    config = make("disk", overlay="per-client")
     is_called, is_back = hanging(monkeypatch, module, name)
     added = served.start(served.control.add(config))
     try:
