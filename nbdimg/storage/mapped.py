@@ -118,9 +118,12 @@ class Pages:
 
 
 def tidy() -> None:
-    """Give back the windows that were not used since the last call. Between two turns of the running loop."""
+    """Give back the oldest window that was not used since the last call: one, for that may take some milliseconds, in
+    which everybody waits. Between two turns of the running loop.
+    """
     maps = _maps.get()
-    for window in list(maps.windows):
-        if not window.was_used:
-            maps.drop(window)
+    unused = [window for window in maps.windows if not window.was_used]
+    for window in maps.windows:
         window.was_used = False
+    if unused:
+        maps.drop(unused[0])

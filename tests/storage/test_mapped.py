@@ -147,6 +147,25 @@ def test_a_window_that_is_not_used_for_a_while_is_given_back(path: Path, monkeyp
     with_pages(path, check)
 
 
+def test_windows_are_given_back_one_at_a_time(path: Path) -> None:
+    """What is behind a window's pages takes milliseconds to let go of: all 128 at once would hold the loop up."""
+    os.truncate(path, 3 * WINDOW_SIZE)
+    with open(path, "r+b") as file:
+        for index in range(3):
+            file.seek(index * WINDOW_SIZE)
+            file.write(bytes(4096))
+
+    def check(pages: Pages) -> None:
+        assert all(pages.resident(index * WINDOW_SIZE, 4096) is not None for index in range(3))
+        left = []
+        for _ in range(5):
+            mapped.tidy()
+            left.append(len(pages.windows))
+        assert left == [3, 2, 1, 0, 0]
+
+    with_pages(path, check)
+
+
 def test_a_file_that_is_closed_is_not_mapped(path: Path) -> None:
     def check(pages: Pages) -> None:
         assert pages.resident(0, SIZE) is not None
