@@ -13,6 +13,8 @@ What is mapped counts as resident memory of the process; it is the page cache's 
 
 from __future__ import annotations
 
+import asyncio
+
 from nbdimg.storage import system
 from nbdimg.storage.perloop import PerLoop
 from nbdimg.storage.system import PAGE_SIZE, Residence
@@ -110,11 +112,12 @@ class Pages:
         """Read what was resident, as `BlockFile.pread`; it may wait. Raises: OSError."""
         system.pread(self.descriptor, offset, into)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Nothing of it is mapped any more. Comes before the descriptor is closed: a map would keep its locks."""
         self._is_refused = True
-        for window in list(self.windows.values()):
-            _maps.get().drop(window)
+        while self.windows:
+            _maps.get().drop(next(iter(self.windows.values())))
+            await asyncio.sleep(0)
 
 
 def tidy() -> None:

@@ -188,6 +188,6 @@ class PosixFile:
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             if self.pages is not None:
-                self.pages.close()
+                await self.pages.close()
             await self._write_back.close()
             os.close(descriptor)
