@@ -71,7 +71,7 @@ class Outbox:
         self.fill = 0
         """Bytes laid out in the arena in this turn."""
         self.mapped: list[Mapped] = []
-        """What takes the place of bytes in the arena. Until `send_turn`, who puts it there lets nobody change it."""
+        """What takes the place of bytes in the arena. Before any of it may change, `send_turn` is called."""
         self.pending_bytes = 0
         self.stalled_since_s: float | None = None
         self.is_broken = False

@@ -296,6 +296,8 @@ class Transmission:
             self._shell.protocol_error(error)
 
     def _submit(self, request: Request) -> None:
+        if self._outbox.mapped:
+            self._outbox.send_turn()
         try:
             work = self._export.submit(request, self._contexts)
         except (OSError, NbdimgError) as error:

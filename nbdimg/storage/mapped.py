@@ -14,6 +14,7 @@ What is mapped counts as resident memory of the process; it is the page cache's 
 from __future__ import annotations
 
 import asyncio
+import resource
 
 from nbdimg.storage import system
 from nbdimg.storage.perloop import PerLoop
@@ -24,7 +25,8 @@ WINDOW_SIZE = 128 * MiB
 """Bytes of a file in one map: 256 KiB of page tables at most."""
 
 WINDOWS_MAX = 128
-"""16 GiB in all, for 32 MiB of page tables. While all of them are in use, the rest is read and not mapped."""
+"""16 GiB in all, for 32 MiB of page tables. While all of them are in use, the rest is read and not mapped; all is where
+the process's address space is limited, which they would use up."""
 
 RESIDENT_MAX = 1 * MiB
 """Bytes that are handed out at a time."""
@@ -49,11 +51,13 @@ class _Maps:
 
     def __init__(self) -> None:
         self.windows: dict[_Window, None] = {}
+        is_free = resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+        self._windows_max = WINDOWS_MAX if is_free else 0
         self._residence = Residence(RESIDENT_MAX // PAGE_SIZE + 1)
 
     def add(self, pages: Pages, index: int) -> _Window | None:
         """A new window, if there may be one more. Raises: OSError: it cannot be mapped."""
-        if len(self.windows) >= WINDOWS_MAX:
+        if len(self.windows) >= self._windows_max:
             return None
         window = _Window(pages, index, self._residence)
         self.windows[window] = None

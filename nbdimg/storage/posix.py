@@ -80,7 +80,8 @@ class PosixFile:
         """Asked for where reads know no RWF_NOWAIT."""
         self._writes_inline = True
         self._inline_writes_from = 0.0
-        self.pages = Pages(descriptor) if system.knows_residence(descriptor) else None
+        may_map = system.knows_residence(descriptor) and system.reads_without_waiting(descriptor)
+        self.pages = Pages(descriptor) if may_map else None
         self._write_back = WriteBack(self.descriptor)
         self._changes = Series(CHANGES_MAX)
 

@@ -159,6 +159,15 @@ class Residence:
         return self._pages.startswith(self._all[:count])
 
 
+def reads_without_waiting(descriptor: int) -> bool:
+    """Whether the file system knows RWF_NOWAIT. Network file systems do not."""
+    try:
+        os.preadv(descriptor, (bytearray(1),), 0, os.RWF_NOWAIT)
+    except OSError as error:
+        return error.errno != errno.EOPNOTSUPP
+    return True
+
+
 def knows_residence(descriptor: int) -> bool:
     """Whether mincore(2) is true of this open file. Source: Linux, `can_do_mincore`."""
     if os.fstat(descriptor).st_uid == os.geteuid():

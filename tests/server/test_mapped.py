@@ -21,7 +21,7 @@ from tests.server.test_lane import DIALECTS, Conversation, converse, request
 
 SIZE = 4 << 20
 CONTENT = random.Random(1).randbytes(SIZE)
-READ, WRITE, FUA = 0, 1, 1
+READ, WRITE, TRIM, FUA = 0, 1, 4, 1
 
 
 @pytest.fixture
@@ -89,6 +89,18 @@ def test_replies_are_those_of_a_file_that_is_read(path: Path, dialect: str, mapp
 
     assert answers(stream, dialect, path) == asyncio.run(expected())
     assert sum(mapped_bytes) > 20 * MAPPED_FROM
+
+
+def test_a_write_while_a_change_is_in_flight_comes_behind_a_read(path: Path, mapped_bytes: list[int]) -> None:
+    """A TRIM closes the lane, and the WRITE behind it takes the general path."""
+    length = MAPPED_FROM
+    stream = [
+        request(False, READ, 0, 1, 0, length, b""),
+        request(False, TRIM, 0, 2, SIZE - 4096, 4096, b""),
+        request(False, WRITE, 0, 3, 0, 4096, bytes(4096)),
+    ]
+    assert answers(stream, "simple", path)[16 : 16 + length] == CONTENT[:length]
+    assert sum(mapped_bytes) == length
 
 
 def test_a_long_read_is_sent_in_pieces(path: Path, mapped_bytes: list[int]) -> None:

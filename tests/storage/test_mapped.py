@@ -33,6 +33,8 @@ def path(tmp_path: Path) -> Path:
 
 def with_pages(path: Path, check: Callable[[Pages], object]) -> None:
     async def main() -> None:
+        if is_on_tmpfs(path):
+            pytest.skip("the temporary directory is in memory")
         file = PosixFile(path, writable=True)
         try:
             assert file.pages is not None
@@ -76,9 +78,6 @@ def test_what_is_in_memory_is_sent_from_there(path: Path, offset: int, length: i
 
 
 def test_what_is_not_in_memory_is_not_handed_out(path: Path) -> None:
-    if is_on_tmpfs(path):
-        pytest.skip("the temporary directory is in memory")
-
     def check(pages: Pages) -> None:
         descriptor = os.open(path, os.O_RDWR)
         os.fsync(descriptor)
@@ -190,6 +189,22 @@ def test_what_gets_no_map_is_asked_for_once(path: Path, monkeypatch: pytest.Monk
 
     with_pages(path, check)
     assert tries == [0]
+
+
+def test_where_the_address_space_is_limited_nothing_is_mapped(path: Path) -> None:
+    program = f"""
+import asyncio, resource
+from nbdimg.storage.posix import PosixFile
+async def resident():
+    file = PosixFile({str(path)!r}, writable=True)
+    view = file.pages and file.pages.resident(0, 65536)
+    await file.close()
+    return view is not None
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+print(asyncio.run(resident()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
