@@ -191,7 +191,7 @@ def test_pod_runs_as_a_plain_user_and_writes_only_to_its_volumes(pod: Any) -> No
 
 def test_pod_gives_more_time_to_stop_than_the_drain_takes(pod: Any) -> None:
     arguments = parsed(server_container(pod)["args"])
-    drain_s = arguments["drain_timeout"]
+    drain_s = float(arguments["drain_timeout"] or 0)
     if arguments["config"]:
         drain_s = tomllib.loads(manifest("configmap")["data"]["nbdimg.toml"])["limits"]["drain_timeout"]
     assert 0 < drain_s <= pod["terminationGracePeriodSeconds"] / 2

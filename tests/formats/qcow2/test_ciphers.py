@@ -241,5 +241,5 @@ def test_algorithm_that_is_not_supported_is_refused_by_name(
 
 def test_missing_library_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers", None)
-    with pytest.raises(UnsupportedFeature, match=r"^d\.qcow2: is encrypted, .*: pip install nbdimg\[crypto\]$"):
+    with pytest.raises(UnsupportedFeature, match=r"^d\.qcow2: is encrypted, .*: pip install cryptography$"):
         legacy_cipher("d.qcow2", b"secret")
