@@ -59,11 +59,16 @@ def parse_size(text: str) -> int:
     return int(match[1]) * _SUFFIXES[(match[2] or "").upper()]
 
 
+def sign_of_change(text: str) -> int:
+    """1 or -1 for a size with a sign in front, which is a change of another one; 0 for one without."""
+    return {"+": 1, "-": -1}.get(text[:1], 0)
+
+
 def parse_new_size(text: str) -> tuple[int, bool]:
     """What a size is to become, and whether that is a change of the one there is: `3M` is (3 * MiB, False), `-1M` is
     (-MiB, True).
 
     Raises: ConfigError: as `parse_size`.
     """
-    sign = {"+": 1, "-": -1}.get(text[:1])
-    return (parse_size(text), False) if sign is None else (sign * parse_size(text[1:]), True)
+    sign = sign_of_change(text)
+    return (sign * parse_size(text[1:]), True) if sign else (parse_size(text), False)

@@ -17,6 +17,7 @@ from nbdimg.configfile.values import boolean, export_name, list_of, one_of, size
 from nbdimg.formats.qcow2.bitmap_edit import BitmapAction, BitmapVerb
 from nbdimg.server.live import Control, RemoveMode
 from nbdimg.server.states import BitmapState, ExportState
+from nbdimg.units import sign_of_change
 
 REMOVE_MODES = ("drain", "hide", "hard")
 
@@ -62,9 +63,9 @@ async def resize_export(request: web.Request) -> web.Response:
 
 def _new_size(value: object) -> tuple[int, bool]:
     """A size, or with a sign in front of it a change of the one there is; which of them."""
-    text = value if isinstance(value, str) else ""
-    sign = {"+": 1, "-": -1}.get(text[:1])
-    return (size_in_bytes(1)(value), False) if sign is None else (sign * size_in_bytes(0)(text[1:]), True)
+    if isinstance(value, str) and (sign := sign_of_change(value)):
+        return sign * size_in_bytes(0)(value[1:]), True
+    return size_in_bytes(1)(value), False
 
 
 async def list_snapshots(request: web.Request) -> web.Response:

@@ -51,8 +51,8 @@ class Run(NamedTuple):
 
 
 MAPPED_FROM = 64 * KiB
-"""Bytes of a READ from which on it is sent as it lies in the page cache: to ask for that costs about 2 µs, as much as
-the copy of so many bytes."""
+"""Bytes of a READ from which on it is sent as it lies in the page cache: to ask whether it is there costs as much as
+the copy of a shorter one."""
 
 Mapped = tuple[int, Resident]
 """Where in the reply buffer these bytes belong."""

@@ -116,23 +116,25 @@ class Outbox:
             self.mapped.clear()
             return
         view = self._arena_view[:fill]
-        rest: Part
+        sent = 0
         try:
             if self.mapped:
-                rest = self._send_mapped(view)
-            else:
-                rest = bytes(view if self._pending else view[self._sock.send(view) :])
+                sent = self._send_mapped(view)
+            elif not self._pending:
+                sent = self._sock.send(view)
         except (BlockingIOError, InterruptedError):
-            rest = bytes(view)
+            pass
         except OSError as error:
             self._broken(error)
             return
-        if rest:
-            self._keep(rest, None)
+        if sent < fill:
+            self._keep(bytes(view[sent:]), None)
             self._wait()
 
-    def _send_mapped(self, view: memoryview) -> memoryview:
-        """Send the arena's `view` with what is mapped onto it; returns a copy of what did not leave."""
+    def _send_mapped(self, view: memoryview) -> int:
+        """Send the arena's `view` with what is mapped onto it. Returns how many bytes left; those that did not are all
+        in the arena then, read into their places.
+        """
         parts: list[memoryview] = []
         at = sent = 0
         for start, resident in self.mapped:
@@ -147,14 +149,12 @@ class Outbox:
             except OSError as error:
                 if error.errno != errno.EFAULT:
                     raise
-        rest = memoryview(bytearray(view[sent:]))
         for start, resident in self.mapped:
-            stop = start + len(resident.view)
-            if stop > sent:
-                skip = max(0, sent - start)
-                resident.fetch(skip, rest[start + skip - sent : stop - sent])
+            first, stop = max(start, sent), start + len(resident.view)
+            if first < stop:
+                resident.fetch(first - start, view[first:stop])
         self.mapped.clear()
-        return rest
+        return sent
 
     def queue(self, parts: list[Part], on_sent: Sent | None = None) -> None:
         """Send `parts`, out of turn; `on_sent` is called when they have left or never will."""

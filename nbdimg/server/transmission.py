@@ -115,8 +115,9 @@ class Transmission:
         if leftover:
             self._receiver.feed(leftover)
         self.tally = Tally(export.meter, self._receiver.header_size, self._replies)
-        arena, mapped = (shared.arena, shared.arena_view), self._outbox.mapped
-        self._lane = Lane(session, export, self._replies, self.tally, *arena, mapped)
+        self._lane = Lane(
+            session, export, self._replies, self.tally, shared.arena, shared.arena_view, self._outbox.mapped
+        )
         self._streams: deque[Stream] = deque()
         self._held: Request | None = None
         self._taken_bytes = 0

@@ -8,6 +8,7 @@ import json
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -223,6 +224,19 @@ def hanging(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> t
     return is_called, is_back
 
 
+def assert_waits_alone(
+    served: ControlledServer, work: Future[Any], is_called: threading.Event, is_back: threading.Event
+) -> None:
+    """`work` waits for what `hanging` made wait, which goes on thereafter; a client of "keep" is served meanwhile."""
+    try:
+        assert is_called.wait(WAIT_S)
+        with served.connect("keep") as client:
+            assert client.read(0, 512).error == 0
+            assert not work.done()
+    finally:
+        is_back.set()
+
+
 @pytest.mark.parametrize(("module", "name"), [(sandbox, "check_export"), (formats, "PosixFile"), (overlays, "Golden")])
 def test_path_that_hangs_holds_up_no_client(
     served: ControlledServer, make: Make, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
@@ -231,13 +245,7 @@ def test_path_that_hangs_holds_up_no_client(
     config = make("disk", overlay="per-client")
     is_called, is_back = hanging(monkeypatch, module, name)
     added = served.start(served.control.add(config))
-    try:
-        assert is_called.wait(WAIT_S)
-        with served.connect("keep") as client:
-            assert client.read(0, 512).error == 0
-            assert not added.done()
-    finally:
-        is_back.set()
+    assert_waits_alone(served, added, is_called, is_back)
     assert added.result(WAIT_S) == ["disk"]
 
 
@@ -248,13 +256,7 @@ def test_reload_of_a_path_that_hangs_holds_up_no_client(
     is_called, is_back = hanging(monkeypatch, module, name)
     served.wanted = replace(served.wanted, exports=(*served.wanted.exports, make("disk")))
     reloaded = served.start(served.control.reload())
-    try:
-        assert is_called.wait(WAIT_S)
-        with served.connect("keep") as client:
-            assert client.read(0, 512).error == 0
-            assert not reloaded.done()
-    finally:
-        is_back.set()
+    assert_waits_alone(served, reloaded, is_called, is_back)
     assert reloaded.result(WAIT_S)
     assert set(served.look()) == {"keep", "disk"}
 

@@ -37,7 +37,7 @@ def mapped_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     send = Outbox._send_mapped
 
-    def counting(self: Outbox, view: memoryview) -> memoryview:
+    def counting(self: Outbox, view: memoryview) -> int:
         counts.append(sum(len(resident.view) for _, resident in self.mapped))
         return send(self, view)
 
