@@ -147,7 +147,7 @@ def test_requests_beyond_those_in_flight_are_handled_when_others_are_done(dialec
         lengths = [512 * number for number in range(1, 21)]
         with Conversation(dialect, Image(RawDriver(file), writable=True), Limits(requests_in_flight=3)) as talk:
             replies = talk.ask(b"".join(read(dialect, length) for length in lengths))
-            assert talk.transmission.in_flight == 3
+            assert 0 < talk.transmission.in_flight <= 3
             for _ in range(10):
                 replies += await talk.rest()
                 await settle()
