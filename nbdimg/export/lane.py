@@ -112,6 +112,8 @@ class Lane:
         put_read, put_done = self._replies.put_read, self._replies.put_done
         data_header_size, done_size = self._replies.data_header_size, self._replies.done_size
         image, size, plain_write, length_max = self._image, self._export.info.size, self._plain_write, self._length_max
+        locate, guest_file = image.driver.locate, image.driver.guest_file
+        read_file = guest_file
         read_start = read_stop = read_shift = write_start = write_stop = write_shift = 0
         count = write_count = 0
         is_cold, is_burst, may_write, may_merge = False, False, not self._is_read_only and not inflight.count, True
@@ -137,14 +139,19 @@ class Lane:
                             position = body
                             count += 1
                             continue
-                    if offset < read_start or stop > read_stop:
+                    if read_start <= offset and stop <= read_stop:
+                        file, at = read_file, offset + read_shift
+                    elif (at := locate(offset, stop)) >= 0:
+                        file = guest_file
+                    else:
                         extent = image.resident(offset, stop)
                         if extent is None or stop > extent.stop:
                             break
                         read_start, read_stop = extent.offset, extent.stop
                         read_shift = extent.file_offset - extent.offset
-                        try_pread = extent.file.try_pread
-                    if not try_pread(offset + read_shift, arena_view[fill + data_header_size : reply_end]):
+                        file, at = extent.file, offset + read_shift
+                        read_file = file
+                    if not file.try_pread(at, arena_view[fill + data_header_size : reply_end]):
                         is_cold = True
                         break
                     put_read(arena, fill, cookie, offset, length)

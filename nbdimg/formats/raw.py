@@ -31,7 +31,7 @@ class RawDriver:
     failure: str | None = None
 
     def __init__(self, file: BlockFile) -> None:
-        self.file = file
+        self.file = self.guest_file = file
         self.size = file.size
         self._starts: list[int] = []
         self._runs: list[Extent] = []
@@ -55,6 +55,10 @@ class RawDriver:
             return self._extent(ExtentKind.ZERO, offset, end)
         self._recent = self._remember(offset, end)
         return self._recent
+
+    def locate(self, offset: int, stop: int) -> int:
+        """Extents of raw images are long: one is asked for, and serves many."""
+        return -1
 
     def _remember(self, start: int, stop: int) -> Extent:
         """Add a run, merged with those that it touches."""

@@ -187,6 +187,11 @@ class FormatDriver(Protocol):
     """The image's own, whatever else it refers to."""
 
     @property
+    def guest_file(self) -> BlockFile:
+        """Where the guest's data is stored as it is."""
+        ...
+
+    @property
     def is_strained(self) -> bool:
         """Whether so much metadata waits for a flush that one should be made before more is changed."""
         ...
@@ -199,6 +204,12 @@ class FormatDriver(Protocol):
     def map(self, offset: int, stop: int) -> Extent | Miss:
         """The extent that holds the guest byte at `offset` (below `size`). It may begin before it and end behind
         `stop`; a driver looks no further than `stop` for where the run ends.
+        """
+        ...
+
+    def locate(self, offset: int, stop: int) -> int:
+        """Where in `guest_file` the guest bytes from `offset` to `stop` are stored; -1: `map` knows. At a fraction of
+        its cost, for what most requests are of: data of this image within one cluster whose place is in memory.
         """
         ...
 

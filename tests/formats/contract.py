@@ -17,6 +17,7 @@ from nbdimg.errors import ImageError, RequestError
 from nbdimg.formats import open_image
 from nbdimg.image.driver import Extent, ExtentKind, FormatDriver, Miss
 from nbdimg.image.image import Image
+from nbdimg.storage.file import read
 from nbdimg.storage.posix import PosixFile
 from tests.support.reading import bytes_of
 
@@ -32,6 +33,9 @@ class DriverContract(ABC):
 
     stored: ExtentKind = ExtentKind.DATA
     """What `make` stores guest data as."""
+
+    locates: bool = True
+    """Whether `locate` knows some of what `make` stores."""
 
     @abstractmethod
     def make(self, path: Path, guest: bytes) -> None:
@@ -156,6 +160,25 @@ class DriverContract(ABC):
                 assert start <= offset < stop
                 assert first.kind is second.kind
                 assert first.file_offset - first.offset == second.file_offset - second.offset
+            await image.close()
+
+        asyncio.run(main())
+
+    def test_locate_finds_the_guests_bytes_and_nothing_that_is_not_in_memory(self, path: Path) -> None:
+        guest = self.guest()
+
+        async def main() -> None:
+            image = await self._open(path)
+            driver = image.driver
+            assert driver.locate(0, 1) == -1, "no table is in memory yet"
+            is_located = False
+            for offset, length in self.ranges():
+                await self._map(driver, offset)
+                at = driver.locate(offset, offset + length)
+                if at >= 0:
+                    is_located = True
+                    assert await read(driver.guest_file, at, length) == guest[offset : offset + length], offset
+            assert is_located == self.locates
             await image.close()
 
         asyncio.run(main())

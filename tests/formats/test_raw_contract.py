@@ -10,6 +10,7 @@ from tests.formats.contract import DriverContract
 class TestRaw(DriverContract):
     format = "raw"
     cluster_size = 64 * 1024
+    locates = False
 
     def make(self, path: Path, guest: bytes) -> None:
         size = self.cluster_size

@@ -37,7 +37,7 @@ class FakeDriver:
         zeroed: bool = True,
         can_unmap: bool = False,
     ) -> None:
-        self.file = file
+        self.file = self.guest_file = file
         self.cluster_size = cluster_size
         self.unmap_size = cluster_size if can_unmap else 1
         self.size = len(places) * cluster_size - cut
@@ -71,6 +71,12 @@ class FakeDriver:
         length = min(self.cluster_size, self.size - start)
         is_writable = place is not None and index not in self.shared
         return Extent(self._kind(index), start, length, self.file, place or 0, is_writable)
+
+    def locate(self, offset: int, stop: int) -> int:
+        place = self.places[offset // self.cluster_size]
+        if place is None or self._missing(offset) or stop > align_up(offset + 1, self.cluster_size):
+            return -1
+        return place + offset % self.cluster_size
 
     def place(self, offset: int, stop: int) -> Extent | Miss:
         return self.map(offset, stop)

@@ -11,12 +11,26 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from nbdimg.errors import NbdimgError
+from nbdimg.image.driver import Extent, ExtentKind, FormatDriver
 
 CPU_MAX_S = 1.0
 WALL_MAX_S = 20
 MEMORY_MAX = 64 << 20
 
 Mutant = TypeVar("Mutant")
+
+
+def check_located(driver: FormatDriver, offset: int) -> None:
+    """Whether `locate` gives what `map` gives, if anything, and nothing that `map` refuses."""
+    at = driver.locate(offset, offset + 1)
+    if at >= 0:
+        try:
+            extent = driver.map(offset, offset + 1)
+        except NbdimgError as error:
+            raise AssertionError(f"located, but {error}") from None
+        assert isinstance(extent, Extent), "located and not in memory"
+        assert (extent.kind, extent.file) == (ExtentKind.DATA, driver.guest_file), "located and not stored as it is"
+        assert at == extent.file_offset + offset - extent.offset, "located elsewhere"
 
 
 @contextmanager

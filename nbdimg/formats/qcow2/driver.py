@@ -80,7 +80,8 @@ class Qcow2Driver:
         """The dirty bit is set here, and is not known to be on disk: the plan that holds it may fail."""
         self._wants_repair = False
         """A change of its tables has left leaks, or COPIED flags out: the dirty bit stays for the next opening."""
-        self.map = mapping.map
+        self.map, self.locate = mapping.map, mapping.locate
+        self.guest_file = mapping.guest_file
 
     # Changes
 

@@ -13,10 +13,16 @@ class LegacyMapping(Mapping):
     def map(self, offset: int, stop: int) -> Extent | Miss:
         return _shifted(super().map(offset, stop))
 
+    def locate(self, offset: int, stop: int) -> int:
+        return -1
+
 
 class LegacySubclusterMapping(SubclusterMapping):
     def map(self, offset: int, stop: int) -> Extent | Miss:
         return _shifted(super().map(offset, stop))
+
+    def locate(self, offset: int, stop: int) -> int:
+        return -1
 
 
 def _shifted(extent: Extent | Miss) -> Extent | Miss:

@@ -93,10 +93,12 @@ class Mapping:
         self.size = size
         self._bits = header.cluster_bits
         self._cluster_size = header.cluster_size
+        self._cluster_mask = header.cluster_size - 1
         slice_size = min(header.cluster_size, s.SLICE_SIZE)
         self._slice_size = slice_size
         self._slice_clusters = slice_size // header.l2_entry_size
         self._slice_bits = self._slice_clusters.bit_length() - 1
+        self._slice_mask = self._slice_clusters - 1
         self._table_slices = header.cluster_size // slice_size
         self._table_bits = self._table_slices.bit_length() - 1
         self._aligned = OFFSET_MASK & ~(header.cluster_size - 1)
@@ -192,6 +194,19 @@ class Mapping:
             end = self.size
         is_own = entry >= self._own_min and self._counts is not None
         return Extent(_DATA, start, end - start, self._store.file, host, is_own)
+
+    def locate(self, offset: int, stop: int) -> int:
+        """See `FormatDriver.locate`."""
+        cluster = offset >> self._bits
+        slice_ = self._slices.get(cluster >> self._slice_bits)
+        if slice_ is None or stop - 1 >> self._bits != cluster:
+            return -1
+        slice_.use_count += 1
+        entry = slice_.entries[cluster & self._slice_mask]
+        host = entry & self._aligned
+        if not host or entry & self._odd or (self._is_external and host != cluster << self._bits):
+            return -1
+        return host | offset & self._cluster_mask
 
     def _map_unloaded(self, cluster: int, stop: int) -> Extent | Miss:
         key = cluster >> self._slice_bits

@@ -80,6 +80,20 @@ class SubclusterMapping(Mapping):
             return _ZERO, zero, host
         return _BACKING, ALL_ALLOCATED & ~(allocated | zero), host
 
+    def locate(self, offset: int, stop: int) -> int:
+        """See `FormatDriver.locate`: of clusters that are allocated whole."""
+        cluster = offset >> self._bits
+        slice_ = self._slices.get(cluster >> self._slice_bits)
+        if slice_ is None or stop - 1 >> self._bits != cluster:
+            return -1
+        slice_.use_count += 1
+        index = 2 * (cluster & self._slice_mask)
+        entry, bitmap = slice_.entries[index : index + 2]
+        host = entry & self._aligned
+        if not host or entry & self._odd or bitmap != ALL_ALLOCATED or self._is_external:
+            return -1
+        return host | offset & self._cluster_mask
+
     def map(self, offset: int, stop: int) -> Extent | Miss:
         cluster = offset >> self._bits
         slice_ = self._slices.get(cluster >> self._slice_bits)

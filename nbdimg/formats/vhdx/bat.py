@@ -94,6 +94,7 @@ class Bat:
         self.size = geometry.size
         self._has_parent = geometry.has_parent
         self._block_size = geometry.block_size
+        self._block_mask = geometry.block_size - 1
         self._block_bits = geometry.block_size.bit_length() - 1
         self._ratio_bits = geometry.chunk_ratio.bit_length() - 1
         self._sector_bits = geometry.sector_size.bit_length() - 1
@@ -184,6 +185,19 @@ class Bat:
         if kind is _DATA:
             return Extent(_DATA, start, end - start, self._file, host, self._is_writable)
         return Extent(kind, start, end - start, self._file, 0, False, 1 if kind is _ZERO and state else 0)
+
+    def locate(self, offset: int, stop: int) -> int:
+        """See `FormatDriver.locate`."""
+        block = offset >> self._block_bits
+        index = block + (block >> self._ratio_bits)
+        page = self._slices.get(index >> _PAGE_BITS)
+        if page is None or stop - 1 >> self._block_bits != block:
+            return -1
+        page.use_count += 1
+        host = page.entries[index & _PAGE_MASK] - _FULL
+        if host & _FLAGS_MASK or not self._data_start <= host <= self._last:
+            return -1
+        return host + (offset & self._block_mask)
 
     def _run_stop(self, block: int, state: int, host: int, stop: int) -> int:
         """Where the run ends that goes on from a block in `state`, with the block that holds `stop` or is the

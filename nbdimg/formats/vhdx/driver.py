@@ -28,7 +28,7 @@ class VhdxDriver:
     failure: str | None = None
 
     def __init__(self, file: BlockFile, parts: Parts, journal: Journal | None, reach: int) -> None:
-        self.file = file
+        self.file = self.guest_file = file
         self._journal = journal
         self._space = Space(file, max(reach, *(stop for _, stop, _ in parts.structures())))
         self.bat = bat = Bat(file, parts, self._space, journal)
@@ -37,7 +37,7 @@ class VhdxDriver:
         self.sector_size = parts.geometry.sector_size
         self.data_write_guid = parts.headers.current.data_write_guid
         """When it was opened: what a child names as its parent's identity."""
-        self.map, self.place = bat.map, bat.place
+        self.map, self.locate, self.place = bat.map, bat.locate, bat.place
         self.reserve, self.commit, self.release = bat.reserve, bat.commit, bat.release
         self.unmap = bat.unmap
 

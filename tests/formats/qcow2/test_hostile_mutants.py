@@ -15,7 +15,7 @@ from nbdimg.errors import NbdimgError
 from nbdimg.formats import open_file
 from nbdimg.formats.options import OpenOptions
 from nbdimg.image.image import Image
-from tests.support.mutants import CPU_MAX_S, MEMORY_MAX, complaint
+from tests.support.mutants import CPU_MAX_S, MEMORY_MAX, check_located, complaint
 from tests.support.qcow2mutants import AnyGate, Base, BoundedFile, Mutant, bases, mutant
 
 COUNT = int(os.environ.get("NBDIMG_MUTANTS", "5200"))
@@ -42,6 +42,7 @@ async def read_all(image: Image) -> None:
         for start in range(offset, offset + length, 16 << 10):
             count = min(16 << 10, offset + length - start)
             await image.map(start, count, 100)
+            check_located(image.driver, start)
             try:
                 await image.read(start, memoryview(bytearray(count)))
             except (NbdimgError, OSError):

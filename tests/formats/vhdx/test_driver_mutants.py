@@ -25,7 +25,7 @@ from nbdimg.image.image import Image
 from tests.formats.vhdx import craft
 from tests.formats.vhdx.craft import LOG_GUID, K, M
 from tests.formats.vhdx.test_bat import OneGate
-from tests.support.mutants import CPU_MAX_S, MEMORY_MAX, complaint
+from tests.support.mutants import CPU_MAX_S, MEMORY_MAX, check_located, complaint
 from tests.support.qcow2mutants import BoundedFile
 from tests.support.vhdximages import BAT_OFFSET, FULL, IS_FIXED, UNMAPPED, ZERO, Builder
 
@@ -188,6 +188,7 @@ async def read_only(each: Mutant) -> None:
         count = min(READ, image.size - start)
         try:
             await image.map(start, count, 100)
+            check_located(image.driver, start)
             await image.read(start, memoryview(bytearray(count)))
         except (NbdimgError, OSError):
             continue
