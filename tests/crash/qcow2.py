@@ -9,22 +9,19 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from nbdimg.formats.qcow2.bitmap_edit import BitmapAction, open_editor
 from nbdimg.formats.qcow2.bitmap_live import change_bitmaps, prepare
 from nbdimg.formats.qcow2.driver import Qcow2Driver
-from nbdimg.formats.qcow2.resize import resize
 from nbdimg.formats.qcow2.snapshot_changes import apply_snapshot, create_snapshot, delete_snapshot
-from nbdimg.image.image import Image
 from nbdimg.storage.memory import MemoryFile
 from tests.crash import images
 from tests.crash.images import KiB, Make
 from tests.crash.qcow2check import Checker, digest, kept, opened
-from tests.crash.workloads import Workload, clients, discard_and_reuse
+from tests.crash.workloads import Workload, change_alone, clients, discard_and_reuse, give_size, image_of, sizes, some
 from tests.support.crash import (
-    SECTOR,
     Built,
     Client,
     ExportTarget,
@@ -82,22 +79,10 @@ def again(name: str, before: Scenario, workload: Workload) -> Scenario:
 # Changes of tables, between requests
 
 
-def image_of(client: Client) -> Image:
-    assert isinstance(client.target, ExportTarget)
-    return client.target.image
-
-
 def driver_of(client: Client) -> Qcow2Driver:
     driver = image_of(client).driver
     assert isinstance(driver, Qcow2Driver)
     return driver
-
-
-async def change_alone(client: Client, change: Awaitable[object]) -> None:
-    """A change of tables while the export stands still, as a running server makes it."""
-    assert isinstance(client.target, ExportTarget)
-    async with client.target.export.standstill():
-        await change
 
 
 async def flushed_guest(client: Client) -> bytes:
@@ -135,15 +120,6 @@ async def drop_snapshot(client: Client, name: str) -> None:
     await client.step(f"delete {name}", lambda: change_alone(client, delete_snapshot(driver, name)))
 
 
-async def give_size(client: Client, size: int) -> None:
-    image = image_of(client)
-    await client.resize(size, lambda: change_alone(client, resize(image, size)))
-
-
-some = clients(2, 5, 8 * KiB)
-"""Requests before and after a change."""
-
-
 async def snapshots_come_and_go(client: Client, rng: random.Random) -> None:
     """Two are made, the disk goes back to the older one, and that is deleted."""
     await some(client, rng)
@@ -152,6 +128,17 @@ async def snapshots_come_and_go(client: Client, rng: random.Random) -> None:
     await make_snapshot(client, "two")
     await some(client, rng)
     await go_back(client, "one", guest)
+    await some(client, rng)
+    await drop_snapshot(client, "one")
+    await some(client, rng)
+
+
+async def snapshots_beside_bitmaps(client: Client, rng: random.Random) -> None:
+    """Two are made, and the older one is deleted; bitmaps do not let the disk go back."""
+    await some(client, rng)
+    await make_snapshot(client, "one")
+    await some(client, rng)
+    await make_snapshot(client, "two")
     await some(client, rng)
     await drop_snapshot(client, "one")
     await some(client, rng)
@@ -175,19 +162,6 @@ async def a_snapshot_of_another_size(client: Client, rng: random.Random) -> None
     await some(client, rng)
     await give_size(client, size + size // 2)
     await some(client, rng)
-
-
-def sizes(*parts: float) -> Workload:
-    """The disk gets these shares of the size that it had at first, one after the other."""
-
-    async def workload(client: Client, rng: random.Random) -> None:
-        size = client.size
-        await some(client, rng)
-        for part in parts:
-            await give_size(client, int(size * part) // SECTOR * SECTOR)
-            await some(client, rng)
-
-    return workload
 
 
 def bitmaps_edited(make: Make) -> Workload:
@@ -253,6 +227,9 @@ _bitmaps = images.with_bitmaps("cluster_size=4k", 128 * KiB)
 _small_bitmaps = images.with_bitmaps("cluster_size=512", 64 * KiB)
 _lazy = "cluster_size=4k,lazy_refcounts=on"
 _extended = "cluster_size=16k,extended_l2=on"
+_lazy_bitmaps = images.with_bitmaps(_lazy, 128 * KiB)
+_extended_bitmaps = images.with_bitmaps(_extended, 128 * KiB)
+_over_raw = images.overlay("cluster_size=4k", 96 * KiB, 80 * KiB, "raw")
 _tiny = "cluster_size=512,refcount_bits=64"
 """A refcount block counts 32 KiB of the file, a cluster of the table 2 MiB; an L2 table maps 32 KiB of the disk."""
 
@@ -286,9 +263,7 @@ FIRST = (
     scenario("kept snapshot goes", images.with_snapshot("cluster_size=4k", 96 * KiB), the_kept_snapshot_goes),
     scenario("snapshot of another size", images.plain(_tiny, 48 * KiB), a_snapshot_of_another_size),
     scenario("resize, L1 grows", images.plain(_tiny, 64 * KiB), sizes(1.6, 0.55, 2.1)),
-    scenario(
-        "resize over a backing file", images.overlay("cluster_size=4k", 96 * KiB, 80 * KiB, "raw"), sizes(0.4, 1.3)
-    ),
+    scenario("resize over a backing file", _over_raw, sizes(0.4, 1.3)),
     scenario("resize, external data file", images.data_file("cluster_size=4k", 96 * KiB), sizes(1.3, 0.4, 0.9)),
     scenario(
         "resize, raw external data file",
@@ -297,6 +272,19 @@ FIRST = (
     ),
     scenario("resize, external data file, extended L2", images.data_file(_extended, 128 * KiB), sizes(1.3, 0.4, 0.9)),
     scenario("resize, LUKS", images.encrypted(_tiny, 64 * KiB), sizes(1.6, 0.55, 2.1)),
+    scenario("resize, version 2", images.plain("cluster_size=512,compat=0.10", 64 * KiB), sizes(1.6, 0.55, 2.1)),
+    scenario("resize, compressed", images.plain("cluster_size=4k", 96 * KiB, "-c"), sizes(0.4, 1.3, 0.7)),
+    scenario("resize, internal snapshot", images.with_snapshot(_tiny, 64 * KiB), sizes(0.45, 1.6, 0.8)),
+    scenario("resize, extended L2", images.plain(_extended, 128 * KiB), sizes(0.3, 1.3, 0.55)),
+    scenario(
+        "resize over a backing file, extended L2",
+        images.overlay(_extended, 128 * KiB, 96 * KiB, "raw"),
+        sizes(0.3, 1.3),
+    ),
+    scenario("resize, zero clusters with space", images.zeroed("cluster_size=4k", 96 * KiB), sizes(0.7, 1.3, 0.3)),
+    scenario("resize, lazy refcounts", images.plain(_lazy, 64 * KiB), sizes(0.45, 1.6, 0.8)),
+    scenario("snapshots over a backing file", _over_raw, snapshots_come_and_go),
+    scenario("compressed, snapshots", images.plain("cluster_size=4k", 96 * KiB, "-c"), snapshots_come_and_go),
     scenario("LUKS, snapshots", images.encrypted("cluster_size=4k", 96 * KiB), snapshots_come_and_go),
     scenario("extended L2, snapshots", images.plain(_extended, 128 * KiB), snapshots_come_and_go),
     scenario("damaged", images.damaged(images.plain("cluster_size=4k", 192 * KiB, filled=96 * KiB)), _few),
@@ -308,10 +296,21 @@ FIRST = (
     scenario("damaged, external data file", images.damaged(images.data_file("cluster_size=4k", 192 * KiB)), _few),
     scenario("bitmaps", _bitmaps, clients(3, 6, 8 * KiB)),
     scenario("bitmaps of a disk that shrinks and grows", _bitmaps, sizes(0.5, 1.2)),
+    scenario("bitmaps of a disk that shrinks and grows, 512-byte clusters", _small_bitmaps, sizes(0.5, 1.2)),
+    scenario("bitmaps and snapshots", _bitmaps, snapshots_beside_bitmaps),
+    scenario("bitmaps, lazy refcounts", _lazy_bitmaps, clients(3, 6, 8 * KiB)),
     scenario("bitmaps edited", _bitmaps, bitmaps_edited(_bitmaps)),
     scenario("bitmaps edited, 512-byte clusters", _small_bitmaps, bitmaps_edited(_small_bitmaps)),
     scenario("bitmaps changed live", _bitmaps, bitmaps_changed_live),
     scenario("bitmaps changed live, 512-byte clusters", _small_bitmaps, bitmaps_changed_live),
+    scenario("bitmaps changed live, lazy refcounts", _lazy_bitmaps, bitmaps_changed_live),
+    scenario("bitmaps changed live, extended L2", _extended_bitmaps, bitmaps_changed_live),
+    scenario(
+        "first and last bitmap, external data file",
+        images.data_file("cluster_size=4k", 64 * KiB),
+        first_and_last_bitmap,
+    ),
+    scenario("first and last bitmap, LUKS", images.encrypted("cluster_size=4k", 64 * KiB), first_and_last_bitmap),
     scenario("first and last bitmap, lazy refcounts", images.plain(_lazy, 64 * KiB), first_and_last_bitmap),
     scenario(
         "first and last bitmap, backing file", images.overlay(_tiny, 64 * KiB, 32 * KiB, "raw"), first_and_last_bitmap

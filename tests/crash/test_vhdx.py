@@ -16,8 +16,8 @@ from tests.crash.vhdx import SCENARIOS, Judge
 from tests.support.crash import CLOSED, LOST, Report, Trace, record, run_now
 
 SEED = 20250119
-STATES = 560
-"""For each scenario: with nine of them 5,040."""
+STATES = 420
+"""For each scenario: with twelve of them 5,040."""
 
 BY_NAME = {each.name.removeprefix("vhdx, "): each for each in SCENARIOS}
 
@@ -32,7 +32,7 @@ def test_vhdx_survives_every_crash(name: str) -> None:
     assert not report.violation_count, f"{report}"
     assert report.states == STATES
     assert report.recoveries > STATES // 2
-    assert judge.asked > asked or name in ("child", "several entries for a flush")
+    assert judge.asked > asked or name in ("child", "several entries for a flush", "resize, child in use")
 
 
 def test_campaign_has_five_thousand_states() -> None:

@@ -18,7 +18,7 @@ from nbdimg.image.gate import Reference
 from nbdimg.image.image import Image
 from nbdimg.storage.memory import MemoryFile
 from tests.crash.images import pattern
-from tests.crash.workloads import KiB, Workload
+from tests.crash.workloads import KiB, Workload, sizes
 from tests.support.crash import (
     SECTOR,
     Built,
@@ -263,8 +263,10 @@ def reopened(workload: Workload) -> Workload:
 
 
 _three = near(3, 8)
+_few = near(2, 4)
 _child, _parent = overlay(2 * M, M + 512 * KiB, is_used=False)
 _used, _longer = overlay(2 * M, 3 * M, is_used=True)
+_used_long, _shorter = overlay(2 * M, M + 512 * KiB, is_used=True)
 _dynamic = plain(SHORT, filled=(0,))
 
 SCENARIOS = (
@@ -276,5 +278,8 @@ SCENARIOS = (
     scenario("child in use", _used, near(2, 10), parent=_longer),
     scenario("several entries for a flush", _child, near(2, 10), parent=_parent, entry_length_max=8 * KiB),
     scenario("log wraps", _dynamic, wrapping(near(2, 4), 4 * KiB)),
+    scenario("resize", plain(3 * M, filled=(0, 2)), sizes(0.4, 0.8, 1, between=_few)),
+    scenario("resize, fixed", plain(SHORT, filled=(0, 1), flags=IS_FIXED), sizes(2, 0.7, 1.5, between=_few)),
+    scenario("resize, child in use", _used_long, sizes(0.8, 1.4, between=_few), parent=_shorter),
     scenario("sessions", plain(SHORT, filled=()), reopened(near(2, 4))),
 )

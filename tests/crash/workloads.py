@@ -6,7 +6,9 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 
-from tests.support.crash import Client, requests
+from nbdimg.formats import resize_image
+from nbdimg.image.image import Image
+from tests.support.crash import SECTOR, Client, ExportTarget, requests
 
 KiB = 1024
 
@@ -45,5 +47,42 @@ def discard_and_reuse(unit: int, rounds: int) -> Workload:
                 await client.flush()
             writes = [client.write(index * unit, client.pattern(index * unit, unit)) for index in new]
             await asyncio.gather(*writes, *([client.flush()] if rng.random() < 0.5 else []))
+
+    return workload
+
+
+some = clients(2, 5, 8 * KiB)
+"""Requests before and after a change."""
+
+
+# Changes of tables, between requests
+
+
+def image_of(client: Client) -> Image:
+    assert isinstance(client.target, ExportTarget)
+    return client.target.image
+
+
+async def change_alone(client: Client, change: Awaitable[object]) -> None:
+    """A change of tables while the export stands still, as a running server makes it."""
+    assert isinstance(client.target, ExportTarget)
+    async with client.target.export.standstill():
+        await change
+
+
+async def give_size(client: Client, size: int) -> None:
+    image = image_of(client)
+    await client.resize(size, lambda: change_alone(client, resize_image(image, size, may_shrink=True)))
+
+
+def sizes(*parts: float, between: Workload = some) -> Workload:
+    """The disk gets these shares of the size that it had at first, one after the other."""
+
+    async def workload(client: Client, rng: random.Random) -> None:
+        size = client.size
+        await between(client, rng)
+        for part in parts:
+            await give_size(client, int(size * part) // SECTOR * SECTOR)
+            await between(client, rng)
 
     return workload

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nbdimg.errors import ConfigError, CorruptImage, ImageError, UnsupportedFeature
-from nbdimg.formats import open_file, open_image, resize_image
+from nbdimg.formats import RESIZERS, open_file, open_image, resize_image
 from nbdimg.formats.gate import DenyGate
 from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.qcow2 import bitmaps, resize
@@ -817,7 +817,7 @@ def header_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def nothing_is_zeroed(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def changed(image: Image, size: int) -> None:
+    async def changed(image: Image, size: int, *, progress: resize.Progress | None = None) -> None:
         async def nothing(*arguments: object, **options: object) -> None:
             pass
 
@@ -825,11 +825,11 @@ def nothing_is_zeroed(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr(image, "zero", nothing)
             await resize.resize(image, size)
 
-    monkeypatch.setattr(scenarios, "resize", changed)
+    monkeypatch.setitem(RESIZERS, "qcow2", changed)
 
 
 def forgotten_before_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def changed(image: Image, size: int) -> None:
+    async def changed(image: Image, size: int, *, progress: resize.Progress | None = None) -> None:
         driver = image.driver
         assert isinstance(driver, Qcow2Driver)
         old = driver.size
@@ -838,7 +838,7 @@ def forgotten_before_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
         driver.size = driver.mapping.size = old
         await resize.resize(image, size)
 
-    monkeypatch.setattr(scenarios, "resize", changed)
+    monkeypatch.setitem(RESIZERS, "qcow2", changed)
 
 
 @pytest.mark.parametrize(
