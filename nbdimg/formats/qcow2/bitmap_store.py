@@ -23,8 +23,8 @@ QEMU as well, which does the same to all bitmaps as soon as it opens the image f
     (B6) When the list changes under an open image, what is in use and goes on recording stays in use, with the bits
          that it had on disk; what stops to record is stored, and what is new or cleared is consistent until the next
          change marks it (B1). For that no request may be in flight, and all that was written must be durable.
-    (B7) Before the header says that the disk has another size all are marked, and stored at that size, in use: that is
-         what takes space. Then their flags are cleared in place.
+    (B7) Before the header says that the disk has another size all are stored at that size, in use: that is what takes
+         space. Then their flags are cleared in place. Until they are stored the disk has all as they were.
 """
 
 from __future__ import annotations
@@ -88,8 +88,6 @@ class BitmapStore:
         """What may be in use on disk by our doing, and is stored at the end."""
         self._resizing: list[Callable[[], None]] = []
         """What undoes the resize under way."""
-        self._resizing_alone: set[str] = set()
-        """Bitmaps that were marked for the resize under way, and are stored as they were before it."""
         self._failure: OSError | None = None
 
     def forget(self) -> None:
@@ -154,13 +152,11 @@ class BitmapStore:
 
         Raises: OSError: they are not, and nothing may be changed (B5).
         """
-        await self._mark({bitmap.name for bitmap in self.recording})
-
-    async def _mark(self, names: set[str]) -> None:
         self._check()
+        names = {bitmap.name for bitmap in self.recording}
         self._marked |= names
         await self._put_flags(names, BitmapFlag.IN_USE)
-        self.is_marked = all(bitmap.name in self._marked for bitmap in self.recording)
+        self.is_marked = True
 
     def _check(self) -> None:
         """Raises: OSError (B5)."""
@@ -190,25 +186,23 @@ class BitmapStore:
         if taken > MEMORY_MAX:
             raise _too_much(self._file.path, taken)
 
-    async def resize(self, size: int) -> None:
-        """All of `names`, which `get` has loaded, are marked, and of this size. Raises: as `mark`."""
-        bitmaps = [self._loaded[name] for name in self.names]
-        self._resizing_alone = set(self.names) - self._marked
-        await self._mark(set(self.names))
-        self._resizing = [bitmap.resize(size) for bitmap in bitmaps]
+    def resize(self, size: int) -> None:
+        """All of `names`, which `get` has loaded, are of this size in memory."""
+        self._resizing = [self._loaded[name].resize(size) for name in self.names]
 
     async def place(self, counts: Refcounts) -> None:
         """Store what was resized, still in use. Nothing else may change the image meanwhile, and what did is durable.
 
         Raises: OSError, ImageError: as `replace_bitmaps`.
         """
+        self._check()
         changes: list[Change] = []
         for entry in self.entries:
             in_use = replace(entry, flags=entry.flags | BitmapFlag.IN_USE)
             changes.append((in_use, self._loaded[entry.name]))
         placed = await replace_bitmaps(self._file, self._header, counts, self.entries, changes)
         self.entries = [replace(entry, flags=entry.flags & ~int(BitmapFlag.IN_USE)) for entry in placed]
-        self._resizing_alone = set()
+        self._marked, self.is_marked = set(self.names), True
         with space_may_wait():
             await settle(self._file, counts)
 
@@ -217,15 +211,11 @@ class BitmapStore:
         self._resizing = []
         await self._unmark(set(self.names))
 
-    async def undo(self) -> None:
-        """The disk keeps its former size, and what `resize` marked is consistent again if it was not placed.
-
-        Raises: OSError: it may be in use still.
-        """
+    def undo(self) -> None:
+        """The disk keeps its former size."""
         for undo in self._resizing:
             undo()
-        alone, self._resizing, self._resizing_alone = self._resizing_alone, [], set()
-        await self._unmark(alone)
+        self._resizing = []
 
     async def _unmark(self, names: set[str]) -> None:
         """Make these bitmaps consistent again, which are stored as they are. If that fails they are stored at the end,

@@ -115,13 +115,12 @@ def _check_keys(image: Image, driver: Qcow2Driver, size: int) -> None:
         each = each.backing
 
 
-async def _resize_bitmaps(image: Image, driver: Qcow2Driver, size: int) -> None:
+async def _resize_bitmaps(driver: Qcow2Driver, size: int) -> None:
     store = driver.bitmaps
     if store is not None:
         for name in store.names:
             await store.get(name)
-        with failing_in_doubt(image):
-            await store.resize(size)
+        store.resize(size)
 
 
 async def _place_bitmaps(image: Image, driver: Qcow2Driver) -> None:
@@ -155,14 +154,14 @@ async def _shrink(image: Image, driver: Qcow2Driver, size: int) -> None:
     cut: list[tuple[int, bytearray]] = []
     try:
         await _zero_rest(image, driver, size, cut)
-        await _resize_bitmaps(image, driver, size)
+        await _resize_bitmaps(driver, size)
         await _place_bitmaps(image, driver)
         _set_size(image, driver, size)
         driver.header.size = size
         driver.resized()
         await _flush(image)
     except BaseException:
-        await _restore(image, driver, old)
+        _restore(image, driver, old)
         await _put_back(image, cut)
         raise
     await _release_bitmaps(image, driver)
@@ -204,14 +203,13 @@ async def _put_back(image: Image, cut: list[tuple[int, bytearray]]) -> None:
         await image.flush()
 
 
-async def _restore(image: Image, driver: Qcow2Driver, old: int) -> None:
+def _restore(image: Image, driver: Qcow2Driver, old: int) -> None:
     """The new size did not reach the disk."""
     driver.header.size = old
     _set_size(image, driver, old)
     image.gate.changed()
     if driver.bitmaps is not None:
-        with suppress(OSError), failing_in_doubt(image):
-            await driver.bitmaps.undo()
+        driver.bitmaps.undo()
 
 
 async def _give_back(image: Image, driver: Qcow2Driver, progress: Progress | None) -> None:
@@ -244,7 +242,7 @@ async def _forget(image: Image, driver: Qcow2Driver, progress: Progress | None) 
 async def _grow(image: Image, driver: Qcow2Driver, size: int, progress: Progress | None) -> None:
     old = driver.size
     try:
-        await _resize_bitmaps(image, driver, size)
+        await _resize_bitmaps(driver, size)
         await _grow_l1(driver, driver.header.l1_entries_needed(size))
         _set_size(image, driver, size)
         await _grow_data_file(image, driver, old, size)
@@ -264,7 +262,7 @@ async def _grow(image: Image, driver: Qcow2Driver, size: int, progress: Progress
         driver.resized()
         await _flush(image)
     except BaseException:
-        await _restore(image, driver, old)
+        _restore(image, driver, old)
         raise
     await _release_bitmaps(image, driver)
 
