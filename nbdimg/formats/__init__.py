@@ -20,7 +20,6 @@ from nbdimg.formats.qcow2.open import open_driver as qcow2_open
 from nbdimg.formats.qcow2.resize import resize as qcow2_resize
 from nbdimg.formats.qcow2.snapshots import labels, load_snapshots, mapped_l1_size
 from nbdimg.formats.vhdx.create import create as vhdx_create
-from nbdimg.formats.vhdx.driver import VhdxDriver
 from nbdimg.formats.vhdx.open import open_driver as vhdx_open
 from nbdimg.formats.vhdx.resize import resize as vhdx_resize
 from nbdimg.image.driver import FormatDriver
@@ -53,8 +52,6 @@ class Resizer(Protocol):
         self, image: Image, size: int, *, progress: Callable[[int, int], None] | None = None
     ) -> None: ...
 
-
-_SECTOR_SIZE = 512
 
 RESIZERS: dict[str, Resizer] = {"raw": raw.resize, "qcow2": qcow2_resize, "vhdx": vhdx_resize}
 
@@ -257,10 +254,7 @@ def size_asked(image: Image, size: int, *, is_change: bool) -> int:
         if image.size + size < 0:
             raise ConfigError(f"{image.path}: the image has {image.size} bytes, of which {-size} cannot be taken away")
         size += image.size
-    driver = image.driver
-    if driver.name == "raw":
-        return size
-    return align_up(size, driver.sector_size if isinstance(driver, VhdxDriver) else _SECTOR_SIZE)
+    return align_up(size, image.driver.sector_size)
 
 
 async def resize_image(

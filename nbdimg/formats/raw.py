@@ -26,7 +26,7 @@ RUNS_MAX = 4096
 
 class RawDriver:
     name = "raw"
-    cluster_size = unmap_size = 1
+    cluster_size = unmap_size = sector_size = 1
     is_strained = False
     failure: str | None = None
 

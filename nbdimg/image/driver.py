@@ -183,6 +183,8 @@ class FormatDriver(Protocol):
     """Unit of allocation in bytes; raw 1."""
     unmap_size: int
     """Unit of `unmap` in bytes."""
+    sector_size: int
+    """Unit of the sizes that the disk can be given, in bytes; raw 1."""
     file: BlockFile
     """The image's own, whatever else it refers to."""
 

@@ -40,6 +40,7 @@ class FakeDriver:
         self.file = self.guest_file = file
         self.cluster_size = cluster_size
         self.unmap_size = cluster_size if can_unmap else 1
+        self.sector_size = 1
         self.size = len(places) * cluster_size - cut
         self.places = list(places)
         self.shared: set[int] = set()

@@ -52,6 +52,7 @@ class Qcow2Driver:
     """Made by `open.open_driver`. Args: refcounts: None when nothing will be written."""
 
     name = "qcow2"
+    sector_size = s.SECTOR_SIZE
 
     def __init__(
         self,
