@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 
 from nbdimg.errors import ConfigError, CorruptImage, UnsupportedFeature
@@ -38,7 +37,7 @@ from nbdimg.formats.vhdx.repair import give_back
 from nbdimg.formats.vhdx.replay import replay_to_file
 from nbdimg.image.image import Image
 from nbdimg.storage.file import BlockFile, read
-from nbdimg.storage.ordering import hindered, leaves_no_doubt
+from nbdimg.storage.ordering import hindered, leaves_no_doubt, space_may_wait
 from nbdimg.units import MiB, align_down, align_up, div_ceil
 
 Progress = Callable[[int, int], None]
@@ -62,7 +61,6 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
     refusal: OSError | None = None
     try:
         await former.close()
-        file_size = file.size
         parts = await load_parts(file, await replay_to_file(file, await load_headers(file)))
         session = Session(file, parts.headers)
         try:
@@ -72,7 +70,9 @@ async def resize(image: Image, size: int, *, progress: Progress | None = None) -
             if not leaves_no_doubt(error):
                 raise
             refusal = error
-            await _cut_back(file, size, file_size)
+            await replay_to_file(file, await load_headers(file))
+            with space_may_wait():
+                await _give_back(file)
         driver, _ = await load_driver(file, OpenOptions(DenyGate(), writable=True))
     except BaseException:
         image.gate.failure = "a resize was not finished: open it anew"
@@ -104,14 +104,6 @@ async def _give_back(file: BlockFile) -> None:
     survey = Survey(file)
     await survey.run()
     await give_back(file, survey)
-
-
-async def _cut_back(file: BlockFile, size: int, file_size: int) -> None:
-    """Cut off what was taken for a disk of `size` bytes, unless the log says that it came to be."""
-    parts = await load_parts(file, await replay_to_file(file, await load_headers(file)))
-    if parts.geometry.size != size and file.size > file_size:
-        with suppress(OSError):
-            await file.truncate(file_size)
 
 
 class _Resize:

@@ -392,7 +392,7 @@ def test_growth_that_finds_no_space_keeps_the_size_and_the_image_goes_on(content
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (6, 2), (1, 512 * KiB)])
-def test_resize_that_finds_no_space_tells_the_size_that_the_disk_has(before: int, after: int) -> None:
+def test_resize_that_finds_no_space_tells_the_size_that_the_disk_has_and_leaks_nothing(before: int, after: int) -> None:
     went_on_count = 0
 
     async def work(index: int) -> bool:
@@ -410,6 +410,11 @@ def test_resize_that_finds_no_space_tells_the_size_that_the_disk_has(before: int
             assert image.size == (before if is_refused else after) * MiB, f"call {index}"
             assert not is_refused or file.size == file_size, f"call {index}"
             went_on_count += is_refused
+            is_reached = file.is_reached
+            file.heal()
+            await image.close()
+            assert (await check(file)).leaks == 0, f"call {index}"
+            return is_reached
         return file.is_reached
 
     fail_at_each_call(work)
