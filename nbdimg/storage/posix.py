@@ -6,7 +6,8 @@ What may run on the loop's own thread is decided here and nowhere else:
             A file system without it (EOPNOTSUPP) is remembered: files in memory are read inline, others by workers.
     write   up to INLINE_WRITE_MAX bytes into the page cache, unless a page that is written in part would have to be
             read first, or the last inline write was slow (the kernel throttles writers): then workers, for a while.
-    rest    fdatasync, fallocate, truncate, readahead: workers.
+    rest    fdatasync, fallocate, truncate, readahead: workers. So is close, at which a network file system writes what
+            it has, and others free the space of a file that has no name any more.
 
 What changes a file is done by few workers at a time.
 """
@@ -191,4 +192,4 @@ class PosixFile:
             if self.pages is not None:
                 await self.pages.close()
             await self._write_back.close()
-            os.close(descriptor)
+            await workers().run(os.close, descriptor)

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -458,6 +459,25 @@ def test_close_twice_is_harmless_and_frees_the_descriptor(path: Path) -> None:
 
 def open_descriptor_count() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def test_close_that_hangs_holds_up_no_one_else(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a file on a network file system without its server, which writes what it has first."""
+    closers: list[int] = []
+    file, close = PosixFile(path, writable=True), os.close
+
+    def noted_close(descriptor: int) -> None:
+        closers.append(threading.get_ident())
+        close(descriptor)
+
+    async def main() -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "close", noted_close)
+            await file.close()
+
+    asyncio.run(main())
+    assert len(closers) == 1
+    assert threading.get_ident() not in closers
 
 
 @pytest.mark.parametrize("writable", [False, True])
