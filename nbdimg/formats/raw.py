@@ -37,6 +37,9 @@ class RawDriver:
         self._runs: list[Extent] = []
         self._whole = self._extent(ExtentKind.DATA, 0, self.size)
         self._recent = self._extent(ExtentKind.ZERO, 0, 0)
+        self._loaded: tuple[int, tuple[bool, int]] | None = None
+        """What `load` has found at an offset. It is true for who waits for it and asks again at once: nothing of the
+        range has changed meanwhile, while behind it a hole may have been written to."""
 
     def _extent(self, kind: ExtentKind, start: int, stop: int) -> Extent:
         return Extent(kind, start, stop - start, self.file, start, self.file.is_writable)
@@ -49,7 +52,10 @@ class RawDriver:
         if index >= 0 and offset < self._runs[index].stop:
             self._recent = self._runs[index]
             return self._recent
-        is_data, end = self.file.data_extent(offset)
+        found = self._found(offset)
+        if found is None:
+            return Miss(self, offset)
+        is_data, end = found
         end = min(end, self.size) if end > offset else self.size
         if not is_data:
             return self._extent(ExtentKind.ZERO, offset, end)
@@ -59,6 +65,15 @@ class RawDriver:
     def locate(self, offset: int, stop: int) -> int:
         """Extents of raw images are long: one is asked for, and serves many."""
         return -1
+
+    def _found(self, offset: int) -> tuple[bool, int] | None:
+        if self._loaded is not None and self._loaded[0] == offset:
+            loaded, self._loaded = self._loaded, None
+            return loaded[1]
+        return self.file.try_data_extent(offset)
+
+    async def load(self, key: int) -> None:
+        self._loaded = key, await self.file.data_extent(key)
 
     def _remember(self, start: int, stop: int) -> Extent:
         """Add a run, merged with those that it touches."""

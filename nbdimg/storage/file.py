@@ -69,7 +69,11 @@ class BlockFile(Protocol):
         """Ask for the range to be in memory soon."""
         ...
 
-    def data_extent(self, offset: int) -> tuple[bool, int]:
+    def try_data_extent(self, offset: int) -> tuple[bool, int] | None:
+        """As `data_extent`. None: it would have to be waited for."""
+        ...
+
+    async def data_extent(self, offset: int) -> tuple[bool, int]:
         """Whether the byte at `offset` is backed by data, and where that run ends (at most the file's size)."""
         ...
 
@@ -82,6 +86,11 @@ async def fetch(file: BlockFile, offset: int, view: memoryview) -> None:
     """As `pread`, without waiting where that can be: for what opening an image reads, of which most is a few KiB."""
     if len(view) > INLINE_READ_MAX or not file.try_pread(offset, view):
         await file.pread(offset, view)
+
+
+async def extent_at(file: BlockFile, offset: int) -> tuple[bool, int]:
+    """As `data_extent`, without waiting where that can be."""
+    return file.try_data_extent(offset) or await file.data_extent(offset)
 
 
 async def read(file: BlockFile, offset: int, length: int) -> bytes:

@@ -54,8 +54,11 @@ class MemoryFile:
     async def prefetch(self, offset: int, length: int) -> None:
         pass
 
-    def data_extent(self, offset: int) -> tuple[bool, int]:
+    def try_data_extent(self, offset: int) -> tuple[bool, int]:
         return True, len(self.content)
+
+    async def data_extent(self, offset: int) -> tuple[bool, int]:
+        return self.try_data_extent(offset)
 
     async def close(self) -> None:
         pass

@@ -2,10 +2,12 @@
 
 What may run on the loop's own thread is decided here and nowhere else:
 
-    read    always tried inline with RWF_NOWAIT, which gives what the page cache holds and never waits for a device.
-            A file system without it (EOPNOTSUPP) is remembered: files in memory are read inline, others by workers.
+    read    tried inline with RWF_NOWAIT, which gives what the page cache holds and never waits for a device. Of file
+            systems without it (EOPNOTSUPP) those in memory are read inline. The others may have to ask a server, which
+            may not answer, for anything: workers. Their files' size is known from what was done to them.
     write   up to INLINE_WRITE_MAX bytes into the page cache, unless a page that is written in part would have to be
             read first, or the last inline write was slow (the kernel throttles writers): then workers, for a while.
+            Where reads are never inline, workers as well.
     rest    fdatasync, fallocate, truncate, readahead: workers. So is close, at which a network file system writes what
             it has, and others free the space of a file that has no name any more.
 
@@ -72,22 +74,34 @@ class PosixFile:
             self.is_block_device = stat.S_ISBLK(status.st_mode)
             if not (self.is_block_device or stat.S_ISREG(status.st_mode)):
                 raise OSError(errno.EINVAL, "neither a regular file nor a block device", self.path)
+            self.identity = (status.st_dev, status.st_ino)
+            self._has_nowait = self._writes_inline = True
+            self._in_memory = False
+            """Asked for where reads know no RWF_NOWAIT."""
+            self._known_size: int | None = None
+            """In bytes, where the system may have to ask others for it, and for where data is."""
+            if not system.reads_without_waiting(descriptor):
+                self._lose_nowait()
         except OSError:
             os.close(self.descriptor)
             raise
-        self.identity = (status.st_dev, status.st_ino)
-        self._has_nowait = True
-        self._in_memory = False
-        """Asked for where reads know no RWF_NOWAIT."""
-        self._writes_inline = True
         self._inline_writes_from = 0.0
-        may_map = system.knows_residence(descriptor) and system.reads_without_waiting(descriptor)
+        may_map = self._has_nowait and system.knows_residence(descriptor)
         self.pages = Pages(descriptor) if may_map else None
         self._write_back = WriteBack(self.descriptor)
         self._changes = Series(CHANGES_MAX)
 
+    def _lose_nowait(self) -> None:
+        self._has_nowait = False
+        self._writes_inline = self._in_memory = system.is_memory_file_system(self.identity[0])
+        if not (self._in_memory or self.is_block_device):
+            self._known_size = self._measure()
+
     @property
     def size(self) -> int:
+        return self._measure() if self._known_size is None else self._known_size
+
+    def _measure(self) -> int:
         return os.lseek(self.descriptor, 0, os.SEEK_END)
 
     def try_pread(self, offset: int, view: memoryview) -> bool:
@@ -100,8 +114,7 @@ class PosixFile:
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP or not self._has_nowait:
                 raise
-            self._has_nowait = False
-            self._writes_inline = self._in_memory = system.is_memory_file_system(self.identity[0])
+            self._lose_nowait()
             return self.try_pread(offset, view)
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
@@ -137,7 +150,14 @@ class PosixFile:
         system.pread(self.descriptor, offset, view)
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
-        await self._change(self._pwrite, offset, memoryview(data))
+        try:
+            await self._change(self._pwrite, offset, memoryview(data))
+        except OSError:
+            if self._known_size is not None:
+                self._known_size = max(self._known_size, await workers().run(self._measure))
+            raise
+        if self._known_size is not None:
+            self._known_size = max(self._known_size, offset + len(data))
         self._write_back.wrote(offset, len(data))
 
     def _pwrite(self, offset: int, view: memoryview) -> None:
@@ -160,6 +180,8 @@ class PosixFile:
 
     async def truncate(self, size: int) -> None:
         await self._change(os.ftruncate, self.descriptor, size)
+        if self._known_size is not None:
+            self._known_size = size
 
     def _change(self, function: Callable[..., T], *args: Any) -> Awaitable[T]:
         """On a worker. The kernel changes a file under its inode's lock, one call at a time; devices have none."""
@@ -170,7 +192,13 @@ class PosixFile:
     async def prefetch(self, offset: int, length: int) -> None:
         await workers().run(os.posix_fadvise, self.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
-    def data_extent(self, offset: int) -> tuple[bool, int]:
+    def try_data_extent(self, offset: int) -> tuple[bool, int] | None:
+        return self._data_extent(offset) if self._known_size is None else None
+
+    async def data_extent(self, offset: int) -> tuple[bool, int]:
+        return await workers().run(self._data_extent, offset)
+
+    def _data_extent(self, offset: int) -> tuple[bool, int]:
         size = self.size
         if self.is_block_device:
             return True, size

@@ -355,7 +355,7 @@ def test_no_hole_keeps_the_space(flags: int, is_punched: bool) -> None:
 class StripedFile(MemoryFile):
     """Every other KiB is a hole, beginning with data."""
 
-    def data_extent(self, offset: int) -> tuple[bool, int]:
+    def try_data_extent(self, offset: int) -> tuple[bool, int]:
         index = offset // 1024
         return index % 2 == 0, min((index + 1) * 1024, SIZE)
 

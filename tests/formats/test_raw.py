@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from nbdimg.formats import create_image, open_image, raw
 from nbdimg.formats.raw import RawDriver
-from nbdimg.image.driver import Extent, ExtentKind
+from nbdimg.image.driver import Extent, ExtentKind, Miss
 from nbdimg.storage.memory import MemoryFile
+from tests.support.faultfile import FaultFile
 
 SIZE = 48
 
@@ -30,7 +31,7 @@ class SparseFile(MemoryFile):
     def fill(self, start: int, stop: int, is_data: bool) -> None:
         self.is_data[start:stop] = [is_data] * (stop - start)
 
-    def data_extent(self, offset: int) -> tuple[bool, int]:
+    def try_data_extent(self, offset: int) -> tuple[bool, int]:
         self.lookups += 1
         if offset >= len(self.is_data):
             return False, len(self.is_data)
@@ -49,6 +50,31 @@ def mapped(driver: RawDriver, offset: int) -> Extent:
 
 def remembered(driver: RawDriver) -> list[tuple[int, int]]:
     return [(run.offset, run.stop) for run in driver._runs]
+
+
+def test_hole_that_is_waited_for_is_asked_for_each_time() -> None:
+    """A hole may be written to behind the range that its finder has for itself; data may as well stay data."""
+    file = SparseFile()
+    file.fill(16, 32, True)
+    driver = RawDriver(FaultFile(file, slow_only=True))
+
+    async def main() -> None:
+        for _ in range(2):
+            missing = driver.map(0, SIZE)
+            assert isinstance(missing, Miss)
+            await missing.load()
+            assert isinstance(driver.map(1, SIZE), Miss)
+            found = driver.map(0, SIZE)
+            assert isinstance(found, Extent)
+            assert (found.kind, found.offset, found.stop) == (ExtentKind.ZERO, 0, 16)
+        missing = driver.map(20, SIZE)
+        assert isinstance(missing, Miss)
+        await missing.load()
+        assert mapped(driver, 20).kind is ExtentKind.DATA
+
+    asyncio.run(main())
+    assert mapped(driver, 25).kind is ExtentKind.DATA
+    assert remembered(driver) == [(20, 32)]
 
 
 RANGES = st.tuples(st.integers(0, SIZE - 1), st.integers(1, SIZE)).map(lambda r: (r[0], min(SIZE, r[0] + r[1])))

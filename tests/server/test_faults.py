@@ -282,7 +282,7 @@ def test_trim_and_zero_errors_are_told(server: FaultServer, command: int, method
 
 def test_block_status_error_is_told(server: FaultServer) -> None:
     with server.connect() as client:
-        server.file.fail("data_extent", errno.EIO)
+        server.file.fail("try_data_extent", errno.EIO)
         assert client.request(Command.BLOCK_STATUS, 0, 4096).error == NbdError.EIO
         assert client.read(0, 512).error == NbdError.EIO
         server.file.heal()

@@ -283,7 +283,7 @@ class CutFile(MemoryFile):
 
     stop = 1000
 
-    def data_extent(self, offset: int) -> tuple[bool, int]:
+    def try_data_extent(self, offset: int) -> tuple[bool, int]:
         return (True, self.stop) if offset < self.stop else (False, SIZE)
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
@@ -361,7 +361,7 @@ class PatchyFile(MemoryFile):
         for start, stop in list(pairwise([0, *self._ends]))[::2]:
             self.content[start:stop] = source.randbytes(stop - start)
 
-    def data_extent(self, offset: int) -> tuple[bool, int]:
+    def try_data_extent(self, offset: int) -> tuple[bool, int]:
         index = bisect_right(self._ends, offset)
         return index % 2 == 0, self._ends[index]
 

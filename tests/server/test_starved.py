@@ -158,7 +158,7 @@ def test_requests_beyond_those_in_flight_are_handled_when_others_are_done(dialec
 
 
 class HoleFile(MemoryFile):
-    def data_extent(self, offset: int) -> tuple[bool, int]:
+    def try_data_extent(self, offset: int) -> tuple[bool, int]:
         return False, SIZE
 
 

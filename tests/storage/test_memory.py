@@ -51,4 +51,4 @@ def test_truncate_shortens_and_grows() -> None:
 
 
 def test_all_of_it_is_data() -> None:
-    assert MemoryFile(bytes(100)).data_extent(50) == (True, 100)
+    assert MemoryFile(bytes(100)).try_data_extent(50) == (True, 100)

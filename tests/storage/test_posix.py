@@ -197,11 +197,57 @@ def test_nowait_unsupported_on_a_disk_is_remembered_and_workers_read(
     assert asyncio.run(read_slowly(file, 256, 16)) == bytes([1] * 16)
 
 
+def test_file_of_a_server_asks_it_for_nothing_on_the_loop(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its server may have gone: each call hangs then."""
+    monkeypatch.setattr(system, "is_memory_file_system", lambda device: False)
+    refuse_nowait(monkeypatch)
+    file, seek, callers = PosixFile(path, writable=True), os.lseek, set()
+
+    def lseek(descriptor: int, offset: int, whence: int) -> int:
+        callers.add(threading.get_ident())
+        return seek(descriptor, offset, whence)
+
+    async def main() -> None:
+        monkeypatch.setattr(os, "lseek", lseek)
+        assert not file.try_pwrite(0, bytes(4096))
+        assert file.size == 64 * 1024
+        await file.pwrite(MIB, b"end")
+        await file.pwrite(0, b"x")
+        assert file.size == MIB + 3
+        await file.truncate(2 * MIB)
+        assert file.size == 2 * MIB
+        assert file.try_data_extent(0) is None
+        assert await file.data_extent(64 * 1024) == (False, MIB)
+        assert await file.data_extent(MIB) == (True, MIB + 4096)
+        await file.close()
+
+    asyncio.run(main())
+    assert threading.get_ident() not in callers
+
+
+def test_file_of_a_server_that_takes_a_part_of_a_write_has_its_size(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system, "is_memory_file_system", lambda device: False)
+    refuse_nowait(monkeypatch)
+    file, write = PosixFile(path, writable=True), os.pwrite
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        if len(data) <= 1000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data[:-1000], offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(OSError, match="No space left"):
+        asyncio.run(file.pwrite(64 * 1024, bytes(3000)))
+    assert file.size == path.stat().st_size == 64 * 1024 + 2000
+
+
 def test_nowait_unsupported_in_memory_is_remembered_and_read_inline(
     shm_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = PosixFile(shm_path, writable=True)
     seen = refuse_nowait(monkeypatch)
+    file = PosixFile(shm_path, writable=True)
     assert read_now(file, 256, 16) == bytes([1] * 16)
     assert read_now(file, 512, 16) == bytes([2] * 16)
     assert seen == [os.RWF_NOWAIT, 0, 0]
@@ -333,9 +379,9 @@ def test_punch_reads_as_zeroes_keeps_the_size_and_makes_a_hole(path: Path) -> No
     assert file.size == 64 * 1024
     assert path.read_bytes()[4096:12288] == bytes(8192)
     assert path.read_bytes()[12288:12544] == bytes([48] * 256)
-    assert file.data_extent(0) == (True, 4096)
-    assert file.data_extent(4096) == (False, 12288)
-    assert file.data_extent(5000) == (False, 12288)
+    assert file.try_data_extent(0) == (True, 4096)
+    assert file.try_data_extent(4096) == (False, 12288)
+    assert file.try_data_extent(5000) == (False, 12288)
 
 
 def test_punch_of_parts_of_pages_zeroes_exactly_the_range(path: Path) -> None:
@@ -367,7 +413,7 @@ def test_zero_on_tmpfs_is_either_done_or_refused_without_a_change(shm_path: Path
 def test_punch_on_tmpfs_makes_a_hole(shm_path: Path) -> None:
     file = PosixFile(shm_path, writable=True)
     assert asyncio.run(file.punch(PAGE, PAGE))
-    assert file.data_extent(PAGE) == (False, 2 * PAGE)
+    assert file.try_data_extent(PAGE) == (False, 2 * PAGE)
 
 
 @pytest.mark.parametrize("number", sorted(system.UNSUPPORTED))
@@ -415,12 +461,12 @@ def test_data_extent_of_a_sparse_file_alternates(tmp_path: Path) -> None:
         file.seek(3 * MIB)
         file.write(b"x" * MIB)
     sparse = PosixFile(path, writable=False)
-    assert sparse.data_extent(0) == (False, MIB)
-    assert sparse.data_extent(MIB) == (True, 2 * MIB)
-    assert sparse.data_extent(MIB + 5) == (True, 2 * MIB)
-    assert sparse.data_extent(2 * MIB) == (False, 3 * MIB)
-    assert sparse.data_extent(4 * MIB) == (False, 8 * MIB)
-    assert sparse.data_extent(8 * MIB - 1) == (False, 8 * MIB)
+    assert sparse.try_data_extent(0) == (False, MIB)
+    assert sparse.try_data_extent(MIB) == (True, 2 * MIB)
+    assert sparse.try_data_extent(MIB + 5) == (True, 2 * MIB)
+    assert sparse.try_data_extent(2 * MIB) == (False, 3 * MIB)
+    assert sparse.try_data_extent(4 * MIB) == (False, 8 * MIB)
+    assert sparse.try_data_extent(8 * MIB - 1) == (False, 8 * MIB)
 
 
 def test_data_extent_without_seek_data_is_all_data(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +479,7 @@ def test_data_extent_without_seek_data_is_all_data(path: Path, monkeypatch: pyte
         return real(descriptor, offset, whence)
 
     monkeypatch.setattr(os, "lseek", lseek)
-    assert file.data_extent(1000) == (True, 64 * 1024)
+    assert file.try_data_extent(1000) == (True, 64 * 1024)
 
 
 def test_truncate_and_size(path: Path) -> None:
@@ -541,5 +587,5 @@ def test_block_device_is_served_at_its_capacity_as_all_data(loop_device: str) ->
 
     assert file.is_block_device
     assert file.size == 4 * MIB
-    assert file.data_extent(0) == (True, 4 * MIB)
+    assert file.try_data_extent(0) == (True, 4 * MIB)
     assert asyncio.run(exercise()) == b"block device"

@@ -141,9 +141,16 @@ class FaultFile:
         self._enter("prefetch")
         await self.inner.prefetch(offset, length)
 
-    def data_extent(self, offset: int) -> tuple[bool, int]:
+    def try_data_extent(self, offset: int) -> tuple[bool, int] | None:
+        if self.slow_only:
+            return None
+        self._enter("try_data_extent")
+        return self.inner.try_data_extent(offset)
+
+    async def data_extent(self, offset: int) -> tuple[bool, int]:
+        await self._wait("data_extent")
         self._enter("data_extent")
-        return self.inner.data_extent(offset)
+        return await self.inner.data_extent(offset)
 
     async def close(self) -> None:
         await self.inner.close()

@@ -150,8 +150,11 @@ class EncryptedFile:
     async def prefetch(self, offset: int, length: int) -> None:
         await self._inner.prefetch(offset, length)
 
-    def data_extent(self, offset: int) -> tuple[bool, int]:
+    def try_data_extent(self, offset: int) -> tuple[bool, int]:
         return True, self.size
+
+    async def data_extent(self, offset: int) -> tuple[bool, int]:
+        return self.try_data_extent(offset)
 
     async def close(self) -> None:
         await self._inner.close()

@@ -259,8 +259,11 @@ class InflatedFile:
     async def truncate(self, size: int) -> None:
         raise AssertionError("compressed clusters are not written in place")
 
-    def data_extent(self, offset: int) -> tuple[bool, int]:
+    def try_data_extent(self, offset: int) -> tuple[bool, int]:
         return True, self.size
+
+    async def data_extent(self, offset: int) -> tuple[bool, int]:
+        return self.try_data_extent(offset)
 
     async def close(self) -> None:
         """Wait for what is being read, and keep nothing."""

@@ -29,7 +29,7 @@ from nbdimg.formats.vhdx.offline import bat_pieces
 from nbdimg.formats.vhdx.parts import Parts, load_parts
 from nbdimg.formats.vhdx.replay import open_replayed
 from nbdimg.formats.zeroed import zeroed_bytes
-from nbdimg.storage.file import BlockFile
+from nbdimg.storage.file import BlockFile, extent_at
 from nbdimg.units import MiB, align_up, counted, div_ceil
 
 Progress = Callable[[int, int], None]
@@ -107,7 +107,7 @@ class Survey:
         try:
             await self._load()
             await self._check_bat(progress)
-            self._find_unused()
+            await self._find_unused()
         except ImageError as error:
             self.report.add("error", "image", error.offset, str(error))
 
@@ -302,7 +302,7 @@ class Survey:
 
     # Space
 
-    def _find_unused(self) -> None:
+    async def _find_unused(self) -> None:
         assert self.parts is not None
         self.report.image_end_offset = (self.used.rfind(b"\1") + 1) * MiB
         slack = {stop // MiB for _, stop, _ in self.parts.structures()}
@@ -313,14 +313,14 @@ class Survey:
                 continue
             if start in slack and length < LAYOUT_SLACK:
                 continue
-            if stop < len(self.used) and self._is_hole(start * MiB, stop * MiB):
+            if stop < len(self.used) and await self._is_hole(start * MiB, stop * MiB):
                 continue
             self.leaks.append((start, stop))
             message = f"{length} bytes belong to nothing, expected a block, a sector bitmap or the file's end"
             self.report.add("leak", "unused space", start * MiB, message, stop - start)
 
-    def _is_hole(self, start: int, stop: int) -> bool:
-        is_data, end = self._file.data_extent(start)
+    async def _is_hole(self, start: int, stop: int) -> bool:
+        is_data, end = await extent_at(self._file, start)
         return not is_data and end >= stop
 
 

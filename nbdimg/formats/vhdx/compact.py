@@ -28,7 +28,7 @@ from nbdimg.formats.vhdx.offline import Session, bat_pieces, region_pages, touch
 from nbdimg.formats.vhdx.parts import Parts
 from nbdimg.formats.vhdx.replay import replay_to_file
 from nbdimg.formats.zeroed import zeroed
-from nbdimg.storage.file import BlockFile, read
+from nbdimg.storage.file import BlockFile, extent_at, read
 from nbdimg.units import MiB
 
 Progress = Callable[[int, int], None]
@@ -178,7 +178,7 @@ class _Compaction:
         """(file offset, bytes) of what is no hole."""
         stop = min(offset + length, self._file.size)
         while offset < stop:
-            is_data, end = self._file.data_extent(offset)
+            is_data, end = await extent_at(self._file, offset)
             end = min(end, stop) if end > offset else stop
             while is_data and offset < end:
                 count = min(_PIECE_SIZE, end - offset)

@@ -15,7 +15,7 @@ from nbdimg.formats.vhdx import structs as s
 from nbdimg.formats.vhdx.header import Headers, load_headers, next_header, write_header
 from nbdimg.formats.vhdx.journal import Journal
 from nbdimg.formats.vhdx.region import RegionEntry, build_region_table
-from nbdimg.storage.file import BlockFile, read
+from nbdimg.storage.file import BlockFile, extent_at, read
 from nbdimg.storage.ordering import Plan, Stage, Write, run
 from nbdimg.units import MiB, align_down, align_up
 
@@ -29,7 +29,7 @@ async def bat_pieces(file: BlockFile, offset: int, first: int, stop: int) -> Asy
     """
     position, end = offset + 8 * first, offset + 8 * stop
     while position < end:
-        is_data, extent_stop = file.data_extent(position)
+        is_data, extent_stop = await extent_at(file, position)
         if not is_data and extent_stop <= position:
             return
         if not is_data and align_down(extent_stop, 8) > position:

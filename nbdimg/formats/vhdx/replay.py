@@ -21,7 +21,7 @@ from nbdimg.errors import UnsupportedFeature
 from nbdimg.formats.vhdx import structs as s
 from nbdimg.formats.vhdx.header import Header, Headers, next_header, write_header
 from nbdimg.formats.vhdx.log import Change, Page, Sequence, load_active, read_changes
-from nbdimg.storage.file import BlockFile, Buffer
+from nbdimg.storage.file import BlockFile, Buffer, extent_at
 from nbdimg.units import MiB, align_up
 
 _PAGE = s.PAGE_SIZE
@@ -136,15 +136,25 @@ class ReplayedFile:
         await self._file.pread(offset, view)
         self._layer.patch(offset, view)
 
-    def data_extent(self, offset: int) -> tuple[bool, int]:
-        is_data, stop = self._layer.extent(offset)
-        stop = self._size if stop is None else min(stop, self._size)
+    def try_data_extent(self, offset: int) -> tuple[bool, int] | None:
+        is_data, stop = self._own_extent(offset)
         if is_data is not None:
             return is_data, stop
-        if offset >= self._file.size:
-            return False, stop
-        is_data, end = self._file.data_extent(offset)
+        found = self._file.try_data_extent(offset)
+        return found and (found[0], min(found[1], stop))
+
+    async def data_extent(self, offset: int) -> tuple[bool, int]:
+        is_data, stop = self._own_extent(offset)
+        if is_data is not None:
+            return is_data, stop
+        is_data, end = await self._file.data_extent(offset)
         return is_data, min(end, stop)
+
+    def _own_extent(self, offset: int) -> tuple[bool | None, int]:
+        """What is known without the file below. None: that one decides, as far as this goes."""
+        is_data, stop = self._layer.extent(offset)
+        stop = self._size if stop is None else min(stop, self._size)
+        return (False if is_data is None and offset >= self._file.size else is_data), stop
 
     async def prefetch(self, offset: int, length: int) -> None:
         await self._file.prefetch(offset, length)
@@ -248,7 +258,7 @@ async def _apply(file: BlockFile, layer: Layer) -> None:
         if start >= stop:
             break
         if hole_stop < stop:
-            is_data, end = file.data_extent(start)
+            is_data, end = await extent_at(file, start)
             hole_stop = 0 if is_data else end
         if hole_stop < stop:
             await _zero(file, start, stop)

@@ -140,7 +140,7 @@ async def read_only(content: bytearray) -> None:
     if found.locator:
         candidates(found.locator)
     await file.pread(max(0, min(file.size, 5 * M) - 8 * K), memoryview(bytearray(8 * K)))
-    file.data_extent(0)
+    file.try_data_extent(0)
 
 
 async def writable(content: bytearray) -> None:

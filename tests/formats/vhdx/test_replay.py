@@ -304,15 +304,15 @@ def test_replayed_file_says_where_data_is() -> None:
     file = replayed(bytes(10 * SECTOR), Page(8 * SECTOR, page(1)), Zeroes(2 * SECTOR, 4 * SECTOR), size=20 * SECTOR)
     found, offset = [], 0
     while offset < file.size:
-        is_data, stop = file.data_extent(offset)
+        is_data, stop = asyncio.run(file.data_extent(offset))
         found.append((offset // SECTOR, stop // SECTOR, is_data))
         offset = stop
     assert found == [(0, 2, True), (2, 6, False), (6, 8, True), (8, 9, True), (9, 10, True), (10, 20, False)]
-    assert file.data_extent(2 * SECTOR + 5) == (False, 6 * SECTOR)
+    assert file.try_data_extent(2 * SECTOR + 5) == (False, 6 * SECTOR)
     mixed = replayed(bytes(SECTOR), Zeroes(0, 8 * SECTOR), Page(2 * SECTOR, page(1)), size=8 * SECTOR)
-    assert mixed.data_extent(0) == (False, 2 * SECTOR)
-    assert mixed.data_extent(2 * SECTOR) == (True, 3 * SECTOR)
-    assert mixed.data_extent(3 * SECTOR) == (False, 8 * SECTOR)
+    assert mixed.try_data_extent(0) == (False, 2 * SECTOR)
+    assert mixed.try_data_extent(2 * SECTOR) == (True, 3 * SECTOR)
+    assert mixed.try_data_extent(3 * SECTOR) == (False, 8 * SECTOR)
 
 
 def test_replayed_file_cannot_be_changed() -> None:
@@ -410,7 +410,7 @@ class Holed(Recorder):
 
     holes = ((4 * M, 5 * M), (6 * M, 8 * M))
 
-    def data_extent(self, offset: int) -> tuple[bool, int]:
+    def try_data_extent(self, offset: int) -> tuple[bool, int]:
         for start, stop in self.holes:
             if offset < stop:
                 return (True, start) if offset < start else (False, stop)

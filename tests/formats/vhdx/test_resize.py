@@ -262,7 +262,7 @@ class SparseFile(MemoryFile):
     async def truncate(self, size: int) -> None:
         self._size = size
 
-    def data_extent(self, offset: int) -> tuple[bool, int]:
+    def try_data_extent(self, offset: int) -> tuple[bool, int]:
         is_data = offset < len(self.content)
         return is_data, len(self.content) if is_data else self.size
 

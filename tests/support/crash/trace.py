@@ -289,8 +289,11 @@ class RecordingFile:
     async def prefetch(self, offset: int, length: int) -> None:
         pass
 
-    def data_extent(self, offset: int) -> tuple[bool, int]:
+    def try_data_extent(self, offset: int) -> tuple[bool, int]:
         return True, self.size
+
+    async def data_extent(self, offset: int) -> tuple[bool, int]:
+        return self.try_data_extent(offset)
 
     async def close(self) -> None:
         pass
