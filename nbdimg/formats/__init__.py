@@ -111,11 +111,9 @@ async def open_image(
         OSError: the file cannot be opened or read.
     """
     check_format(format)
-    keys = Keys(key, own_keys)
-    file = await workers().run(partial(PosixFile, path, writable=writable))
+    keys = await workers().run(Keys, key, own_keys)
+    file = await workers().run(partial(_open_top, path, writable=writable, lock=lock))
     try:
-        if lock:
-            lock_image(file.descriptor, file.path, writable=writable)
         guard = None
         if format is None:
             format = await probed_format(file)
@@ -126,7 +124,7 @@ async def open_image(
         async def check_keys(_: Backing | None) -> None:
             keys.check_asked_for(file.path)
 
-        with ConfinedGate(file, roots=roots, lock=lock) as gate:
+        with await workers().run(partial(ConfinedGate, file, roots=roots, lock=lock)) as gate:
             options = OpenOptions(
                 gate,
                 writable,
@@ -142,6 +140,17 @@ async def open_image(
     except BaseException:
         await file.close()
         raise
+
+
+def _open_top(path: str | os.PathLike[str], *, writable: bool, lock: bool) -> PosixFile:
+    file = PosixFile(path, writable=writable)
+    try:
+        if lock:
+            lock_image(file.descriptor, file.path, writable=writable)
+    except BaseException:
+        os.close(file.descriptor)
+        raise
+    return file
 
 
 async def open_file(file: BlockFile, format: str, options: OpenOptions, *, guard: HeadGuard | None = None) -> Image:

@@ -31,6 +31,7 @@ from nbdimg.storage.beneath import Root
 from nbdimg.storage.file import BlockFile
 from nbdimg.storage.locks import lock_image
 from nbdimg.storage.posix import PosixFile
+from nbdimg.storage.workers import workers
 
 CHAIN_DEPTH_MAX = 16
 """Files that one image may open, all kinds together: real chains are shorter, and each file costs a descriptor."""
@@ -64,7 +65,7 @@ class ConfinedGate:
     `image` is the top image, open. `roots` are directories that are allowed besides its own. `lock` as for the top
     image: backing files are locked as readers, and a file that is opened for writing as an image is.
 
-    Raises: OSError: from the constructor, when a root cannot be opened.
+    The constructor follows paths, and so may wait. Raises: OSError: from it, when a root cannot be opened.
     """
 
     def __init__(
@@ -108,14 +109,18 @@ class ConfinedGate:
         opened = len(self._identities) - 1
         if opened >= self._depth_max:
             raise _refusal(reference, f"is file {opened + 1} of this image's chain, allowed are {self._depth_max}")
+        return await workers().run(self._open, reference)
+
+    def _open(self, reference: Reference) -> PosixFile:
         file = self._open_given(reference) if reference.is_given else self._open_named(reference)
         try:
             self._admit(reference, file)
+            directory = _directory_of(file) if reference.is_given else os.path.dirname(file.path)
         except BaseException:
-            await file.close()
+            os.close(file.descriptor)
             raise
         self._identities.add(file.identity)
-        self._directories[file.path] = _directory_of(file) if reference.is_given else os.path.dirname(file.path)
+        self._directories[file.path] = directory
         return file
 
     def _open_given(self, reference: Reference) -> PosixFile:

@@ -44,7 +44,7 @@ async def open_exports(config: ExportConfig, limits: Limits, *, is_trial: bool =
     except BaseException as error:
         await close_exports(exports)
         if isinstance(error, OSError):
-            raise _unopened(config, error) from None
+            raise await _unopened(config, error) from None
         raise
     return exports
 
@@ -57,9 +57,10 @@ async def _opener(config: ExportConfig) -> Opener:
     return partial(open_image, config.path, roots=config.roots, key=key, own_keys=own_keys)
 
 
-def _unopened(config: ExportConfig, error: OSError) -> ImageError:
+async def _unopened(config: ExportConfig, error: OSError) -> ImageError:
     path = str(error.filename or config.path)
-    return ImageError(path, sandbox.reason(error, path, for_writing=not config.only_reads_image))
+    ask = partial(sandbox.reason, error, path, for_writing=not config.only_reads_image)
+    return ImageError(path, await workers().run(ask))
 
 
 async def close_exports(exports: Sequence[Export]) -> None:
@@ -101,7 +102,7 @@ async def open_snapshot(config: ExportConfig, snapshot_id: str, label: str, limi
     try:
         return await _open_snapshot(config, snapshot_id, label, limits, opener)
     except OSError as error:
-        raise _unopened(config, error) from None
+        raise await _unopened(config, error) from None
 
 
 async def _open_snapshot(config: ExportConfig, snapshot_id: str, label: str, limits: Limits, opener: Opener) -> Export:

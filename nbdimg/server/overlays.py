@@ -24,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
+from functools import partial
 
 from nbdimg.config import ExportConfig
 from nbdimg.errors import ImageError, NbdimgError
@@ -59,7 +60,7 @@ async def lend_overlays(base: Export, config: ExportConfig) -> None:
             golden.close()
             raise
     except OSError as error:
-        reason = sandbox.reason(error, directory, for_writing=True)
+        reason = await workers().run(partial(sandbox.reason, error, directory, for_writing=True))
         raise ImageError(directory, f"no overlay can be made in it: {reason}") from None
     base.lend(GoldenOverlays(base, golden, is_kept=config.overlay == "kept"))
 

@@ -19,8 +19,10 @@ import pytest
 from nbdimg import formats
 from nbdimg.config import AccessRule, ExportConfig, ServerConfig, TlsConfig
 from nbdimg.errors import ConfigError, ImageError, ImageFailed, ImageLocked, NotThere, UnsupportedFeature
-from nbdimg.formats import create_image, keys
+from nbdimg.formats import create_image, gate, keys
 from nbdimg.formats.qcow2.driver import Qcow2Driver
+from nbdimg.formats.vhdx import create as vhdx
+from nbdimg.formats.vhdx.parent import read_parent
 from nbdimg.limits import Limits
 from nbdimg.server import checks, live, overlays, reload, sandbox
 from nbdimg.server.checks import check_config, named
@@ -247,6 +249,32 @@ def test_path_that_hangs_holds_up_no_client(
     added = served.start(served.control.add(config))
     assert_waits_alone(served, added, is_called, is_back)
     assert added.result(WAIT_S) == ["disk"]
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(formats, "lock_image"), (gate, "Root"), (gate, "lock_image"), (gate, "_directory_of")]
+)
+def test_chain_that_hangs_holds_up_no_client(
+    served: ControlledServer, make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: ModuleType, name: str
+) -> None:
+    """Only what lies below is on storage that hangs: a parent, which the operator names, for one."""
+    base, child = make("base", "vhdx").path, str(tmp_path / "child.img")
+    vhdx.create(child, None, vhdx.CreateOptions("differencing", parent=asyncio.run(read_parent(base))))
+    config = ExportConfig(child, "disk", "vhdx", parent_path=base)
+    is_called, is_back = hanging(monkeypatch, module, name)
+    added = served.start(served.control.add(config))
+    assert_waits_alone(served, added, is_called, is_back)
+    assert added.result(WAIT_S) == ["disk"]
+
+
+def test_reason_of_a_path_that_hangs_holds_up_no_client(
+    served: ControlledServer, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_called, is_back = hanging(monkeypatch, sandbox, "reason")
+    added = served.start(served.control.add(replace(make("disk"), path="/nowhere/disk.img")))
+    assert_waits_alone(served, added, is_called, is_back)
+    with pytest.raises(ImageError, match="No such file"):
+        added.result(WAIT_S)
 
 
 @pytest.mark.parametrize(("module", "name"), [(checks, "image_of"), (sandbox, "check"), (reload, "image_of")])

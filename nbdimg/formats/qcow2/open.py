@@ -257,7 +257,7 @@ async def _store(file: BlockFile, data_file: BlockFile | None, header: Header, o
     inflated = InflatedFile(file, header.cluster_bits, header.compression)
     data: BlockFile = data_file or file
     if header.crypt_method != Crypt.NONE:
-        key = options.keys.of(file.path)
+        key = await workers().run(options.keys.of, file.path)
         if key is not None:
             data = await _encrypted(file, data, header, key)
         elif options.is_keyless:
