@@ -37,6 +37,7 @@ class FlushGate:
         self._crowd: list[asyncio.Future[None]] = []
         """Who waits for `_waiting` to end."""
         self.failure: str | None = None
+        self._is_closed = False
         self.times = Histogram()
         """Of barriers, also those that failed."""
 
@@ -44,6 +45,8 @@ class FlushGate:
         """Raises: ImageFailed: a barrier has failed (F2)."""
         if self.failure is not None:
             raise ImageFailed(self._path, self.failure)
+        if self._is_closed and not self.is_clean:
+            raise ImageFailed(self._path, "it was closed before it was flushed")
 
     @property
     def is_clean(self) -> bool:
@@ -55,9 +58,8 @@ class FlushGate:
         self._change_count += 1
 
     def close(self) -> None:
-        """The files are closed: a flush that comes too late has nothing to write to."""
-        if not self.is_clean and self.failure is None:
-            self.failure = "it was closed before it was flushed"
+        """The files are closed: a flush that comes too late has nothing to write to. No failure of the image's."""
+        self._is_closed = True
 
     async def flush(self) -> None:
         """Everything that `changed` told of before this call is durable on return.

@@ -273,6 +273,7 @@ def test_close_fails_flushes_that_come_too_late_and_keeps_an_earlier_reason() ->
         gate.close()
         with pytest.raises(ImageFailed, match="it was closed before it was flushed"):
             await gate.flush()
+        assert gate.failure is None, "an image that is read and closed has not failed"
         gate.failure = "the first reason"
         gate.close()
         assert gate.failure == "the first reason"
