@@ -220,7 +220,7 @@ class ExportConfig:
         if self.key_path is not None or self.key_paths:
             raise ConfigError("the image is encrypted and overlays of it would not be, expected one or the other")
         if self.overlay == "kept" and self.overlay_directory is None:
-            raise ConfigError("overlays that are kept need a directory of their own")
+            raise ConfigError("overlays that are kept need a directory of their own: overlay_dir or --overlay-dir")
 
     @property
     def only_reads_image(self) -> bool:

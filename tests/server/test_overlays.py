@@ -836,7 +836,7 @@ def test_sigterm_drains_clients_of_overlays_and_exits_0(
     ("lines", "line", "reason"),
     [
         ('overlay = "each"', 4, "overlay: 'each' is not allowed, expected per-client or kept"),
-        ('overlay = "kept"', 4, "overlay: overlays that are kept need a directory"),
+        ('overlay = "kept"', 4, "overlay: overlays that are kept need a directory of their own: overlay_dir "),
         ('overlay_dir = "x"', 4, "overlay_dir: a directory for overlays is given"),
         ('read_only = true\noverlay = "per-client"', 5, "overlay: overlays are there to be written"),
         ('overlay = "per-client"\nkey_file = "k"', 4, "overlay: the image is encrypted"),
@@ -874,7 +874,7 @@ def run_serve(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--overlay", "--read-only"], 2, "overlays are there to be written"),
         (["--overlay-dir=/tmp"], 2, "a directory for overlays is given, and no overlays are asked for"),
         (["--overlay", "--overlay-dir=/absent"], 3, "/absent: no overlay can be made in it: No such file or directory"),
-        (["--keep-overlays"], 2, "overlays that are kept need a directory of their own"),
+        (["--keep-overlays"], 2, "overlays that are kept need a directory of their own: overlay_dir or --overlay-dir"),
         (["--overlay", "--keep-overlays"], 2, "expected one of them"),
         (["--overlay", "--overlay-dir=/proc"], 3, "/proc: no overlay can be made in it: "),
     ],
