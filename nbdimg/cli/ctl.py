@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nbdimg.cli.answers import CLIENTS, EXPORT, EXPORTS, SNAPSHOT, SNAPSHOTS, STATUS
 from nbdimg.cli.healthcheck import DEFAULT_SOCKET, SOCKET_VARIABLE
 from nbdimg.cli.options import (
     AcceptLostLog,
@@ -66,7 +67,7 @@ def exports(
     socket: SocketPath = DEFAULT_SOCKET, url: Url = None, token_file: TokenFile = None, as_json: AsJson = False
 ) -> None:
     """List what is exported."""
-    found = server_api(socket, url, token_file).get("/v1/exports")["exports"]
+    found = server_api(socket, url, token_file).get("/v1/exports", EXPORTS)["exports"]
     if as_json:
         print_json(exports=found)
         return
@@ -77,8 +78,9 @@ def exports(
 def _export_row(export: dict[str, Any]) -> tuple[str, ...]:
     mode = "ro" if export["is_read_only"] else "rw"
     state = "failed" if export["failure"] else "leaving" if export["is_hidden"] else "ok"
-    counts = (str(export["connections"]), str(export["in_flight"]))
-    return (shown(export["name"]), str(export["size"]), export["format"], mode, *counts, state, shown(export["path"]))
+    name, format, path = (shown(export[key]) for key in ("name", "format", "path"))
+    size, *counts = (str(export[key]) for key in ("size", "connections", "in_flight"))
+    return (name, size, format, mode, *counts, state, path)
 
 
 @ctl.command()
@@ -91,7 +93,7 @@ def clients(
 ) -> None:
     """List who is connected."""
     query = {} if export is None else {"export": export}
-    found = server_api(socket, url, token_file).get("/v1/clients", **query)["clients"]
+    found = server_api(socket, url, token_file).get("/v1/clients", CLIENTS, **query)["clients"]
     if as_json:
         print_json(clients=found)
         return
@@ -105,7 +107,7 @@ def _client_row(client: dict[str, Any]) -> tuple[str, ...]:
         str(client["id"]),
         shown(client["peer"]),
         shown(client["export"]) if is_attached else "-",
-        client["tls"] or "-",
+        shown(client["tls"] or "-"),
         "-" if not is_attached else "ro" if client["is_read_only"] else "rw",
         f"{client['since']:.0f}",
         str(client["in_flight"]),
@@ -164,13 +166,13 @@ def add(
         "accept_lost_log": accept_lost_log or None,
     }
     body = {key: value for key, value in given.items() if value is not None}
-    added = api.change("POST", "/v1/exports", body)["exports"]
+    added = api.change("POST", "/v1/exports", body, shape=EXPORTS)["exports"]
     if as_json:
         print_json(exports=added)
         return
     for each in added:
         asked = f"; clients ask for {shown(each['name'])}@NAME" if keep_overlays else ""
-        print(f"{shown(each['name'])}: {sized(each['size'])}, {each['format']}{asked}")
+        print(f"{shown(each['name'])}: {sized(each['size'])}, {shown(each['format'])}{asked}")
 
 
 @ctl.command()
@@ -214,7 +216,7 @@ def resize(
     api = server_api(socket, url, token_file)
     count, is_change = parse_new_size(size)
     if not shrink and (count < 0 or not is_change):
-        old = api.get(path_of(name))["size"]
+        old = api.get(path_of(name), EXPORT)["size"]
         new = old + count if is_change else count
         if new < old:
             raise ConfigError(
@@ -222,7 +224,7 @@ def resize(
                 "--shrink"
             )
     body = {"size": f"{count:+d}" if is_change else count, "shrink": shrink}
-    export = api.change("POST", path_of(name, "resize"), body)
+    export = api.change("POST", path_of(name, "resize"), body, shape=EXPORT)
     report(f"{shown(name)}: {sized(export['size'])}", as_json, export=export)
 
 
@@ -255,11 +257,11 @@ def status(
     socket: SocketPath = DEFAULT_SOCKET, url: Url = None, token_file: TokenFile = None, as_json: AsJson = False
 ) -> None:
     """Say how the server is."""
-    found = server_api(socket, url, token_file).get("/v1/status")
+    found = server_api(socket, url, token_file).get("/v1/status", STATUS)
     if as_json:
         print_json(**found)
         return
-    print(f"{found['state']}, pid {found['pid']}, up for {found['uptime']:.0f} s")
+    print(f"{shown(found['state'])}, pid {found['pid']}, up for {found['uptime']:.0f} s")
     print(f"{counted(found['exports'], 'export')}, {counted(found['connections'], 'connection')}")
     for name in found["failed_exports"]:
         print(f"failed: {shown(name)}")
@@ -279,7 +281,8 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Keep a disk as it is now, and export that as NAME@SNAPSHOT."""
-    made = server_api(socket, url, token_file).change("POST", path_of(name, "snapshots"), {"name": tag})
+    api = server_api(socket, url, token_file)
+    made = api.change("POST", path_of(name, "snapshots"), {"name": tag}, shape=SNAPSHOT)
     where = f", exported as {shown(made['export'])}" if made["export"] else ""
     report(f"{shown(name)}: made snapshot {shown(made['id'])} ({shown(made['name'])}){where}", as_json, snapshot=made)
 
@@ -307,7 +310,7 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List the snapshots of an export's image, oldest first."""
-    found = server_api(socket, url, token_file).get(path_of(name, "snapshots"))["snapshots"]
+    found = server_api(socket, url, token_file).get(path_of(name, "snapshots"), SNAPSHOTS)["snapshots"]
     if as_json:
         print_json(name=name, snapshots=found)
     elif found:

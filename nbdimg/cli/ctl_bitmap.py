@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nbdimg.cli.answers import BITMAPS
 from nbdimg.cli.bitmap import Disabled, Granularity, print_bitmaps
 from nbdimg.cli.ctl import SocketPath, TokenFile, Url, path_of, report, server_api
 from nbdimg.cli.healthcheck import DEFAULT_SOCKET
@@ -102,7 +103,7 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List the dirty bitmaps of an export's image."""
-    found = server_api(socket, url, token_file).get(path_of(export, "bitmaps"))["bitmaps"]
+    found = server_api(socket, url, token_file).get(path_of(export, "bitmaps"), BITMAPS)["bitmaps"]
     if as_json:
         print_json(name=export, bitmaps=found)
     elif found:
@@ -121,5 +122,5 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _change(api: Api, export: str, actions: list[dict[str, Any]], done: str, as_json: bool) -> None:
-    bitmaps = api.change("POST", path_of(export, "bitmaps"), {"actions": actions})["bitmaps"]
+    bitmaps = api.change("POST", path_of(export, "bitmaps"), {"actions": actions}, shape=BITMAPS)["bitmaps"]
     report(f"{shown(export)}: {done}", as_json, name=export, bitmaps=bitmaps)

@@ -13,9 +13,9 @@ import socket
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
+from nbdimg.cli.answers import NOTHING, Shape, check_answer
 from nbdimg.errors import ConfigError, ImageError, NbdimgError, with_user_hidden
 from nbdimg.storage.short import read_short
-from nbdimg.version import own_version
 
 CONNECT_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 30.0
@@ -37,15 +37,6 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)
-
-
-class _Answer(dict[str, Any]):
-    """What a server has answered. What a later one has more is passed over; without what is asked for here, it is of
-    another version.
-    """
-
-    def __missing__(self, key: str) -> Any:
-        raise NbdimgError(f"the server's answer has no {key!r}: is it of another version than {own_version()}?")
 
 
 class Api:
@@ -74,17 +65,23 @@ class Api:
         """Whether the server is at a Unix socket, so on this machine."""
         return self._url is None
 
-    def get(self, path: str, **query: str) -> dict[str, Any]:
+    def get(self, path: str, shape: Shape, **query: str) -> dict[str, Any]:
         """Raises: as `change`."""
-        return self._request("GET", path, query, None)
+        return self._shaped(self._request("GET", path, query, None), shape)
 
-    def change(self, method: str, path: str, body: object = None, **query: str) -> dict[str, Any]:
-        """What the server answers, empty when that is nothing.
+    def change(
+        self, method: str, path: str, body: object = None, *, shape: Shape = NOTHING, **query: str
+    ) -> dict[str, Any]:
+        """What the server answers, of `shape`; empty when that is nothing.
 
         Raises: ConfigError: what was asked for is not there, taken or not allowed. ImageError: an image cannot be
-            opened. NbdimgError: the server cannot be reached, or something failed in it.
+            opened. NbdimgError: the server cannot be reached, something failed in it, or it answers otherwise.
         """
-        return self._request(method, path, query, {} if body is None else body)
+        return self._shaped(self._request(method, path, query, {} if body is None else body), shape)
+
+    def _shaped(self, answer: dict[str, Any], shape: Shape) -> dict[str, Any]:
+        check_answer(answer, shape)
+        return answer
 
     def _request(self, method: str, path: str, query: dict[str, str], body: object) -> dict[str, Any]:
         connection = self._connection()
@@ -131,8 +128,8 @@ class Api:
 
     def _answer(self, status: int, text: bytes) -> dict[str, Any]:
         try:
-            answer = json.loads(text, object_hook=_Answer) if text else _Answer()
-        except ValueError:
+            answer = json.loads(text) if text else {}
+        except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
             raise NbdimgError(self._is_no_server(f"status {status} and no JSON: not an admin API of nbdimg"))

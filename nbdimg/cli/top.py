@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from nbdimg.cli.answers import STATS
 from nbdimg.cli.ctl import SocketPath, TokenFile, Url, server_api
 from nbdimg.cli.healthcheck import DEFAULT_SOCKET
 from nbdimg.cli.interrupt import raise_at_interrupt
@@ -74,7 +75,7 @@ def top(
     With --json a line of JSON each interval; rates are for a second, sizes in bytes, latencies in seconds.
     """
     api = server_api(socket, url, token_file)
-    before = api.get("/v1/stats")
+    before = api.get("/v1/stats", STATS)
     raise_at_interrupt()
     try:
         if once or as_json or not sys.stdout.isatty() or os.environ.get("TERM") in DUMB_TERMINALS:
@@ -128,7 +129,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 def _print_lines(api: Api, before: dict[str, Any], interval: float, *, once: bool, as_json: bool) -> None:
     while True:
         time.sleep(interval)
-        after = api.get("/v1/stats")
+        after = api.get("/v1/stats", STATS)
         found = rows(before, after)
         if as_json:
             print_json(exports=[row._asdict() for row in found])
@@ -148,7 +149,7 @@ def _watch(api: Api, before: dict[str, Any], interval: float) -> None:
     console = Console()
     with _single_keys(), Live(_table([], console.height), console=console, screen=True, auto_refresh=False) as live:
         while not _is_quit_within(interval):
-            after = api.get("/v1/stats")
+            after = api.get("/v1/stats", STATS)
             live.update(_table(rows(before, after), console.height), refresh=True)
             before = after
 

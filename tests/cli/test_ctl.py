@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from nbdimg.cli import http
+from nbdimg.cli.answers import NOTHING
 from nbdimg.cli.healthcheck import SOCKET_VARIABLE
 from nbdimg.cli.http import Api
 from nbdimg.cli.main import run
@@ -358,10 +359,10 @@ def test_what_is_no_admin_api_exits_1(ctl: Ctl, tmp_path: Path, raw: bytes, reas
 @pytest.mark.parametrize(
     ("answer", "arguments", "missing"),
     [
-        (b'{"exports": [{"name": "a", "path": "/a"}]}', ["exports"], "is_read_only"),
+        (b'{"exports": [{"name": "a", "path": "/a"}]}', ["exports"], "format"),
         (b'{"clients": [{"id": 1, "peer": "p"}]}', ["clients"], "export"),
         (b"{}", ["status"], "state"),
-        (b"{}", ["resize", "a", "1M"], "size"),
+        (b"{}", ["resize", "a", "1M"], "name"),
     ],
 )
 def test_answer_without_what_is_asked_for_is_of_another_version(
@@ -370,6 +371,36 @@ def test_answer_without_what_is_asked_for_is_of_another_version(
     monkeypatch.setattr(Api, "_request", lambda api, *request: api._answer(200, answer))
     said = ctl(*arguments, status=FAILED)
     assert said.startswith(f"the server's answer has no '{missing}': is it of another version than ")
+
+
+@pytest.mark.parametrize(
+    ("answer", "arguments", "said"),
+    [
+        ({"exports": "all"}, ["exports"], "'exports' in the server's answer is something else than a list"),
+        ({"exports": ["a"]}, ["exports"], "'exports' in the server's answer is something else than an object"),
+        ({"exports": None}, ["add", "/a"], "'exports' in the server's answer is something else than a list"),
+        ({"name": 1}, ["resize", "a", "+1M"], "'name' in the server's answer is something else than a string"),
+        ({"clients": [{"id": True}]}, ["clients"], "'id' in the server's answer is something else than a whole number"),
+        ({"clients": [{"id": -1}]}, ["clients"], "'id' in the server's answer is something else than a whole number"),
+        ({"snapshots": {}}, ["snapshot", "list", "a"], "'snapshots' in the server's answer is something else than a"),
+        ({"id": None}, ["snapshot", "create", "a", "b"], "'id' in the server's answer is something else than a string"),
+        ({"bitmaps": [[]]}, ["bitmap", "list", "a"], "'bitmaps' in the server's answer is something else than an obj"),
+        ({"bitmaps": 7}, ["bitmap", "add", "a", "b"], "'bitmaps' in the server's answer is something else than a list"),
+        ({"state": "serving", "pid": 1, "uptime": "1 s"}, ["status"], "'uptime' in the server's answer is something"),
+        ({"state": "serving", "pid": 1, "uptime": 1e300}, ["status"], "'uptime' in the server's answer is something"),
+    ],
+)
+def test_answer_of_other_types_is_of_another_version(
+    ctl: Ctl, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any], arguments: list[str], said: str
+) -> None:
+    monkeypatch.setattr(Api, "_request", lambda api, *request: api._answer(200, json.dumps(answer).encode()))
+    for more in ([], ["--json"]):
+        assert ctl(*arguments, *more, status=FAILED).startswith(said)
+
+
+def test_answer_that_is_nested_too_deeply_is_no_json(ctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Api, "_request", lambda api, *request: api._answer(200, b"[" * 10**6))
+    assert "no JSON: not an admin API of nbdimg" in ctl("exports", status=FAILED)
 
 
 def test_socket_of_another_user_is_told_from_one_where_nobody_listens(
@@ -433,7 +464,7 @@ def test_change_is_waited_for_longer_than_an_answer_that_waits_for_nothing(
         api = Api(str(tmp_path / "s"))
         assert api.change("POST", "/v1/reload") == {}
         with pytest.raises(NbdimgError, match="is there and has not answered within 0"):
-            api.get("/v1/status")
+            api.get("/v1/status", NOTHING)
         thread.join(10)
 
 
