@@ -294,6 +294,9 @@ def _export_schemas() -> Json:
                 "in_flight": {**_COUNT, "description": "requests that are not answered yet"},
                 "origin": {"enum": ["config", "live"]},
                 "failure": {**_NULLABLE_STRING, "description": "why it takes no writes and no flush any more"},
+                "overlay": {"enum": [*OVERLAY_MODES, None], "description": "whether clients get overlays of it"},
+                "overlays": {**_COUNT, "description": "overlays that are open"},
+                "overlay_names": {**_STRINGS, "description": "of those that are kept, what stands behind the @"},
             }
         ),
     }
@@ -306,6 +309,10 @@ def _client_schemas() -> Json:
                 "id": _COUNT,
                 "peer": _STRING,
                 "export": {**_NULLABLE_STRING, "description": "null: still in its handshake"},
+                "overlay": {
+                    **_NULLABLE_STRING,
+                    "description": "the kept overlay that it has: what stands behind the @",
+                },
                 "tls": {**_NULLABLE_STRING, "description": "the TLS version; null: plain"},
                 "identities": {**_STRINGS, "description": "proven by TLS"},
                 "is_read_only": _BOOLEAN,

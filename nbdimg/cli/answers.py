@@ -29,6 +29,8 @@ EXPORT: Shape = {
     "connections": int,
     "in_flight": int,
     "failure": (str, None),
+    "overlay": (str, None),
+    "overlays": int,
 }
 EXPORTS: Shape = {"exports": [EXPORT]}
 CLIENTS: Shape = {
@@ -37,6 +39,7 @@ CLIENTS: Shape = {
             "id": int,
             "peer": str,
             "export": (str, None),
+            "overlay": (str, None),
             "tls": (str, None),
             "identities": [str],
             "is_read_only": bool,

@@ -71,7 +71,7 @@ def exports(
     if as_json:
         print_json(exports=found)
         return
-    columns = ("NAME", "SIZE", "FORMAT", "MODE", "CLIENTS", "IN FLIGHT", "STATE", "PATH")
+    columns = ("NAME", "SIZE", "FORMAT", "MODE", "CLIENTS", "OVERLAYS", "IN FLIGHT", "STATE", "PATH")
     print_table(columns, [_export_row(each) for each in found], right=("SIZE", "CLIENTS", "IN FLIGHT"))
 
 
@@ -79,8 +79,9 @@ def _export_row(export: dict[str, Any]) -> tuple[str, ...]:
     mode = "ro" if export["is_read_only"] else "rw"
     state = "failed" if export["failure"] else "leaving" if export["is_hidden"] else "ok"
     name, format, path = (shown(export[key]) for key in ("name", "format", "path"))
-    size, *counts = (str(export[key]) for key in ("size", "connections", "in_flight"))
-    return (name, size, format, mode, *counts, state, path)
+    size, clients, in_flight = (str(export[key]) for key in ("size", "connections", "in_flight"))
+    overlays = "-" if export["overlay"] is None else f"{export['overlays']} {shown(export['overlay'])}"
+    return (name, size, format, mode, clients, overlays, in_flight, state, path)
 
 
 @ctl.command()
@@ -103,10 +104,11 @@ def clients(
 
 def _client_row(client: dict[str, Any]) -> tuple[str, ...]:
     is_attached = client["export"] is not None
+    overlay = "" if client["overlay"] is None else f"@{client['overlay']}"
     return (
         str(client["id"]),
         shown(client["peer"]),
-        shown(client["export"]) if is_attached else "-",
+        shown(f"{client['export']}{overlay}") if is_attached else "-",
         shown(client["tls"] or "-"),
         "-" if not is_attached else "ro" if client["is_read_only"] else "rw",
         f"{client['since']:.0f}",

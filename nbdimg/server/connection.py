@@ -299,6 +299,11 @@ class Connection:
         """Have an overlay of `export`, and give it back at the end."""
         self.export, self._overlay = export, overlay
 
+    @property
+    def overlay(self) -> Export | None:
+        """Of `export`, that the client works with in its place."""
+        return self._overlay
+
     def begin_transmission(self, session: Session, leftover: bytes) -> None:
         """The client has opened what `session` says, or its overlay of that.
 

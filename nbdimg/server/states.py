@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from nbdimg.config import OverlayMode
 from nbdimg.export.export import Export
 from nbdimg.formats.qcow2.bitmaps import BitmapEntry
 from nbdimg.formats.qcow2.snapshots import Snapshot
@@ -36,6 +37,11 @@ class ExportState:
     """Requests that have arrived and are not answered, of all connections."""
     origin: Literal["config", "live"]
     failure: str | None
+    overlay: OverlayMode | None
+    overlays: int
+    """Overlays that are open."""
+    overlay_names: list[str]
+    """Of those that are kept, by what stands behind the `@`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,8 @@ class ClientState:
     peer: str
     """As in the log: ADDRESS:PORT, or what is known of who is at the Unix socket."""
     export: str | None
+    overlay: str | None
+    """The kept overlay that it has, by what stands behind the `@`."""
     tls: str | None
     """The protocol's version as "TLSv1.3"; None: plain."""
     identities: frozenset[str]
@@ -83,7 +91,8 @@ class BitmapState:
 
 
 def export_state(export: Export, clients: Sequence[Connection], *, is_live: bool, is_hidden: bool) -> ExportState:
-    image = export.image
+    image, overlays = export.image, export.overlays
+    lent = [] if overlays is None else list(overlays.lent)
     return ExportState(
         name=export.name,
         path=image.path,
@@ -97,14 +106,26 @@ def export_state(export: Export, clients: Sequence[Connection], *, is_live: bool
         in_flight=sum(each.in_flight for each in clients),
         origin="live" if is_live else "config",
         failure=image.failure,
+        overlay=None if overlays is None else "kept" if overlays.is_kept else "per-client",
+        overlays=len(lent),
+        overlay_names=sorted(_overlay_name(export, each) for each in lent) if export.keeps_overlays else [],
     )
 
 
+def _overlay_name(export: Export, overlay: Export) -> str:
+    return overlay.name.removeprefix(f"{export.name}@")
+
+
 def client_state(connection: Connection, now_s: float) -> ClientState:
+    export, overlay = connection.export, connection.overlay
+    name = None
+    if export is not None and overlay is not None and export.keeps_overlays:
+        name = _overlay_name(export, overlay)
     return ClientState(
         id=connection.number,
         peer=connection.peer,
-        export=None if connection.export is None else connection.export.name,
+        export=None if export is None else export.name,
+        overlay=name,
         tls=connection.tls_version,
         identities=connection.identities,
         is_read_only=connection.is_read_only,

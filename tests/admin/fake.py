@@ -32,6 +32,9 @@ def state(name: str, *, failure: str | None = None, is_hidden: bool = False) -> 
         in_flight=0,
         origin="config",
         failure=failure,
+        overlay=None,
+        overlays=0,
+        overlay_names=[],
     )
 
 

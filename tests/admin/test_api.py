@@ -43,6 +43,7 @@ def test_exports_tells_of_each_what_a_client_would_find(served: Served) -> None:
         **{"name": "disk", "path": str(served.images / "disk.img"), "format": "raw", "size": MIB},
         **{"is_read_only": False, "description": "", "is_snapshot": False, "is_hidden": False},
         **{"connections": 0, "in_flight": 0, "origin": "config", "failure": None},
+        **{"overlay": None, "overlays": 0, "overlay_names": []},
     }
     assert served.api.ask("GET", "/v1/exports/{name}", name="disk").json() == disk
 

@@ -75,8 +75,8 @@ class Ctl:
 
 def test_exports_as_table_and_as_json(ctl: Ctl, served: Served) -> None:
     head, *lines = [line.split() for line in ctl("exports").splitlines()]
-    assert head == ["NAME", "SIZE", "FORMAT", "MODE", "CLIENTS", "IN", "FLIGHT", "STATE", "PATH"]
-    assert ["disk", str(MIB), "raw", "rw", "0", "0", "ok", str(served.images / "disk.img")] in lines
+    assert head == ["NAME", "SIZE", "FORMAT", "MODE", "CLIENTS", "OVERLAYS", "IN", "FLIGHT", "STATE", "PATH"]
+    assert ["disk", str(MIB), "raw", "rw", "0", "-", "0", "ok", str(served.images / "disk.img")] in lines
     assert {"disk", "vm"} <= {each["name"] for each in ctl.json("exports")["exports"]}
 
 
@@ -179,15 +179,31 @@ def test_add_gives_each_client_an_overlay_or_keeps_those_that_have_names(
             ("--keep-overlays", "golden@vm42", b"\x17"),
         ):
             assert ctl("add", "golden.img", mode, *shared).endswith("NAME\n") == (name != "golden")
-            for content in (b"\xa5", found):
+            for is_back, content in enumerate((b"\xa5", found)):
                 with connect_negotiated(server.socket_path, name) as client:
                     assert client.read(0, 512).data == content * 512
                     assert client.write(0, b"\x17" * 512).error == 0
+                    if not is_back:
+                        assert_shown_with_overlay(ctl, name)
             ctl("remove", "golden")
         with connect_negotiated(server.socket_path, "first@vm42") as client:
             assert client.read(0, 512).data == b"\xa5" * 512
     assert Path("golden.img").read_bytes() == Path("first.img").read_bytes() == b"\xa5" * MIB
     assert sorted(os.listdir("overlays")) == ["first@vm42.qcow2", "golden@vm42.qcow2"]
+
+
+def assert_shown_with_overlay(ctl: Ctl, name: str) -> None:
+    """`name` is what its only client has asked for."""
+    golden, _, overlay = name.partition("@")
+    mode = "kept" if overlay else "per-client"
+    (export,) = (each for each in ctl.json("exports")["exports"] if each["name"] == golden)
+    names = [overlay] if overlay else []
+    assert (export["overlay"], export["overlays"], export["overlay_names"]) == (mode, 1, names)
+    shown = {line.split()[0]: line.split()[5:7] for line in ctl("exports").splitlines()[1:]}
+    assert shown == {"first": ["0", "kept"], "golden": ["1", mode]}
+    (found,) = ctl.json("clients", golden)["clients"]
+    assert (found["export"], found["overlay"]) == (golden, overlay or None)
+    assert ctl("clients").splitlines()[1].split()[-6] == name
 
 
 @pytest.mark.parametrize("image", ["", "new=", "=new.img"])
