@@ -48,7 +48,9 @@ def create(
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option(metavar="|".join(_FORMATS), help="By the suffix .qcow2, .vhdx, .raw or .img if not given."),
+        typer.Option(
+            "--format", "-f", metavar="|".join(_FORMATS), help="By the suffix .qcow2, .vhdx, .raw or .img if not given."
+        ),
     ] = None,
     compat: Annotated[
         str | None, typer.Option(metavar="2|3", help="The qcow2 version, also as 0.10 or 1.1 (default: 3).")
@@ -70,10 +72,16 @@ def create(
         bool, typer.Option("--lazy-refcounts", help="Reference counts may be late; a crash then needs a repair.")
     ] = False,
     backing: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Backing file, stored as given: relative to PATH's directory.")
+        str | None,
+        typer.Option(
+            "--backing", "-b", metavar="FILE", help="Backing file, stored as given: relative to PATH's directory."
+        ),
     ] = None,
     backing_format: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help="Its format; needed with --backing, never guessed.")
+        str | None,
+        typer.Option(
+            "--backing-format", "-F", metavar="FORMAT", help="Its format; needed with --backing, never guessed."
+        ),
     ] = None,
     data_file: Annotated[
         str | None,

@@ -123,7 +123,10 @@ def add(
         str, typer.Argument(metavar="[NAME=]IMAGE", help="An image on the server's machine, and what to export it as.")
     ],
     format: Annotated[
-        str | None, typer.Option(metavar="|".join(DRIVERS), help="The image's format (default: by its magic number).")
+        str | None,
+        typer.Option(
+            "--format", "-f", metavar="|".join(DRIVERS), help="The image's format (default: by its magic number)."
+        ),
     ] = None,
     read_only: Annotated[bool, typer.Option("--read-only", "-r", help="Refuse every change.")] = False,
     description: Annotated[str | None, typer.Option(metavar="TEXT", help="What clients see beside the name.")] = None,

@@ -14,7 +14,10 @@ from nbdimg.formats import DRIVERS
 T = TypeVar("T")
 
 Format = Annotated[
-    str | None, typer.Option(metavar="|".join(DRIVERS), help="The image's format (default: by its magic number).")
+    str | None,
+    typer.Option(
+        "--format", "-f", metavar="|".join(DRIVERS), help="The image's format (default: by its magic number)."
+    ),
 ]
 AllowReferences = Annotated[
     list[str] | None,

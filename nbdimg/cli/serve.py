@@ -65,7 +65,10 @@ def serve(
     format: Annotated[
         str | None,
         typer.Option(
-            metavar="|".join(DRIVERS), help="The images' format (default: by their magic number; raw without one)."
+            "--format",
+            "-f",
+            metavar="|".join(DRIVERS),
+            help="The images' format (default: by their magic number; raw without one).",
         ),
     ] = None,
     read_only: Annotated[bool, typer.Option("--read-only", "-r", help="Refuse every change.")] = False,

@@ -130,6 +130,13 @@ def test_create_overlay_with_a_size_does_not_open_its_backing_file(said: Any) ->
     assert info("a.qcow2")["backing-filename"] == "absent.vmdk"
 
 
+def test_create_takes_the_short_options_of_qemu_img(said: Any, command: Command) -> None:
+    said("base", "1M", "-f", "raw")
+    said("-f", "qcow2", "-b", "base", "-F", "raw", "disk")
+    assert (info("disk")["backing-filename"], info("disk")["backing-filename-format"]) == ("base", "raw")
+    assert "qcow2" in command.said("info", "-f", "qcow2", "disk")
+
+
 @pytest.mark.parametrize("passphrase", [b"secret", b"secret\n", "\N{GREEK SMALL LETTER PI}".encode()])
 def test_create_encrypted_opens_with_the_key_files_content_but_for_a_final_newline(
     said: Any, monkeypatch: pytest.MonkeyPatch, passphrase: bytes
