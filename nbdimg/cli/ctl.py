@@ -26,6 +26,7 @@ from nbdimg.cli.options import (
     parsed,
 )
 from nbdimg.cli.output import dated, print_json, print_table, shown, sized
+from nbdimg.cli.rules import Allow, AllowReadOnly, access_rules
 from nbdimg.errors import ConfigError
 from nbdimg.formats import DRIVERS
 from nbdimg.units import counted, parse_new_size, parse_size
@@ -143,12 +144,17 @@ def add(
     overlay_dir: OverlayDir = None,
     parent: Parent = None,
     accept_lost_log: AcceptLostLog = False,
+    allow: Allow = None,
+    allow_read_only: AllowReadOnly = None,
+    no_tls: Annotated[
+        bool, typer.Option("--no-tls", help='Serve it in clear too, with tls.mode = "selective".')
+    ] = False,
     socket: SocketPath = DEFAULT_SOCKET,
     url: Url = None,
     token_file: TokenFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Export an image too, to all who may connect; rules for who may open it stand in the configuration file.
+    """Export an image too, to all who may connect, or to whom --allow and --allow-read-only name.
 
     Its name is the file's up to the first dot unless NAME says another.
     """
@@ -169,6 +175,8 @@ def add(
         "overlay_dir": parsed("--overlay-dir", whole, overlay_dir),
         "parent": parsed("--parent", whole, parent),
         "accept_lost_log": accept_lost_log or None,
+        "access": access_rules(allow, allow_read_only),
+        "tls": False if no_tls else None,
     }
     body = {key: value for key, value in given.items() if value is not None}
     added = api.change("POST", "/v1/exports", body, shape=EXPORTS)["exports"]

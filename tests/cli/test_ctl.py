@@ -29,7 +29,7 @@ from tests.admin.served import Served, make_qcow2
 from tests.formats.vhdx import craft
 from tests.support.httpclient import http_address
 from tests.support.rawclient import connect_negotiated
-from tests.support.rawprotocol import KIB, MIB, ConnectionClosed
+from tests.support.rawprotocol import KIB, MIB, ConnectionClosed, ProtocolViolation
 from tests.support.server import NbdimgServer
 from tests.support.vhdximages import Builder, dynamic
 
@@ -123,6 +123,40 @@ def test_add_that_is_refused_says_why_in_the_servers_words(ctl: Ctl, served: Ser
     said = ctl("add", "--format=vmdk", missing, status=USAGE)
     assert said.startswith("request body: format: 'vmdk' is not allowed, expected raw, qcow2 or vhdx")
     assert ctl("add", "--min-block-size=x", missing, status=USAGE).startswith("--min-block-size: 'x'")
+
+
+def test_add_opens_to_whom_allow_names_alone(ctl: Ctl, served: Served) -> None:
+    path = str(served.image("own.img"))
+    stranger = f"--allow=uid:{os.getuid() + 1}"
+    ctl("add", path, stranger, "--allow=network:10.1.0.0/16")
+    with pytest.raises(ProtocolViolation):
+        connect_negotiated(served.socket_path, "own")
+    ctl("remove", "own")
+    for rule, error in (
+        (f"--allow=uid:{os.getuid()}", 0),
+        (f"--allow-read-only=gid:{os.getgid()}", errno.EPERM),
+    ):
+        ctl("add", path, stranger, rule)
+        with connect_negotiated(served.socket_path, "own") as client:
+            assert client.write(0, bytes(512)).error == error
+        ctl("remove", "own")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--allow=vm1"], "--allow: 'vm1' is not allowed, expected KIND:VALUE with dns, uri, "),
+        (["--allow=host:vm1"], "--allow: 'host:vm1' is not allowed, expected KIND:VALUE with dns, uri, "),
+        (["--allow=uid:"], "--allow: 'uid:' is not allowed, expected KIND:VALUE with dns, uri, "),
+        (["--allow-read-only=uid:root"], "--allow-read-only: 'uid:root' is not allowed, expected the number of a uid"),
+        (["--allow=gid:99999999999999999999"], "request body: access[0].gids"),
+        (["--allow=network:10.1.0.1/16"], "request body: access[0].networks: network '10.1.0.1/16': "),
+        (["--allow=dns:vm1.example"], "new: the rule for dns:vm1.example needs TLS with "),
+        (["--no-tls"], 'request body: tls: this has a meaning only with tls.mode = "selective"'),
+    ],
+)
+def test_add_rule_that_is_none_is_refused(ctl: Ctl, served: Served, options: list[str], said: str) -> None:
+    assert ctl("add", str(served.image("new.img")), *options, status=USAGE).startswith(said)
 
 
 def test_add_key_files_of_a_chain_are_meant_from_here(
