@@ -330,6 +330,10 @@ def test_load_every_limit_can_come_from_file_and_environment(file: Path, key: st
             "4: exports[0].access[0].gids: an empty list matches",
         ),
         ("a = 1\na = 2", "2: not TOML: this key is given twice"),
+        ("a = { b = 1, b = 2 }", "1: not TOML: this key is given twice"),
+        ("[[exports]]\npath = 'x'\n[exports]", "3: not TOML: this table is there already"),
+        ("a = { b = 1 }\na.c = 1\n", "2: not TOML: this table has ended before: give all of its keys in one place"),
+        ("[[exports]]\npath = 'x'\nkey_files.base.qcow2 = 'k'", "3: exports[0].key_files.base: a table is not"),
         ("a = \n", "1: not TOML: Invalid value (column 5)"),
         ("a = [1,", "1: not TOML: "),
         pytest.param(
@@ -585,6 +589,7 @@ z = []
 '''
     assert key_lines(text) == {
         ("a",): 1,
+        ("b.c",): 2,
         ("b.c", "d"): 2,
         ("e",): 5,
         ("e", 0): 5,

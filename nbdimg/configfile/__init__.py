@@ -38,6 +38,16 @@ PATIENCE_S = 10.0
 """For the writer of a FIFO to come to its end. At the start no signal is heard meanwhile."""
 
 
+_SYNTAX = (
+    ("Cannot overwrite a value", "this key is given twice"),
+    ("Duplicate inline table key", "this key is given twice"),
+    ("Cannot declare", "this table is there already"),
+    ("Cannot mutate immutable", "this table has ended before: give all of its keys in one place"),
+    ("Cannot redefine", "this table has ended before: give all of its keys in one place"),
+)
+"""What `tomllib` says in words of its own making, and what it means."""
+
+
 class ConfigFileError(ConfigError):
     """What is wrong with a configuration; `problems` holds one sentence for each, the message the first."""
 
@@ -190,7 +200,7 @@ def _syntax_problem(name: str, text: str, error: tomllib.TOMLDecodeError) -> str
     match = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", str(error), re.DOTALL)
     if match is None:
         return f"{name}: not TOML: {error}"
-    what = {"Cannot overwrite a value": "this key is given twice"}.get(match[1], match[1])
+    what = next((ours for theirs, ours in _SYNTAX if match[1].startswith(theirs)), match[1])
     if match[2] is None:
         return f"{name}:{text.count(chr(10)) + 1}: not TOML: {what} at the end of the file"
     return f"{name}:{match[2]}: not TOML: {what} (column {match[3]})"

@@ -32,7 +32,7 @@ class _Token(NamedTuple):
 
 
 def key_lines(text: str) -> dict[KeyPath, int]:
-    """The line, from 1, of every key, table header and array element."""
+    """The line, from 1, of every key, of each part of a dotted one, and of every table header and array element."""
     lines: dict[KeyPath, int] = {}
     tables: dict[KeyPath, int] = {}
     prefix: KeyPath = ()
@@ -45,7 +45,8 @@ def key_lines(text: str) -> dict[KeyPath, int]:
             continue
         equals = next(index for index, token in enumerate(statement) if token.text == "=" and token.kind == "mark")
         path = prefix + _parts(statement[:equals])
-        lines[path] = first.line
+        for depth in range(len(prefix) + 1, len(path) + 1):
+            lines.setdefault(path[:depth], first.line)
         for index, line in enumerate(_element_lines(statement[equals + 1 :])):
             lines[*path, index] = line
     return lines
