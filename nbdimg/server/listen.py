@@ -212,12 +212,13 @@ def _umask(mask: int) -> Iterator[None]:
 
 
 def _remove_left_over(path: str) -> None:
-    """Raises: OSError: somebody answers at the file, or that cannot be found out."""
+    """Raises: OSError: somebody answers at the file, or that cannot be found out, or it is no socket."""
     with contextlib.suppress(FileNotFoundError):
-        if stat.S_ISSOCK(os.stat(path).st_mode):
-            if _answers(path):
-                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-            os.unlink(path)
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise FileExistsError(errno.EEXIST, "there is something else of that name, which is no socket")
+        if _answers(path):
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        os.unlink(path)
 
 
 def _answers(path: str) -> bool:
