@@ -145,7 +145,9 @@ class Api:
 
 
 def export_path(name: str, *more: str) -> str:
-    """The path of an export, or of what is beneath it."""
+    """The path of an export, or of what is beneath it. Raises: ConfigError: a name is empty."""
+    if "" in (name, *more):
+        raise ConfigError("a name is empty, expected that of an export or snapshot")
     return "/".join(["/v1/exports", *(quote(part, safe="", errors="surrogateescape") for part in (name, *more))])
 
 

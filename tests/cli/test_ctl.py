@@ -353,6 +353,14 @@ def test_remove_wrong_mode_is_refused_by_the_server(ctl: Ctl) -> None:
     assert ctl("remove", "disk", "--mode=soft", status=USAGE) == "mode is 'soft', expected drain, hide or hard"
 
 
+@pytest.mark.parametrize(
+    "arguments", [["remove", ""], ["resize", "", "1M"], ["snapshot", "list", ""], ["snapshot", "delete", "vm", ""]]
+)
+def test_name_that_is_empty_is_refused_as_such(ctl: Ctl, arguments: list[str]) -> None:
+    """As of a variable that is not set."""
+    assert ctl(*arguments, status=USAGE) == "a name is empty, expected that of an export or snapshot"
+
+
 # Reaching a server
 
 
