@@ -85,7 +85,8 @@ class Reader:
     def tables(self, path: KeyPath, value: object, known: Sequence[str]) -> list[Table]:
         if not isinstance(value, list):
             header = ".".join(each for each in path if isinstance(each, str))
-            self.report(path, f"{shown(value)} is not allowed, expected tables, each beginning with [[{header}]]")
+            expected = "a list of tables" if self._text is None else f"tables, each beginning with [[{header}]]"
+            self.report(path, f"{shown(value)} is not allowed, expected {expected}")
             return []
         return [self.table((*path, index), each, known) for index, each in enumerate(value)]
 

@@ -194,6 +194,8 @@ def path_in(directory: str) -> Parse[str]:
 
 
 def shown(value: object) -> str:
+    if value is None:
+        return "null"  # of JSON alone
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):

@@ -162,6 +162,8 @@ def test_add_qcow2_with_snapshots_exports_them_too(served: Served) -> None:
     [
         ({}, 422, "request body: path is missing, expected the name of an image"),
         ([], 422, "request body: a list is not allowed, expected a table"),
+        (b"null", 422, "request body: null is not allowed, expected a table"),
+        ({"path": "/x", "access": "all"}, 422, "request body: access: 'all' is not allowed, expected a list of tables"),
         ({"path": 3}, 422, "request body: path: 3 is not allowed, expected a string"),
         ({"path": "disk.img"}, 422, "request body: path: 'disk.img' is not allowed, expected the whole name of a file"),
         ({"path": "/x", "pth": 1}, 422, "request body: pth: unknown key, did you mean path; known are name,"),
