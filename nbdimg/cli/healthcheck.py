@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
 def _parse(arguments: Sequence[str]) -> tuple[str, str | tuple[str, int], str]:
     """The path to ask for, the address to ask, and the host that it stands for; empty for a Unix socket."""
     given = iter(arguments)
-    kind, options = "live", {"--socket": os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET}
+    kinds, options = [], {"--socket": os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET}
     for argument in given:
         name, equals, value = argument.partition("=")
         if name in ("--socket", "--url"):
@@ -82,9 +82,12 @@ def _parse(arguments: Sequence[str]) -> tuple[str, str | tuple[str, int], str]:
             if not options[name]:
                 raise _UsageError(f"{name} needs a value")
         elif argument in PATHS:
-            kind = argument
+            kinds.append(argument)
         else:
             raise _UsageError(f"{argument!r} is not allowed, expected {', '.join(PATHS)}, --socket or --url")
+    if len(kinds) > 1:
+        raise _UsageError(f"{' '.join(kinds)} is not allowed, expected one of them")
+    kind = kinds[0] if kinds else "live"
     if "--url" not in options:
         return PATHS[kind], options["--socket"], ""
     return PATHS[kind], *_address(options["--url"])

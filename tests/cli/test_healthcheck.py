@@ -162,6 +162,7 @@ def test_healthcheck_of_a_server_that_drips_is_1(
     ("arguments", "said"),
     [
         (["alive"], "'alive' is not allowed, expected live, ready, startup, --socket or --url"),
+        (["ready", "live"], "ready live is not allowed, expected one of them"),
         (["--sockt=x"], "'--sockt=x' is not allowed, expected live,"),
         (["--socket"], "--socket needs a value"),
         (["--url="], "--url needs a value"),
