@@ -378,7 +378,7 @@ def test_bitmaps_are_added_listed_changed_together_and_removed(served: Served) -
             422,
             "request body: actions: there are 65, expected",
         ),
-        ("vm", {"actions": {}}, 422, "request body: actions: a table is not allowed, expected tables"),
+        ("vm", {"actions": {}}, 422, "request body: actions: a table is not allowed, expected a list of tables"),
         ("vm", {"actions": [1]}, 422, "request body: actions[0]: 1 is not allowed, expected a table"),
         ("vm", {"actions": [{"action": "add"}]}, 422, "request body: actions[0]: name is missing"),
         ("vm", {"actions": [{"name": "b"}]}, 422, "request body: actions[0]: action is missing"),
