@@ -1,5 +1,5 @@
 """Linux calls that Python's `os` lacks: fallocate with modes, sync_file_range, openat2, prctl, any by its number; maps
-that are for the kernel alone; the file system's type.
+that are for the kernel alone; the file system's type. And calls on descriptors for those who have no `BlockFile`.
 """
 
 from __future__ import annotations
