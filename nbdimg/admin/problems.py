@@ -44,7 +44,7 @@ def problem(
 
 @web.middleware
 async def answering_problems(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """The outermost layer: what a handler raises becomes a response."""
+    """What the guard or a handler raises becomes a response, for the layers around it to log and send."""
     try:
         return await handler(request)
     except web.HTTPException as error:

@@ -11,6 +11,7 @@ from aiohttp import web
 from nbdimg.admin.problems import Refusal
 from nbdimg.configfile import ConfigFileError
 from nbdimg.configfile.reader import Reader, Table
+from nbdimg.units import alternatives
 
 BODY_NAME = "request body"
 """Stands for the file's name in what is wrong with a body."""
@@ -61,5 +62,5 @@ def query_choice(request: web.Request, name: str, allowed: Sequence[str]) -> str
     """The first of `allowed` where the query does not say. Raises: Refusal."""
     value = request.query.get(name, allowed[0])
     if value not in allowed:
-        raise Refusal(422, f"{name} is {value!r:.80}, expected {', '.join(allowed[:-1])} or {allowed[-1]}")
+        raise Refusal(422, f"{name} is {value!r:.80}, expected {alternatives(allowed)}")
     return value
