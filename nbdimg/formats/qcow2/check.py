@@ -21,7 +21,7 @@ from itertools import compress
 from operator import gt, lt
 
 from nbdimg.errors import CorruptImage, ImageError, UnsupportedFeature
-from nbdimg.formats.findings import CheckReport, Finding
+from nbdimg.formats.findings import CheckReport
 from nbdimg.formats.qcow2 import structs as s
 from nbdimg.formats.qcow2.bitmaps import TYPE_DIRTY_TRACKING, table_size_for
 from nbdimg.formats.qcow2.counts import differing, last_used
@@ -32,8 +32,6 @@ from nbdimg.formats.qcow2.references import MEMORY_MAX, Progress, References
 from nbdimg.formats.qcow2.structs import Autoclear, ExtensionType
 from nbdimg.storage.file import BlockFile
 from nbdimg.units import align_up, div_ceil
-
-__all__ = ["CheckReport", "Finding", "Survey", "check"]
 
 _SNAPSHOT_EXTRA_MIN = 16
 """Bytes that a version 3 snapshot needs: the VM state's and the disk's size."""

@@ -15,8 +15,9 @@ import pytest
 
 from nbdimg.errors import ImageError
 from nbdimg.formats import findings
+from nbdimg.formats.findings import CheckReport
 from nbdimg.formats.qcow2 import references
-from nbdimg.formats.qcow2.check import CheckReport, Survey, check
+from nbdimg.formats.qcow2.check import Survey, check
 from nbdimg.formats.qcow2.counts import PIECE, last_used
 from nbdimg.formats.qcow2.open import read_header
 from nbdimg.formats.zeroed import zeroed

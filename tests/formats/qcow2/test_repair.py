@@ -13,8 +13,9 @@ import pytest
 
 from nbdimg.errors import ImageError
 from nbdimg.formats import open_image
+from nbdimg.formats.findings import CheckReport
 from nbdimg.formats.qcow2 import structs
-from nbdimg.formats.qcow2.check import CheckReport, check
+from nbdimg.formats.qcow2.check import check
 from nbdimg.formats.qcow2.open import read_header
 from nbdimg.formats.qcow2.repair import repair
 from nbdimg.storage.file import Buffer
