@@ -31,7 +31,7 @@ def check_room(file: BlockFile, header: Header, count: int) -> None:
     if count and header.extension(ExtensionType.BITMAPS) is None and _unused(header) is None:
         content = _laid_out(file, header, bytes(s.BITMAPS_EXTENSION.size))
         if _place_of_name(header) is None and not _is_one_sector(file, header, content):
-            length, at = len((header.backing_name or "").encode()), header.backing_name_offset
+            length, at = len(header.backing_name_bytes), header.backing_name_offset
             raise UnsupportedFeature(
                 file.path,
                 f"the header has no room for bitmaps: with clusters of {header.cluster_size} bytes a crash could lose "
@@ -85,11 +85,11 @@ async def _append_extension(file: BlockFile, header: Header, data: bytes) -> Non
         await _write_sector(file, header, _laid_out(file, header, data))
         return
     if place != header.backing_name_offset:
-        name = (header.backing_name or "").encode()
+        name = header.backing_name_bytes
         await write_durably(file, place, name)
         await write_durably(file, _BACKING_FIELDS_OFFSET, _BACKING_FIELDS.pack(place, len(name)))
         header.backing_name_offset = place
-    start = _extensions_end(header)
+    start = header.extensions_end
     await write_durably(file, start + s.EXTENSION.size, data + bytes(s.EXTENSION.size))
     await write_durably(file, start, s.EXTENSION.pack(ExtensionType.BITMAPS, len(data)))
     header.extensions = [*header.extensions, Extension(ExtensionType.BITMAPS, data, start + s.EXTENSION.size)]
@@ -125,8 +125,8 @@ def _place_of_name(header: Header) -> int | None:
     """Where the backing file name may lie when a bitmaps extension follows the others: where it is, 0 without one, or
     behind that, so that both are there for a while. None: there is no room.
     """
-    stop = _extensions_end(header) + 2 * s.EXTENSION.size + s.BITMAPS_EXTENSION.size
-    offset, length = header.backing_name_offset, len((header.backing_name or "").encode())
+    stop = header.extensions_end + 2 * s.EXTENSION.size + s.BITMAPS_EXTENSION.size
+    offset, length = header.backing_name_offset, len(header.backing_name_bytes)
     if not length or offset >= stop:
         return offset
     place = align_up(max(stop, offset + length), 8)
@@ -147,16 +147,8 @@ async def _write_sector(file: BlockFile, header: Header, content: bytes) -> None
 
 def _end(header: Header) -> int:
     """Where the end marker and the backing file name end."""
-    name_end = header.backing_name_offset + len((header.backing_name or "").encode())
-    return max(_extensions_end(header) + s.EXTENSION.size, name_end)
-
-
-def _extensions_end(header: Header) -> int:
-    """Where the end marker is."""
-    if not header.extensions:
-        return header.header_length
-    last = header.extensions[-1]
-    return last.offset + align_up(len(last.data), 8)
+    name_end = header.backing_name_offset + len(header.backing_name_bytes)
+    return max(header.extensions_end + s.EXTENSION.size, name_end)
 
 
 def _is_in_sector(extension: Extension) -> bool:

@@ -147,6 +147,19 @@ class Header:
         return {bit: escaped(name.rstrip(b"\0")) for found, bit, name in entries if found == kind}
 
     @property
+    def extensions_end(self) -> int:
+        """Where the last extension ends, and the end marker is."""
+        if not self.extensions:
+            return self.header_length
+        last = self.extensions[-1]
+        return last.offset + align_up(len(last.data), 8)
+
+    @property
+    def backing_name_bytes(self) -> bytes:
+        """As stored; none without a backing file."""
+        return (self.backing_name or "").encode()
+
+    @property
     def backing_format(self) -> str | None:
         return self.text(ExtensionType.BACKING_FORMAT)
 
@@ -172,7 +185,7 @@ class Header:
             parts.append(s.EXTENSION.pack(each.type, len(each.data)) + _padded(each.data))
         parts.append(s.EXTENSION.pack(ExtensionType.END, 0))
         area = b"".join(parts)
-        name = (self.backing_name or "").encode()
+        name = self.backing_name_bytes
         name_offset = s.HEADER.size + len(area) if name else 0
         fields = s.HEADER.pack(
             s.MAGIC,
@@ -343,10 +356,7 @@ class _Parser:
     def _parse_backing_name(self, header: Header, offset: int, size: int) -> None:
         if offset == 0:
             return
-        first = header.header_length
-        if header.extensions:
-            last = header.extensions[-1]
-            first = last.offset + align_up(len(last.data), 8)
+        first = header.extensions_end
         if not 1 <= size <= s.BACKING_NAME_MAX:
             raise self._refuse("backing_file_size", size, f"1 to {s.BACKING_NAME_MAX}", 16)
         stop = min(header.cluster_size, len(self._head))
