@@ -244,7 +244,7 @@ def _size(path: str, text: str | None, options: CreateOptions) -> int:
         )
     if _PROTOCOL.match(options.backing_name):
         raise ConfigError(f"the backing file {escaped(options.backing_name)} is not a path, give SIZE")
-    return run_loop(_image_size(qcow2.data_file_path(path, options.backing_name), options.backing_format))
+    return run_loop(_image_size(qcow2.referred_path(path, options.backing_name), options.backing_format))
 
 
 async def _image_size(path: str, format: str) -> int:

@@ -52,11 +52,11 @@ def create(
     path = os.fspath(path)
     check(size, options)
     if options.backing_name is not None:
-        backing_path = os.path.realpath(data_file_path(path, options.backing_name))
+        backing_path = os.path.realpath(referred_path(path, options.backing_name))
         if backing_path == os.path.realpath(path):
             raise ConfigError(f"{path}: the backing file is the image itself")
         data_name = options.data_file_name
-        if data_name is not None and backing_path == os.path.realpath(data_file_path(path, data_name)):
+        if data_name is not None and backing_path == os.path.realpath(referred_path(path, data_name)):
             raise ConfigError(f"{path}: the backing file is the data file as well")
     with ExitStack() as files, ExitStack() as undo:
         image = new_file(path, files, undo)
@@ -65,7 +65,7 @@ def create(
         head = _head(path, planned)
         data_file = None
         if options.data_file_name is not None:
-            data_file = _data_file(data_file_path(path, options.data_file_name), planned, options, image, files, undo)
+            data_file = _data_file(referred_path(path, options.data_file_name), planned, options, image, files, undo)
         _Writer(image, data_file, planned, options, progress).write(luks_header, head)
         with naming(path):
             system.sync_directory(os.path.dirname(path) or ".")
@@ -84,7 +84,7 @@ def write_undurable(image: FileIO, planned: Layout) -> None:
     write_at(image, 0, planned.header.to_bytes(str(image.name)).rstrip(b"\0"))
 
 
-def data_file_path(path: str, name: str) -> str:
+def referred_path(path: str, name: str) -> str:
     """Where a file is that the image at `path` names: a relative name is beside the image."""
     return os.path.join(os.path.dirname(path), name)
 

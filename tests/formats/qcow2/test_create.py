@@ -22,7 +22,7 @@ from nbdimg.errors import ConfigError, ImageLocked
 from nbdimg.formats import newfile
 from nbdimg.formats.qcow2 import create as create_module
 from nbdimg.formats.qcow2 import luks
-from nbdimg.formats.qcow2.create import create, data_file_path
+from nbdimg.formats.qcow2.create import create, referred_path
 from nbdimg.formats.qcow2.create_options import CreateOptions
 from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.layout import PIECE_SIZE, Layout, layout, rounded_size
@@ -555,7 +555,7 @@ def test_data_file_is_made_beside_the_image_as_long_as_its_size(
 ) -> None:
     monkeypatch.chdir("/")
     create(path, SIZE, DATA)
-    assert data_file_path(path, "data") == str(tmp_path / "data")
+    assert referred_path(path, "data") == str(tmp_path / "data")
     assert (tmp_path / "data").stat().st_size == SIZE
 
 
