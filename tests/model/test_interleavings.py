@@ -24,6 +24,7 @@ from nbdimg.image.image import Image
 from nbdimg.wire.constants import Command, CommandFlag
 from nbdimg.wire.messages import Request
 from tests.support.faultfile import HeldFile
+from tests.support.interleave import NeverConflicting
 
 SECTOR_COUNT = 8
 SIZE = SECTOR_COUNT * 512
@@ -247,11 +248,6 @@ def test_schedules_of_concurrent_requests_agree_with_the_byte_model(chunk: int) 
     size = SCHEDULES // CHUNKS
     found = differences_of(range(chunk * size, (chunk + 1) * size))
     assert found == []
-
-
-class NeverConflicting(InFlight):
-    def _conflicting(self, start: int, stop: int, is_exclusive: bool) -> Iterator[Entry]:
-        return iter(())
 
 
 class SharedWrites(InFlight):

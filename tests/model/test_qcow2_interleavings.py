@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from nbdimg.export.inflight import Entry, InFlight
+from nbdimg.export.inflight import InFlight
 from nbdimg.formats.qcow2 import inflate, structs
 from nbdimg.formats.qcow2.check import check
 from nbdimg.formats.qcow2.open import read_header
 from nbdimg.formats.qcow2.refcount import Refcounts
 from nbdimg.image.tables import TableCache
 from nbdimg.storage.memory import MemoryFile
-from tests.support.interleave import InlineWorkers, Mix, Schedule, Template, content_of, run_in_memory
+from tests.support.interleave import InlineWorkers, Mix, NeverConflicting, Schedule, Template, content_of, run_in_memory
 from tests.support.qcow2edit import qemu_check, qemu_img, qemu_io
 
 SEEDS_PER_KIND = 180
@@ -221,11 +221,6 @@ def test_schedules_of_concurrent_requests_on_qcow2_agree_with_the_model(
     templates: Templates, kind: str, tmp_path: Path
 ) -> None:
     assert differences_of(templates[kind], range(SEEDS_PER_KIND), qemu_directory=tmp_path) == []
-
-
-class NeverConflicting(InFlight):
-    def _conflicting(self, start: int, stop: int, is_exclusive: bool) -> Iterator[Entry]:
-        return iter(())
 
 
 @pytest.mark.parametrize("kind", ["small clusters", "backing qcow2", "snapshots"])

@@ -5,12 +5,11 @@ What a schedule leaves must read as the model says, and for a part of the seeds 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from nbdimg.export.inflight import Entry, InFlight
+from nbdimg.export.inflight import InFlight
 from nbdimg.formats import open_file
 from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.vhdx.bat import Bat
@@ -19,7 +18,7 @@ from nbdimg.image.image import Image
 from nbdimg.storage.file import BlockFile
 from nbdimg.storage.memory import MemoryFile
 from tests.crash.images import pattern
-from tests.support.interleave import MemoryGate, Mix, Schedule, Template, run_in_memory
+from tests.support.interleave import MemoryGate, Mix, NeverConflicting, Schedule, Template, run_in_memory
 from tests.support.reading import read_all
 from tests.support.vhdximages import IS_FIXED, UNMAPPED, Builder, dynamic, flattened, judge
 
@@ -120,11 +119,6 @@ def differences_of(
 @pytest.mark.parametrize("kind", KINDS)
 def test_schedules_of_concurrent_requests_on_vhdx_agree_with_the_model(tmp_path: Path, kind: str) -> None:
     assert differences_of(KINDS[kind], range(SEEDS_PER_KIND), tmp_path) == []
-
-
-class NeverConflicting(InFlight):
-    def _conflicting(self, start: int, stop: int, is_exclusive: bool) -> Iterator[Entry]:
-        return iter(())
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "child"])

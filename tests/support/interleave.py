@@ -14,12 +14,12 @@ import asyncio
 import itertools
 import random
 import selectors
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from nbdimg.export.export import Export, Status
-from nbdimg.export.inflight import InFlight
+from nbdimg.export.inflight import Entry, InFlight
 from nbdimg.formats import open_file
 from nbdimg.formats.options import OpenOptions
 from nbdimg.formats.qcow2.driver import Qcow2Driver
@@ -56,6 +56,13 @@ def run_in_memory(work: Coroutine[Any, Any, T]) -> T:
     """Run it on a loop that knows no sockets, signals or threads."""
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(_NoEvents())) as runner:
         return runner.run(work)
+
+
+class NeverConflicting(InFlight):
+    """The queue of controls: everything runs at once."""
+
+    def _conflicting(self, start: int, stop: int, is_exclusive: bool) -> Iterator[Entry]:
+        return iter(())
 
 
 class InlineWorkers:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from nbdimg.export.export import Export
-from nbdimg.export.inflight import Entry, InFlight
 from nbdimg.formats.qcow2.driver import Qcow2Driver
 from nbdimg.formats.qcow2.refcount import Refcounts
 from nbdimg.image.driver import Miss
@@ -15,7 +14,7 @@ from nbdimg.storage.file import Buffer
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.wire.constants import Command, CommandFlag
 from nbdimg.wire.messages import Request
-from tests.support.interleave import open_template
+from tests.support.interleave import NeverConflicting, open_template
 from tests.support.qcow2edit import QemuReport, qemu_check, qemu_img, qemu_io
 
 CLUSTER = 4096
@@ -79,13 +78,6 @@ class StoppableFile(MemoryFile):
     async def punch(self, offset: int, length: int) -> bool:
         await self._pass("punch", offset)
         return await super().zero(offset, length)
-
-
-class NeverConflicting(InFlight):
-    """The control's queue: everything runs at once."""
-
-    def _conflicting(self, start: int, stop: int, is_exclusive: bool) -> Iterator[Entry]:
-        return iter(())
 
 
 class Stage:
