@@ -215,17 +215,3 @@ def test_progress_on_a_terminal_begins_after_a_second_and_shows_rate_and_time() 
     os.close(ours)
     assert said == "False True\n"
     assert " 50/100" in shown
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [
-        (0, "0 bytes"),
-        (1023, "1023 bytes"),
-        (1024, "1 KiB (1024 bytes)"),
-        (1023 << 20, "1023 MiB (1072693248 bytes)"),
-        (1 << 62, "4 EiB (4611686018427387904 bytes)"),
-    ],
-)
-def test_sized_says_both(size: int, expected: str) -> None:
-    assert output.sized(size) == expected

@@ -166,11 +166,13 @@ def test_bar_is_not_shown_for_what_takes_no_longer_than_a_moment(monkeypatch: py
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
+        (0, "0 bytes"),
         (1, "1 byte"),
         (1023, "1023 bytes"),
         (1024, "1 KiB (1024 bytes)"),
         (1023 << 10, "1023 KiB (1047552 bytes)"),
         (3 << 29, "1.5 GiB (1610612736 bytes)"),
+        (1 << 62, "4 EiB (4611686018427387904 bytes)"),
         (1 << 63, "8 EiB (9223372036854775808 bytes)"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 from nbdimg.errors import ConfigError, ImageError, ImageLocked, RequestError, UnrecognizedFormat
 from nbdimg.formats import DRIVERS, check_format, create_image, open_image
 from nbdimg.formats.probe import HEAD_SIZE, planted, probe
+from tests.support.rss import descriptor_count
 
 MAGICS = [
     (0, b"QFI\xfb", "qcow2"),
@@ -31,10 +32,6 @@ MAGICS = [
 
 def head_with(offset: int, magic: bytes) -> bytes:
     return (bytes(offset) + magic).ljust(HEAD_SIZE, b"\0")
-
-
-def open_descriptor_count() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 @pytest.mark.parametrize(("offset", "magic", "name"), MAGICS)
@@ -97,25 +94,25 @@ def test_open_by_magic_of_a_format_without_driver_is_refused_in_one_line(
 ) -> None:
     path = tmp_path / "disk.img"
     path.write_bytes((bytes(offset) + magic).ljust(size, b"\0"))
-    count = open_descriptor_count()
+    count = descriptor_count(os.getpid())
     with pytest.raises(UnrecognizedFormat, match=f"this is a {name} image") as caught:
         asyncio.run(open_image(path))
     assert "\n" not in str(caught.value)
     assert "--format raw" in str(caught.value)
     assert str(path) in str(caught.value)
-    assert open_descriptor_count() == count
+    assert descriptor_count(os.getpid()) == count
 
 
 @pytest.mark.parametrize("size", [4, 71, 72, HEAD_SIZE, 8192])
 def test_open_by_magic_of_qcow2_never_falls_back_to_raw(tmp_path: Path, size: int) -> None:
     path = tmp_path / "disk.img"
     path.write_bytes(b"QFI\xfb".ljust(size, b"\0"))
-    count = open_descriptor_count()
+    count = descriptor_count(os.getpid())
     with pytest.raises(ImageError, match=r"version is 0, expected 2 or 3|a qcow2 header takes 72") as caught:
         asyncio.run(open_image(path))
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
-    assert open_descriptor_count() == count
+    assert descriptor_count(os.getpid()) == count
 
 
 @pytest.mark.parametrize(("offset", "magic", "name"), MAGICS)
@@ -169,10 +166,10 @@ def test_open_locks_the_image_unless_told_not_to(tmp_path: Path) -> None:
 
     async def main() -> None:
         first = await open_image(path)
-        count = open_descriptor_count()
+        count = descriptor_count(os.getpid())
         with pytest.raises(ImageLocked):
             await open_image(path)
-        assert open_descriptor_count() == count
+        assert descriptor_count(os.getpid()) == count
         await (await open_image(path, lock=False)).close()
         await first.close()
         await (await open_image(path)).close()

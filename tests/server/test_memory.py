@@ -18,7 +18,7 @@ import pytest
 from tests.server.live import assert_alive, serve_time
 from tests.support.rawclient import Client, connect_negotiated
 from tests.support.rawprotocol import KIB, MIB, Command, CommandFlag, Option, option_bytes
-from tests.support.rss import PeakMemory, descriptor_count, memory, settled_memory, wait_until
+from tests.support.rss import PeakMemory, descriptor_count, memory, settled_memory, thread_count, wait_until
 from tests.support.server import NbdimgServer, PeerServer, ServerProcess
 
 IDLE_COUNT = 1000
@@ -116,10 +116,6 @@ class HonestClient:
 def assert_freed(server: ServerProcess, before: int) -> None:
     freed = wait_until(lambda: memory(server.pid) <= before + FREED_LIMIT, FREED_TIME_S)
     assert freed, f"{(memory(server.pid) - before) / MIB:.1f} MiB still held after {FREED_TIME_S} s"
-
-
-def thread_count(pid: int) -> int:
-    return len(list(Path(f"/proc/{pid}/task").iterdir()))
 
 
 def test_idle_negotiated_connection_costs_12_kib_and_one_descriptor(server: NbdimgServer) -> None:

@@ -33,6 +33,7 @@ from tests.formats.test_confinement import ESCAPES, Scene, qemu_img
 from tests.support.configured import ConfiguredServer, export
 from tests.support.rawclient import connect_negotiated
 from tests.support.rawprotocol import Command
+from tests.support.rss import thread_count
 from tests.support.server import NbdimgServer
 
 PROBE = Path(__file__).with_name("sandbox_probe.py")
@@ -343,10 +344,6 @@ def states(pid: int) -> set[tuple[str, ...]]:
     for task in Path(f"/proc/{pid}/task").iterdir():
         found.add(tuple(re.findall(r"^(?:NoNewPrivs|Seccomp):\t(\d)$", (task / "status").read_text(), re.MULTILINE)))
     return found
-
-
-def thread_count(pid: int) -> int:
-    return len(list(Path(f"/proc/{pid}/task").iterdir()))
 
 
 def opened(pid: int) -> list[str]:

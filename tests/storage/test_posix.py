@@ -18,6 +18,7 @@ import pytest
 from nbdimg.storage import posix, system
 from nbdimg.storage.posix import INLINE_WRITE_MAX, SLOW_WRITE_S, PosixFile
 from tests.server.live import is_on_tmpfs
+from tests.support.rss import descriptor_count
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 MIB = 1 << 20
@@ -503,10 +504,6 @@ def test_close_twice_is_harmless_and_frees_the_descriptor(path: Path) -> None:
         os.fstat(descriptor)
 
 
-def open_descriptor_count() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 def test_close_that_hangs_holds_up_no_one_else(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As that of a file on a network file system without its server, which writes what it has first."""
     closers: list[int] = []
@@ -528,10 +525,10 @@ def test_close_that_hangs_holds_up_no_one_else(path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("writable", [False, True])
 def test_open_directory_is_refused(tmp_path: Path, writable: bool) -> None:
-    count = open_descriptor_count()
+    count = descriptor_count(os.getpid())
     with pytest.raises(OSError, match=r"directory|neither a regular file"):
         PosixFile(tmp_path, writable=writable)
-    assert open_descriptor_count() == count
+    assert descriptor_count(os.getpid()) == count
 
 
 @pytest.mark.timeout(10)
@@ -539,11 +536,11 @@ def test_open_directory_is_refused(tmp_path: Path, writable: bool) -> None:
 def test_open_fifo_is_refused_without_waiting_for_a_peer(tmp_path: Path, writable: bool) -> None:
     path = tmp_path / "fifo"
     os.mkfifo(path)
-    count = open_descriptor_count()
+    count = descriptor_count(os.getpid())
     with pytest.raises(OSError, match="neither a regular file nor a block device") as caught:
         PosixFile(path, writable=writable)
     assert caught.value.filename == str(path)
-    assert open_descriptor_count() == count
+    assert descriptor_count(os.getpid()) == count
 
 
 def test_open_character_device_is_refused() -> None:
