@@ -27,7 +27,7 @@ from nbdimg.formats.qcow2.header import Header
 from nbdimg.formats.qcow2.packed import decode_offsets
 from nbdimg.formats.qcow2.structs import OFFSET_MASK, Autoclear, ExtensionType
 from nbdimg.image.bitmap import DirtyBitmap, byte_count
-from nbdimg.storage.file import BlockFile
+from nbdimg.storage.file import BlockFile, fetch, read
 from nbdimg.units import MiB, align_up, div_ceil
 
 TABLE_BYTES_MAX = 16 * MiB
@@ -135,9 +135,7 @@ async def load_directory(file: BlockFile, header: Header) -> list[BitmapEntry]:
     if not _is_place(file, header, offset, size):
         allowed = f"a multiple of {header.cluster_size}, not 0, with the directory inside the file"
         raise _refusal(file, "bitmap_directory_offset", offset, allowed, at + 16)
-    directory = bytearray(size)
-    await file.pread(offset, memoryview(directory))
-    return _parse(file, header, bytes(directory), offset, count)
+    return _parse(file, header, await read(file, offset, size), offset, count)
 
 
 def _parse(file: BlockFile, header: Header, directory: bytes, offset: int, count: int) -> list[BitmapEntry]:
@@ -251,8 +249,7 @@ async def load_bits(file: BlockFile, header: Header, entry: BitmapEntry, table: 
         offset = place & OFFSET_MASK
         if offset:
             stored = buffer[: stop - start]
-            if not file.try_pread(offset, stored):
-                await file.pread(offset, stored)
+            await fetch(file, offset, stored)
             bitmap.load(start, stored)
         elif place & 1:
             bitmap.set_range(8 * start * entry.granularity, min(8 * stop * entry.granularity, header.size))

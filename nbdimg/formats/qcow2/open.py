@@ -293,6 +293,4 @@ async def read_luks_area(file: BlockFile, header: Header) -> bytes:
             f"(offset {extension.offset})",
             extension.offset,
         )
-    area = bytearray(length)
-    await file.pread(offset, memoryview(area))
-    return bytes(area)
+    return await read(file, offset, length)
