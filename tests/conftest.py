@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from types import FrameType
 
 import pytest
 
@@ -18,8 +19,15 @@ def _own_process_stays_free() -> Iterator[None]:
         yield
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.default_int_handler(number, frame)
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _children_hear_of_interrupts() -> None:
-    """A script's `&` has the tests ignore SIGINT, and with them all programs that they start and interrupt."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def _interrupts_are_heard() -> None:
+    """A script's `&` has the tests ignore SIGINT, and with them all programs that they start and interrupt.
+
+    Python's own handler `asyncio.run` would exchange for one of its own, which names the task; and `signal`, given the
+    old one back, makes a text of it, with all that the task returned: 50 ms for a disk of 16 MiB.
+    """
+    signal.signal(signal.SIGINT, _interrupt)
