@@ -69,19 +69,19 @@ class Expected:
 
     def __init__(self, guest: bytes) -> None:
         words = range(0, len(guest), WORD)
-        self.now = [{guest[at : at + WORD]} for at in words]
-        self.durable = [set(each) for each in self.now]
+        self.now = [frozenset((guest[at : at + WORD],)) for at in words]
+        self.durable = self.now.copy()
 
     def change(self, step: Step, *, is_sure: bool) -> None:
-        value = bytes([step.value]) * WORD
+        written = frozenset((bytes([step.value]) * WORD,))
         for index in range(step.offset // WORD, (step.offset + step.length) // WORD):
-            self.now[index] = {value} if is_sure else self.now[index] | {value}
-            self.durable[index].add(value)
+            self.now[index] = written if is_sure else self.now[index] | written
+            self.durable[index] |= written
 
     def flushed(self) -> None:
-        self.durable = [set(each) for each in self.now]
+        self.durable = self.now.copy()
 
-    def difference(self, found: bytes, allowed: list[set[bytes]]) -> str | None:
+    def difference(self, found: bytes, allowed: list[frozenset[bytes]]) -> str | None:
         for index, values in enumerate(allowed):
             word = found[index * WORD : (index + 1) * WORD]
             if word not in values:
@@ -228,7 +228,7 @@ class Run:
         else:
             self.expected.change(step, is_sure=True)
 
-    def _compare(self, found: bytes, allowed: list[set[bytes]], when: str) -> None:
+    def _compare(self, found: bytes, allowed: list[frozenset[bytes]], when: str) -> None:
         difference = self.expected.difference(found, allowed)
         if difference is not None:
             self.differences.append(f"{when}: {difference}")

@@ -122,7 +122,7 @@ def base(name: str) -> bytes:
 class Mutant:
     name: str
     seed: int
-    content: bytes
+    content: bytes | bytearray
     changes: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -168,7 +168,7 @@ def mutant(seed: int) -> Mutant:
     if generator.random() < 0.06:
         del content[generator.choice((0, 1, 64 * K, 192 * K, M, 2 * M, 3 * M, 3 * M + 8, 4 * M, 5 * M - 1)) :]
         changes.append(f"cut to {len(content)}")
-    return Mutant(name, seed, bytes(content), tuple(changes))
+    return Mutant(name, seed, content, tuple(changes))
 
 
 async def opened(file: BoundedFile, *, writable: bool) -> Image:

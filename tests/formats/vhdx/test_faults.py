@@ -120,18 +120,19 @@ class Expected:
     """For each sector the values that it may have, and those that it may have once the session was lost."""
 
     def __init__(self, guest: bytes) -> None:
-        self.now = [{guest[at : at + SECTOR]} for at in range(0, len(guest), SECTOR)]
-        self.durable = [set(each) for each in self.now]
+        self.now = [frozenset((guest[at : at + SECTOR],)) for at in range(0, len(guest), SECTOR)]
+        self.durable = self.now.copy()
 
     def change(self, first: int, count: int, value: bytes, *, is_sure: bool) -> None:
+        written = frozenset((value,))
         for index in range(first, first + count):
-            self.now[index] = {value} if is_sure else self.now[index] | {value}
-            self.durable[index].add(value)
+            self.now[index] = written if is_sure else self.now[index] | written
+            self.durable[index] |= written
 
     def flushed(self) -> None:
-        self.durable = [set(each) for each in self.now]
+        self.durable = self.now.copy()
 
-    def difference(self, found: bytes, allowed: list[set[bytes]], *, may_tear: range) -> str | None:
+    def difference(self, found: bytes, allowed: list[frozenset[bytes]], *, may_tear: range) -> str | None:
         for index, values in enumerate(allowed):
             sector = found[index * SECTOR : (index + 1) * SECTOR]
             if sector not in values and index not in may_tear:
