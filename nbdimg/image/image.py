@@ -32,14 +32,11 @@ from nbdimg.image.seen import SeenThrough
 from nbdimg.image.tables import TableCache
 from nbdimg.image.turns import Turns
 from nbdimg.storage import ordering
-from nbdimg.storage.file import BlockFile, Buffer
+from nbdimg.storage.file import ZERO_WRITE_SIZE, BlockFile, Buffer
 from nbdimg.storage.mapped import Pages
 from nbdimg.units import KiB, MiB, align_down, align_up
 
 T = TypeVar("T")
-
-ZERO_WRITE_SIZE = 1 * MiB
-"""Bytes in one write where zeroes must be written out."""
 
 INLINE_FILL_MAX = 128 * KiB
 """Bytes of head and tail that the fast path puts around a write that allocates: it copies them on the loop's thread."""

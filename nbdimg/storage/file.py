@@ -16,6 +16,10 @@ INLINE_READ_MAX = 1 << 20
 """Bytes; a copy of this size takes about 0.2 ms, which is what clients wait while an image is opened beside them."""
 
 
+ZERO_WRITE_SIZE = 1 << 20
+"""Bytes in one write where zeroes must be written out."""
+
+
 class BlockFile(Protocol):
     """One file, open. Offsets, lengths and sizes are bytes."""
 
@@ -91,6 +95,13 @@ async def fetch(file: BlockFile, offset: int, view: memoryview) -> None:
 async def extent_at(file: BlockFile, offset: int) -> tuple[bool, int]:
     """As `data_extent`, without waiting where that can be."""
     return file.try_data_extent(offset) or await file.data_extent(offset)
+
+
+async def zero(file: BlockFile, start: int, stop: int) -> None:
+    """Make the range read as zeroes, by writing them where `BlockFile.zero` does not do it. Raises: OSError."""
+    if not await file.zero(start, stop - start):
+        for offset in range(start, stop, ZERO_WRITE_SIZE):
+            await file.pwrite(offset, bytes(min(ZERO_WRITE_SIZE, stop - offset)))
 
 
 async def read(file: BlockFile, offset: int, length: int) -> bytes:

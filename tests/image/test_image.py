@@ -14,7 +14,8 @@ from nbdimg.errors import ImageFailed, RequestError
 from nbdimg.formats.probe import HEAD_SIZE, planted
 from nbdimg.formats.raw import RawDriver
 from nbdimg.image.driver import Extent, ExtentKind
-from nbdimg.image.image import SPAN_EXTENTS_MAX, TRY_WRITE_MAX, ZERO_WRITE_SIZE, HeadGuard, Image
+from nbdimg.image.image import SPAN_EXTENTS_MAX, TRY_WRITE_MAX, HeadGuard, Image
+from nbdimg.storage.file import ZERO_WRITE_SIZE
 from nbdimg.storage.memory import MemoryFile
 from tests.support.fakedriver import FakeDriver
 from tests.support.faultfile import FaultFile

@@ -21,7 +21,7 @@ from nbdimg.errors import UnsupportedFeature
 from nbdimg.formats.vhdx import structs as s
 from nbdimg.formats.vhdx.header import Header, Headers, next_header, write_header
 from nbdimg.formats.vhdx.log import Change, Page, Sequence, load_active, read_changes
-from nbdimg.storage.file import BlockFile, Buffer, extent_at
+from nbdimg.storage.file import BlockFile, Buffer, extent_at, zero
 from nbdimg.units import MiB, align_up
 
 _PAGE = s.PAGE_SIZE
@@ -261,13 +261,6 @@ async def _apply(file: BlockFile, layer: Layer) -> None:
             is_data, end = await extent_at(file, start)
             hole_stop = 0 if is_data else end
         if hole_stop < stop:
-            await _zero(file, start, stop)
+            await zero(file, start, stop)
     for offset, content in layer.runs():
         await file.pwrite(offset, content)
-
-
-async def _zero(file: BlockFile, start: int, stop: int) -> None:
-    if await file.zero(start, stop - start):
-        return
-    for offset in range(start, stop, _WRITE_SIZE):
-        await file.pwrite(offset, bytes(min(_WRITE_SIZE, stop - offset)))

@@ -29,14 +29,14 @@ from nbdimg.formats.vhdx.create import RESERVE_SIZE
 from nbdimg.formats.vhdx.driver import VhdxDriver
 from nbdimg.formats.vhdx.geometry import Geometry, State
 from nbdimg.formats.vhdx.header import load_headers
-from nbdimg.formats.vhdx.offline import PIECE_SIZE, Session, bat_pieces, region_pages
+from nbdimg.formats.vhdx.offline import Session, bat_pieces, region_pages
 from nbdimg.formats.vhdx.open import load_driver
 from nbdimg.formats.vhdx.parts import Parts, load_parts
 from nbdimg.formats.vhdx.region import RegionEntry
 from nbdimg.formats.vhdx.repair import give_back
 from nbdimg.formats.vhdx.replay import replay_to_file
 from nbdimg.image.image import Image
-from nbdimg.storage.file import BlockFile, read
+from nbdimg.storage.file import BlockFile, read, zero
 from nbdimg.storage.ordering import hindered, leaves_no_doubt, space_may_wait
 from nbdimg.units import MiB, align_down, align_up, div_ceil
 
@@ -154,9 +154,7 @@ class _Resize:
                 )
         if self._file.size < stop:
             await self._file.truncate(align_up(stop, MiB))
-        if not await self._file.zero(offset, stop - offset):
-            for position in range(offset, stop, PIECE_SIZE):
-                await self._file.pwrite(position, bytes(min(PIECE_SIZE, stop - position)))
+        await zero(self._file, offset, stop)
 
     # The BAT
 
