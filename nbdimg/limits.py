@@ -14,8 +14,8 @@ RECEIVE_SIZE = 256 * KiB
 """Bytes taken from a socket in one turn; the buffer is shared by all connections of a loop."""
 
 SPILL_SIZE = 64 * KiB
-"""Bytes accepted behind a large payload in the same receive; more would be copied a second time. Behind one of which
-the receive buffer holds two it is all of that buffer: there the next requests arrive whole, and need no copy."""
+"""Bytes accepted behind a large payload in the same receive; more would be copied a second time. Behind a payload of at
+most half RECEIVE_SIZE all of the receive buffer is offered: there the next requests arrive whole, and need no copy."""
 
 ARENA_SIZE = 1 * MiB
 """The buffer in which one turn's replies are laid out before they leave in one send."""

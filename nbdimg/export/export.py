@@ -27,7 +27,7 @@ from nbdimg.image.driver import Extent
 from nbdimg.image.image import Image, Resident, Segment
 from nbdimg.image.wakes import wakes
 from nbdimg.limits import Limits
-from nbdimg.units import align_down, align_up, is_power_of_two
+from nbdimg.units import KiB, align_down, align_up, is_power_of_two
 from nbdimg.wire.constants import (
     ALLOCATION_DEPTH,
     BASE_ALLOCATION,
@@ -46,7 +46,8 @@ Status = list[tuple[int, Pairs]]
 """For each context id, its extents."""
 
 SECTOR_SIZE = 512
-BLOCK_SIZE_MIN_MAX = 64 * 1024
+BLOCK_SIZE_MIN_MAX = 64 * KiB
+"""The largest smallest block that an export may ask of its clients. Spec: proto.md "Block size constraints"."""
 PREFERRED_SIZE = 4096
 RANGE_MAX = 1 << 64
 """Behind every byte that a request can name."""

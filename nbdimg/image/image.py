@@ -287,7 +287,9 @@ class Image:
     # The fast path
 
     def resident(self, offset: int, stop: int) -> Extent | None:
-        """The extent of stored data around guest `offset`, if it is known without waiting."""
+        """The extent of stored data around guest `offset`, if it is known without waiting. Its data need not be in
+        memory: `try_resident` is for what is.
+        """
         extent = self.look_up(offset, stop)
         return None if isinstance(extent, Miss) or extent.kind is _ZERO else extent
 

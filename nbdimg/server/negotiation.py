@@ -26,8 +26,8 @@ from nbdimg.units import KiB
 from nbdimg.wire.constants import OptionReply
 from nbdimg.wire.handshake import ExportInfo, Handshake, OptionError, Session, State, TlsMode
 
-RECEIVE_SIZE = 64 * KiB
-"""Bytes taken at once; under TLS room for two records at least."""
+OPTIONS_RECEIVE_SIZE = 64 * KiB
+"""Bytes of options taken at once; under TLS room for two records at least."""
 
 TURN_OPTIONS = 16
 """Options of one client that are answered in one turn."""
@@ -140,7 +140,7 @@ class Negotiation:
         self._go_on()
 
     def _receive_options(self) -> None:
-        options = self._shell.receive(RECEIVE_SIZE)
+        options = self._shell.receive(OPTIONS_RECEIVE_SIZE)
         if options:
             self._answer(self._handshake.receive(options))
         else:

@@ -35,7 +35,7 @@ from nbdimg.wire.constants import EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, Command
 from nbdimg.wire.messages import COMPACT_REQUEST, EXTENDED_REQUEST, PayloadRequest, Request
 
 CARRIED_SHARE = 16
-"""A WRITE payload of which the shared buffer holds so many is not worth a buffer of its own: what has come of it is
+"""A WRITE payload of at most one such part of the shared buffer is not worth a buffer of its own: what has come of it is
 carried to the next turn, where its request lies whole before those behind it."""
 
 CONTEXT_IDS_MAX = 1024
@@ -51,7 +51,7 @@ class Receiver:
 
     Args:
         scratch: the shared receive buffer.
-        spill_size: bytes of `scratch` offered behind a payload of which it does not hold two.
+        spill_size: bytes of `scratch` offered behind a payload of more than half its size; behind others, all of it.
         payload_max: the longest payload, in bytes; a longer one is a ProtocolError.
         allocate: gives a writable buffer of the asked length, or None when there is no room now.
         is_extended: requests are 32 bytes long.
@@ -135,7 +135,7 @@ class Receiver:
         return [self._scratch[self._end :]]
 
     def _spill(self, payload_size: int) -> memoryview:
-        """Room for whole requests behind a payload of which the shared buffer holds two; for little behind others."""
+        """Room for whole requests behind a payload of at most half the shared buffer; for little behind longer ones."""
         return self._scratch if 2 * payload_size <= len(self._scratch) else self._scratch[: self._spill_size]
 
     def received(self, count: int) -> None:
