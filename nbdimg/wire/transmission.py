@@ -35,8 +35,8 @@ from nbdimg.wire.constants import EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, Command
 from nbdimg.wire.messages import COMPACT_REQUEST, EXTENDED_REQUEST, PayloadRequest, Request
 
 CARRIED_SHARE = 16
-"""A WRITE payload of at most one such part of the shared buffer is not worth a buffer of its own: what has come of it is
-carried to the next turn, where its request lies whole before those behind it."""
+"""A WRITE payload of at most one such part of the shared buffer is not worth a buffer of its own: what has come of it
+is carried to the next turn, where its request lies whole before those behind it."""
 
 CONTEXT_IDS_MAX = 1024
 """Context ids in one BLOCK_STATUS payload; an export has a handful."""
