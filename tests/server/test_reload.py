@@ -850,7 +850,10 @@ def test_reload_watches_the_certificate_and_a_wrong_one_changes_nothing(
     tls = f'[tls]\ncertificate_file = "{first.certificate_path}"\nkey_file = "{first.key_path}"\n'
     context = client_context(authority)
     text = 'reload = "watch"\n' + tls + export("keep", images("keep"))
-    with ConfiguredServer(tmp_path, text) as server, tls_client(server.socket_path, context) as client:
+    with (
+        ConfiguredServer(tmp_path, text, watch_interval_s=0.2) as server,
+        tls_client(server.socket_path, context) as client,
+    ):
         client.negotiate("keep")
         assert serial_number(server, context) == first.certificate.serial_number
         os.replace(second.certificate_path, first.certificate_path)

@@ -14,11 +14,18 @@ from tests.support.server import START_TIMEOUT_S, ServerProcess
 
 RELOAD_LIMIT_S = 20.0
 
+WATCHING = """from nbdimg.server.reload import Reloader
+Reloader.__init__.__kwdefaults__["watch_interval_s"] = {}
+from nbdimg.__main__ import main
+main()"""
+"""The program, which looks at files as often as it is told here."""
+
 
 class ConfiguredServer(ServerProcess):
     """`nbdimg serve --config FILE` in FILE's directory, ready when the constructor returns.
 
-    `text` is the file's content, with a Unix socket `s` beside it as the listener unless it has its own.
+    `text` is the file's content, with a Unix socket `s` beside it as the listener unless it has its own. With
+    `watch_interval_s` it looks at what it watches so often, else every `reload.WATCH_INTERVAL_S`.
     """
 
     def __init__(
@@ -29,13 +36,15 @@ class ConfiguredServer(ServerProcess):
         file: Path | None = None,
         options: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
+        watch_interval_s: float | None = None,
     ) -> None:
         self.file = file or directory / "nbdimg.toml"
         self.socket_path = str(directory / "s")
         self._reload_count = 0
         if file is None:
             self.write(text)
-        argv = [sys.executable, "-m", "nbdimg", "serve", f"--config={self.file}", *options]
+        program = ["-m", "nbdimg"] if watch_interval_s is None else ["-c", WATCHING.format(watch_interval_s)]
+        argv = [sys.executable, *program, "serve", f"--config={self.file}", *options]
         super().__init__(argv, env)
         if not wait_until(lambda: not self.is_running() or answers(self.socket_path), START_TIMEOUT_S):
             self.kill()
