@@ -119,14 +119,15 @@ def start_logging(format: str, *, is_verbose: bool) -> None:
 
 def _on_thread_failure(found: threading.ExceptHookArgs) -> None:
     if found.exc_type is not SystemExit:
-        _tell_failure("in a thread", found.exc_value)
+        tell_internal("in a thread", found.exc_value)
 
 
 def _on_unraisable(found: sys.UnraisableHookArgs) -> None:
-    _tell_failure(found.err_msg or "in a destructor", found.exc_value)
+    tell_internal(found.err_msg or "in a destructor", found.exc_value)
 
 
-def _tell_failure(where: str, error: BaseException | None) -> None:
+def tell_internal(where: str, error: BaseException | None) -> None:
+    """An error that nobody foresaw, in one line; whoever wants the traceback asks for more."""
     logger.error("internal error: %s: %r", where, error)
     logger.debug("the failure's traceback", exc_info=error)
 

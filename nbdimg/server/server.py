@@ -23,6 +23,7 @@ from nbdimg.server.audit import Audit, Refusal
 from nbdimg.server.connection import Connection
 from nbdimg.server.handover import Estate, LeftClient
 from nbdimg.server.listen import listen, peer_of, prepare, remove_socket
+from nbdimg.server.log import tell_internal
 from nbdimg.server.shared import Shared
 from nbdimg.server.tls import Tls
 from nbdimg.storage import mapped
@@ -77,9 +78,7 @@ class _Departure(NamedTuple):
 
 def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """A callback failed in a way that nobody foresaw: one line, and the server goes on."""
-    error = context.get("exception")
-    logger.error("internal error: %s: %r", context.get("message"), error)
-    logger.debug("the failure's traceback", exc_info=error)
+    tell_internal(str(context.get("message")), context.get("exception"))
 
 
 class Server:
