@@ -494,11 +494,13 @@ class Transmission:
         left = self._limits.turn_bytes
         until_s = perf_counter() + self._shared.rounds.left_s
         streams = self._streams
-        while streams and not self._outbox.pending_bytes:
-            left -= self._advance(streams.popleft())
-            if left <= 0 or perf_counter() >= until_s:
-                break
-        self._outbox.send_turn()
+        try:
+            while streams and not self._outbox.pending_bytes:
+                left -= self._advance(streams.popleft())
+                if left <= 0 or perf_counter() >= until_s:
+                    break
+        finally:
+            self._outbox.send_turn()
         if streams and not self._outbox.pending_bytes and not self._outbox.is_broken:
             self._schedule_pump()
         self._shell.close_if_done()

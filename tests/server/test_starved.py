@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import random
 from collections.abc import Callable
 from struct import unpack_from
@@ -171,6 +172,20 @@ def test_streams_that_the_socket_takes_at_once_let_others_be_handled() -> None:
                 await settle()
                 replies += await talk.rest()
             assert {cookie for _, _, cookie, _ in chunks_of(replies, False)} == {*range(699_996, 700_001)}
+
+    asyncio.run(main())
+
+
+def test_error_that_nobody_foresaw_leaves_nothing_in_the_arena_of_all_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        with Conversation("structured", Image(RawDriver(MemoryFile(CONTENT)), writable=True)) as talk:
+            counts = iter((-4096,))
+            monkeypatch.setattr(talk.export, "try_read", lambda offset, *_: next(counts) + offset % 512)
+            talk.ask(read("structured", 700_000))
+            talk.shared.rounds.left_s = math.inf
+            with pytest.raises(StopIteration):
+                talk.transmission._pump()
+            assert talk._shell.outbox.fill == 0
 
     asyncio.run(main())
 
