@@ -12,6 +12,7 @@ import errno
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
+from time import perf_counter
 from typing import Any, Protocol
 
 from nbdimg.export.lane import Mapped
@@ -142,6 +143,7 @@ class Outbox:
             at = start + len(resident.view)
         parts.append(view[at:])
         if not self._pending:
+            started = perf_counter()
             try:
                 sent = self._sock.sendmsg(parts)
             except (BlockingIOError, InterruptedError):
@@ -149,6 +151,9 @@ class Outbox:
             except OSError as error:
                 if error.errno != errno.EFAULT:
                     raise
+            took = perf_counter() - started
+            for _, resident in self.mapped:
+                resident.pages.was_sent(took)
         for start, resident in self.mapped:
             first, stop = max(start, sent), start + len(resident.view)
             if first < stop:

@@ -3,8 +3,9 @@
 Nothing here touches a mapped byte: for one that is not in memory this thread would wait, and one behind the file's end,
 or that the device does not give, would end the process with SIGBUS. A system call waits as well, or fails with EFAULT.
 So bytes are handed out when the kernel has said that they are in memory, for one call that follows in the same turn of
-the loop. Should they have left it by then, which takes a lack of memory in just these microseconds, that call waits for
-the disk; should they be gone, `fetch` says what a read says.
+the loop. Should they have left it by then, which takes a lack of memory in just these microseconds, or be on their way
+to a disk whose queue is full, that call waits for the disk, and for a while the file's are not handed out (`was_sent`).
+Should they be gone, `fetch` says what a read says.
 
 Files are mapped in windows, of which there are WINDOWS_MAX for all files of a loop. Those that were not used of late
 are given back by `tidy`, never in the midst of a turn. Each costs the kernel 8 bytes for a page of it that was used.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+from time import perf_counter
 
 from nbdimg.storage import system
 from nbdimg.storage.perloop import PerLoop
@@ -30,6 +32,12 @@ the process's address space is limited, which they would use up."""
 
 RESIDENT_MAX = 1 * MiB
 """Bytes that are handed out at a time."""
+
+SLOW_S = 0.020
+"""A call that takes longer has waited for the disk."""
+
+SLOW_PAUSES = 10
+"""For so many times as long as it took, the file's bytes are not handed out: at most a tenth of the time is lost."""
 
 
 class _Window:
@@ -84,6 +92,7 @@ class Pages:
         self.windows: dict[int, _Window] = {}
         self._is_refused = False
         """This file, or this process, gets no map."""
+        self._rests_until = 0.0
 
     def resident(self, offset: int, length: int) -> memoryview | None:
         """The range, if all of it is in memory and in one window; None: it has to be read.
@@ -92,13 +101,23 @@ class Pages:
         """
         index, start = divmod(offset, WINDOW_SIZE)
         stop = start + length
-        if length > RESIDENT_MAX or stop > WINDOW_SIZE:
+        if length > RESIDENT_MAX or stop > WINDOW_SIZE or (self._rests_until and self._rests()):
             return None
         window = self.windows.get(index) or self._map(index)
         if window is None:
             return None
         window.was_used = True
         return window.view[start:stop] if window.residence.is_whole(window.address, start, stop) else None
+
+    def was_sent(self, took_s: float) -> None:
+        """The call that what was handed out is for took so long."""
+        if took_s > SLOW_S:
+            self._rests_until = perf_counter() + took_s * SLOW_PAUSES
+
+    def _rests(self) -> bool:
+        if perf_counter() >= self._rests_until:
+            self._rests_until = 0.0
+        return bool(self._rests_until)
 
     def _map(self, index: int) -> _Window | None:
         if self._is_refused:

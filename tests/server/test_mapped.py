@@ -14,6 +14,7 @@ from nbdimg.export.lane import MAPPED_FROM
 from nbdimg.formats.raw import RawDriver
 from nbdimg.image.image import Image
 from nbdimg.server.outbox import Outbox
+from nbdimg.storage import mapped
 from nbdimg.storage.memory import MemoryFile
 from nbdimg.storage.posix import PosixFile
 from nbdimg.storage.system import Residence
@@ -101,6 +102,17 @@ def test_a_write_while_a_change_is_in_flight_comes_behind_a_read(path: Path, map
     ]
     assert answers(stream, "simple", path)[16 : 16 + length] == CONTENT[:length]
     assert sum(mapped_bytes) == length
+
+
+def test_a_file_of_which_a_send_has_waited_is_read(
+    path: Path, mapped_bytes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapped, "SLOW_S", 0)
+    monkeypatch.setattr(mapped, "SLOW_PAUSES", 1e9)
+    reads = dict.fromkeys((1, 2), (0, SIZE))
+    stream = [request(False, READ, 0, cookie, *where, b"") for cookie, where in reads.items()]
+    assert read_data(answers(stream, "structured", path), reads) == dict.fromkeys(reads, CONTENT)
+    assert len(mapped_bytes) == 1
 
 
 def test_a_long_read_is_sent_in_pieces(path: Path, mapped_bytes: list[int]) -> None:

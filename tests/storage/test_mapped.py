@@ -77,6 +77,25 @@ def test_what_is_in_memory_is_sent_from_there(path: Path, offset: int, length: i
     with_pages(path, check)
 
 
+def test_a_file_of_which_a_call_has_waited_is_left_alone_ten_times_as_long(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(mapped, "perf_counter", lambda: now)
+
+    def check(pages: Pages) -> None:
+        nonlocal now
+        pages.was_sent(mapped.SLOW_S)
+        assert pages.resident(0, 4096) is not None
+        pages.was_sent(0.3)
+        now += 2.9
+        assert pages.resident(0, 4096) is None
+        now += 0.2
+        assert pages.resident(0, 4096) is not None
+
+    with_pages(path, check)
+
+
 def test_what_is_not_in_memory_is_not_handed_out(path: Path) -> None:
     def check(pages: Pages) -> None:
         descriptor = os.open(path, os.O_RDWR)
