@@ -326,7 +326,7 @@ def test_reload_of_what_takes_tls_from_then_on_ends_its_plain_clients_alone(
         (export("new", "missing.img"), "missing.img: No such file or directory"),
         ('[[exports]]\nname = "new"\npath = "b.img"\nformat = "qcow2"\n', "b.img: "),
         ('listen = ["nbd://192.0.2.1:0"]', "nbd://192.0.2.1:0/ is reachable from other machines"),
-        ('listen = ["nbd+unix:///?socket=b.img"]', "b.img: Address already in use"),
+        ('listen = ["nbd+unix:///?socket=b.img"]', "b.img: there is something else of that name, which is no socket"),
         ('[tls]\ncertificate_file = "missing.pem"\n', "missing.pem"),
         ('[admin]\nsocket = "missing/a"\n', "missing/a: there is no directory "),
         ('[admin]\nlisten = "127.0.0.1:0"\ntoken_file = "missing"\n', "missing: No such file or directory"),
